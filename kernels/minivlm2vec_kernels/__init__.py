@@ -1,0 +1,33 @@
+"""The ops of VLM2Vec on packed sequences: plain torch as the specification, Triton kernels as the fast path."""
+
+from .ops import (
+    add_layer_norm,
+    add_rms_norm,
+    attention,
+    choose_backend,
+    image_patches,
+    layer_norm,
+    linear_add,
+    merge_crops,
+    pool_last_token,
+    quick_gelu,
+    rms_norm,
+    rope,
+    silu_mul,
+)
+
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention",
+    "choose_backend",
+    "image_patches",
+    "layer_norm",
+    "linear_add",
+    "merge_crops",
+    "pool_last_token",
+    "quick_gelu",
+    "rms_norm",
+    "rope",
+    "silu_mul",
+]

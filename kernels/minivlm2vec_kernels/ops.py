@@ -1,0 +1,180 @@
+"""The public ops: signatures, argument checks, and the one dispatch between Triton and torch.
+
+Shapes: T packed tokens, B sequences, N query heads, Nkv key-value heads, H head dim, D width, C crops,
+        P patches per side of a crop, p pixels per side of a patch, I image tokens, S pixels per side of a crop.
+
+Sequences lie end to end, without padding; `cu_seqlens` [B + 1] int32 holds where each begins, and where the
+last ends. Every op takes `backend=`: None (the environment's choice), "auto", "triton" or "torch".
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+Grid = tuple[int, int]
+BACKENDS = ("auto", "triton", "torch")
+BACKEND = os.environ.get("MINIVLM2VEC_BACKEND", "auto")
+
+
+def choose_backend(backend: str | None, *tensors: Tensor) -> str:
+    """Returns "triton" or "torch" for an op on `tensors`.
+
+    The argument beats the variable MINIVLM2VEC_BACKEND, which beats auto. Auto takes Triton on a CUDA device
+    when no gradient is needed and torch otherwise. An explicit "triton" that cannot run raises.
+    """
+    choice = backend or BACKEND
+    if choice not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {choice!r}")
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if choice == "auto":
+        return "triton" if tensors[0].is_cuda and not needs_grad else "torch"
+    if choice == "triton" and needs_grad:
+        raise RuntimeError(
+            "backend='triton': these kernels have no backward pass; use torch.no_grad(), or backend='torch'"
+        )
+    if choice == "triton" and not tensors[0].is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            f"backend='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got one on {tensors[0].device}"
+        )
+    return choice
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    causal: bool,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T) v, each sequence for itself.
+
+    q [Tq, N, H]; k, v [Tk, Nkv, H], N a multiple of Nkv (grouped query: head n reads key head n // (N / Nkv));
+    cu_seqlens [B + 1] int32 for the keys; scale defaults to H ** -0.5. Strided views of one qkv buffer are fine
+    as long as the last dimension is dense. Returns [Tq, N, H], contiguous.
+
+    `cu_seqlens_q`, `max_seqlen_q`: where the queries are fewer than the keys (the last tokens of each sequence).
+    Queries are aligned to the end of their keys: with `causal`, query i of Lq sees keys 0 .. Lk - Lq + i.
+    """
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key-value heads")
+    if (cu_seqlens_q is None) != (max_seqlen_q is None):
+        raise ValueError("cu_seqlens_q and max_seqlen_q go together")
+    if cu_seqlens_q is None and q.shape[0] != k.shape[0]:
+        raise ValueError(f"{q.shape[0]} queries but {k.shape[0]} keys: cu_seqlens_q is needed")
+    return reference.attention(
+        q, k, v, cu_seqlens, max_seqlen,
+        causal=causal, scale=scale, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
+    )  # fmt: skip
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps), statistic in float32, cast to x's dtype, then times weight. x [..., D]."""
+    return reference.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """residual + x, and the RMSNorm of it. x, residual [..., D]. Returns (normed, residual + x)."""
+    return reference.add_rms_norm(x, residual, weight, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: str | None = None) -> Tensor:
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias, in float32. x [..., D]."""
+    return reference.layer_norm(x, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """residual + x, and the LayerNorm of it. x, residual [..., D]. Returns (normed, residual + x)."""
+    return reference.add_layer_norm(x, residual, weight, bias, eps)
+
+
+def linear_add(
+    x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """residual + x W^T (+ bias): the end of an attention or MLP block. x [T, K], weight [D, K], residual [T, D].
+
+    When no gradient is needed the result is written over `residual`, which is returned.
+    """
+    return reference.linear_add(x, weight, residual, bias)
+
+
+def silu_mul(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
+    """silu(gate) * up, where gate is the first half of the last dimension. [..., 2F] -> [..., F]."""
+    return reference.silu_mul(gate_up)
+
+
+def quick_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """y * sigmoid(1.702 y) with y = x + bias (CLIP's activation). x [..., F], bias [F]."""
+    return reference.quick_gelu(x, bias)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding, halves rotated against each other: (a cos - b sin, b cos + a sin).
+
+    q [T, N, H], k [T, Nkv, H]; cos, sin [T, H / 2], already scaled, one row a token; cast to q's dtype first.
+    When no gradient is needed q and k may be written over; use what is returned.
+    """
+    return reference.rope(q, k, cos, sin)
+
+
+def image_patches(
+    crops: Tensor,
+    grids: Sequence[Grid],
+    mean: Tensor,
+    std: Tensor,
+    patch_size: int,
+    dtype: torch.dtype,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Normalised patches of every image's global view and crops.
+
+    crops [sum h * w, S, S, 3] uint8, image after image, row-major; grids: one (h, w) an image; mean, std [3]
+    float32 of the 0..1 range. The global view is the whole canvas [h * S, w * S], normalised, brought to
+    [S, S] by bicubic interpolation (a = -0.75, half-pixel centres, no antialiasing, edges clamped), in float32.
+    Returns [C, P * P, 3 * p * p] in `dtype`, C = sum (1 + h * w): the global view, then the crops, image after
+    image; pixels of a patch in the order channel, row, column (that of the convolution's weight).
+    """
+    return reference.image_patches(crops, grids, mean, std, patch_size, dtype)
+
+
+def merge_crops(
+    features: Tensor, grids: Sequence[Grid], sub_GN: Tensor, glb_GN: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """Tower features to the projector's input: 2x2 neighbours side by side, separators put in.
+
+    features [C, P * P, D], crops in the order of `image_patches`; sub_GN, glb_GN: 4D values each, any shape.
+    An image gives h * m rows of w * m merged patches (m = P / 2; channels in the order dy, dx, D), each row
+    ended by sub_GN; then glb_GN; then the global view's m rows of m, each ended by sub_GN.
+    Returns [I, 4D], I = sum (h * w + 1) * m^2 + 1 + (h + 1) * m.
+    """
+    return reference.merge_crops(features, grids, sub_GN, glb_GN)
+
+
+def pool_last_token(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    *,
+    normalize: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """RMSNorm of each sequence's last row, L2-normalised in float32 (denominator at least 1e-12).
+
+    x [T, D]; cu_seqlens [B + 1]. Returns [B, D] float32.
+    """
+    return reference.pool_last_token(x, cu_seqlens, norm_weight, eps, normalize=normalize)

@@ -1,0 +1,145 @@
+"""Every op in plain torch: the specification that the kernels are tested against, and the path that carries
+gradients and runs on CPUs. It imports nothing but torch.
+
+Shapes: T packed tokens, B sequences, N query heads, Nkv key-value heads, H head dim, D width, C crops,
+        P patches per side of a crop, I image tokens, S pixels per side of a crop.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Grid = tuple[int, int]  # rows and columns of crops that an image was cut into
+
+
+def attention(
+    q: Tensor,  # [Tq, N, H]
+    k: Tensor,  # [Tk, Nkv, H]
+    v: Tensor,  # [Tk, Nkv, H]
+    cu_seqlens: Tensor,  # [B + 1]
+    max_seqlen: int,
+    *,
+    causal: bool,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,  # [B + 1]
+    max_seqlen_q: int | None = None,
+) -> Tensor:  # [Tq, N, H]
+    if q.shape[0] == 0:
+        return torch.empty_like(q)
+    k_len = cu_seqlens.diff().tolist()
+    q_len = k_len if cu_seqlens_q is None else cu_seqlens_q.diff().tolist()
+    if len(set(k_len)) == 1 and len(set(q_len)) == 1:  # one batched call: the image tower, equal texts
+        return _equal_lengths(q, k, v, len(k_len), causal, scale)
+    parts = zip(q.split(q_len), k.split(k_len), v.split(k_len), strict=True)
+    return torch.cat([_equal_lengths(qs, ks, vs, 1, causal, scale) for qs, ks, vs in parts])
+
+
+def _equal_lengths(q: Tensor, k: Tensor, v: Tensor, batch: int, causal: bool, scale: float | None) -> Tensor:
+    if q.shape[0] == 0:
+        return torch.empty_like(q)
+    qs, ks, vs = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))  # [B, N, L, H]
+    mask, lq, lk = None, qs.shape[2], ks.shape[2]
+    if causal and lq == 1:
+        causal = False  # one query, aligned to the end, sees every key
+    if causal and lq != lk:  # the last query sees the last key
+        mask = torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq)
+    y = F.scaled_dot_product_attention(
+        qs, ks, vs, mask, is_causal=causal and mask is None, scale=scale, enable_gqa=ks.shape[1] != qs.shape[1]
+    )
+    return y.transpose(1, 2).flatten(0, 1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x32 = x.float()
+    x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    return x32.to(x.dtype) * weight
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    residual = residual + x
+    return rms_norm(residual, weight, eps), residual
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    residual = residual + x
+    return layer_norm(residual, weight, bias, eps), residual
+
+
+def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    """residual + x W^T (+ bias); writes over `residual` when no gradient is needed."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, residual)):
+        return residual + F.linear(x, weight, bias)
+    if bias is not None:
+        residual.add_(bias)
+    return residual.addmm_(x, weight.t())
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def quick_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    if bias is not None:
+        x = x + bias
+    return x * torch.sigmoid(1.702 * x)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.to(q.dtype)[:, None], sin.to(q.dtype)[:, None]  # [T, 1, H / 2]
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def image_patches(
+    crops: Tensor, grids: Sequence[Grid], mean: Tensor, std: Tensor, patch_size: int, dtype: torch.dtype
+) -> Tensor:
+    views = []
+    for pixels, (rows, cols) in zip(crops.split([h * w for h, w in grids]), grids, strict=True):
+        local = (pixels.permute(0, 3, 1, 2).float() / 255 - mean[:, None, None]) / std[:, None, None]
+        size = local.shape[-1]
+        canvas = local.unflatten(0, (rows, cols)).permute(2, 0, 3, 1, 4).reshape(1, 3, rows * size, cols * size)
+        views += [F.interpolate(canvas, (size, size), mode="bicubic", align_corners=False), local]
+    x = torch.cat(views)  # [C, 3, S, S]: the global view, then the crops, image after image
+    x = x.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # [C, 3, P, p, P, p]
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2).to(dtype)
+
+
+def merge_crops(features: Tensor, grids: Sequence[Grid], sub_GN: Tensor, glb_GN: Tensor) -> Tensor:
+    width, out, start = 4 * features.shape[-1], [], 0
+    sub_GN, glb_GN = sub_GN.reshape(1, 1, width), glb_GN.reshape(1, width)
+    for rows, cols in grids:
+        image = features[start : start + 1 + rows * cols]
+        start += len(image)
+        sub, glb = _merge_2x2(image[1:], rows, cols), _merge_2x2(image[:1], 1, 1)
+        out += [_end_rows(sub, sub_GN), glb_GN, _end_rows(glb, sub_GN)]
+    return torch.cat(out) if out else features.new_empty(0, width)
+
+
+def _merge_2x2(x: Tensor, rows: int, cols: int) -> Tensor:  # [rows * cols, P * P, D] -> [rows * m, cols * m, 4D]
+    m, D = round(x.shape[1] ** 0.5) // 2, x.shape[-1]
+    x = x.reshape(rows, cols, m, 2, m, 2, D).permute(0, 2, 1, 4, 3, 5, 6)  # rows, m, cols, m, dy, dx, D
+    return x.reshape(rows * m, cols * m, 4 * D)
+
+
+def _end_rows(x: Tensor, separator: Tensor) -> Tensor:
+    return torch.cat([x, separator.expand(x.shape[0], 1, -1)], dim=1).flatten(0, 1)
+
+
+def pool_last_token(
+    x: Tensor, cu_seqlens: Tensor, norm_weight: Tensor, eps: float, *, normalize: bool = True
+) -> Tensor:
+    last = rms_norm(x[cu_seqlens[1:].long() - 1], norm_weight, eps).float()
+    return F.normalize(last, dim=-1) if normalize else last
