@@ -1,0 +1,205 @@
+"""config.json -> frozen dataclasses, with the field names of config.json.
+
+No field has a default here: what the file must say is read from the file, and a key that is absent is an error
+that names it. One documented exception: the published config.json says nothing about the image tower beyond its
+name, so the sizes of CLIP ViT-L/14-336 stand in CLIP_VIT_L_14_336, and `img_processor.vision_config` may
+override them (names as in transformers' CLIPVisionConfig).
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+
+CLIP_VIT_L_14_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "image_size": 336,
+    "patch_size": 14,
+    "layer_norm_eps": 1e-5,
+}
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The CLIP tower. Its last layer is never computed: the features are those of the last layer but one."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_hidden_layers: int  # as published, including the layer that is never used
+    image_size: int  # pixels per side of a crop
+    patch_size: int
+    layer_norm_eps: float
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def num_positions(self) -> int:
+        """Patches and the class token: 577."""
+        return self.patches_per_side**2 + 1
+
+    @property
+    def merged_per_side(self) -> int:
+        """Rows of image tokens per crop after the 2x2 merge: 12."""
+        return self.patches_per_side // 2
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """LongRoPE: one divisor per frequency, a set for short and a set for long sequences."""
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The Phi-3 decoder."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    num_hidden_layers: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_position_embeddings: int
+    original_max_position_embeddings: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope_attention_factor(self) -> float:
+        """What cos and sin are multiplied by, in short and long mode: sqrt(1 + ln(s) / ln(original length))."""
+        s = self.max_position_embeddings / self.original_max_position_embeddings
+        if self.rope_scaling is None or s <= 1:
+            return 1.0
+        return math.sqrt(1 + math.log(s) / math.log(self.original_max_position_embeddings))
+
+
+@dataclass(frozen=True)
+class VLM2VecConfig:
+    vision: VisionConfig
+    decoder: DecoderConfig
+    dtype: str  # "bfloat16", "float16" or "float32": what the checkpoint's tensors are
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "VLM2VecConfig":
+        """Reads config.json (or the folder it is in). Raises CheckpointError naming the file and the key."""
+        path = Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} does not exist: a checkpoint folder needs a config.json") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            raise CheckpointError(f"{path} is not valid JSON: {e}") from None
+        try:
+            return cls.from_dict(raw)
+        except CheckpointError as e:
+            raise CheckpointError(f"{path}: {e}") from None
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "VLM2VecConfig":
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"a config is a JSON object, got {type(raw).__name__}")
+        if raw.get("model_type", "phi3_v") != "phi3_v":
+            raise CheckpointError(f"model_type is {raw['model_type']!r}; only 'phi3_v' is supported")
+        vision, decoder = _vision(raw), _decoder(raw)
+        dtype = raw.get("torch_dtype", raw.get("dtype"))
+        if dtype not in ("bfloat16", "float16", "float32"):
+            raise CheckpointError(f"torch_dtype is {dtype!r}; expected bfloat16, float16 or float32")
+        return cls(vision=vision, decoder=decoder, dtype=dtype)
+
+
+def _vision(raw: dict[str, Any]) -> VisionConfig:
+    processor = _get(raw, "img_processor", dict)
+    sizes = CLIP_VIT_L_14_336 | {"hidden_size": _get(processor, "image_dim_out", int, "img_processor.")}
+    override = processor.get("vision_config", {})
+    act = override.get("hidden_act", "quick_gelu")
+    if act != "quick_gelu":
+        raise CheckpointError(
+            f"img_processor.vision_config.hidden_act is {act!r}; only 'quick_gelu' is supported"
+        )
+    config = VisionConfig(**{name: override.get(name, size) for name, size in sizes.items()})
+    _divides("vision hidden_size", config.hidden_size, "num_attention_heads", config.num_attention_heads)
+    _divides("image_size", config.image_size, "2 * patch_size", 2 * config.patch_size)
+    if config.num_hidden_layers < 2:
+        raise CheckpointError(f"vision num_hidden_layers is {config.num_hidden_layers}; the last is never used, "
+                              "so at least 2 are needed")  # fmt: skip
+    for key, supported in (("hd_transform_order", "sub_glb"), ("projection_cls", "mlp")):
+        value = raw.get("embd_layer", {}).get(key, supported)
+        if value != supported:
+            raise CheckpointError(f"embd_layer.{key} is {value!r}; only {supported!r} is supported")
+    return config
+
+
+def _decoder(raw: dict[str, Any]) -> DecoderConfig:
+    ints = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+        "num_hidden_layers", "max_position_embeddings", "original_max_position_embeddings",
+    )  # fmt: skip
+    floats = ("rms_norm_eps", "rope_theta")
+    config = DecoderConfig(
+        **{k: _get(raw, k, int) for k in ints},
+        **{k: float(_get(raw, k, (int, float))) for k in floats},
+        rope_scaling=_rope_scaling(raw),
+    )
+    if raw.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"hidden_act is {raw['hidden_act']!r}; only 'silu' is supported")
+    _divides("hidden_size", config.hidden_size, "num_attention_heads", config.num_attention_heads)
+    _divides(
+        "num_attention_heads", config.num_attention_heads, "num_key_value_heads", config.num_key_value_heads
+    )
+    _divides("head_dim", config.head_dim, "2 (rotary halves)", 2)
+    scaling = config.rope_scaling
+    for name in ("short_factor", "long_factor") if scaling else ():
+        n = len(getattr(scaling, name))
+        if n != config.head_dim // 2:
+            raise CheckpointError(f"rope_scaling.{name} has {n} factors; head_dim {config.head_dim} needs "
+                                  f"{config.head_dim // 2}")  # fmt: skip
+    window = raw.get("sliding_window")
+    if window is not None and window < config.max_position_embeddings:
+        raise CheckpointError(f"sliding_window {window} is shorter than max_position_embeddings "
+                              f"{config.max_position_embeddings}: windowed attention is not supported")  # fmt: skip
+    return config
+
+
+def _rope_scaling(raw: dict[str, Any]) -> RopeScaling | None:
+    scaling = raw.get("rope_scaling")
+    if scaling is None:
+        return None
+    kind = scaling.get("type", scaling.get("rope_type"))
+    if kind not in ("su", "longrope"):  # two names of one thing
+        raise CheckpointError(f"rope_scaling.type is {kind!r}; only 'su' and 'longrope' are supported")
+    factors = {k: _get(scaling, k, list, "rope_scaling.") for k in ("short_factor", "long_factor")}
+    return RopeScaling(**{k: tuple(map(float, v)) for k, v in factors.items()})
+
+
+def _get(raw: dict[str, Any], key: str, kind: type | tuple[type, ...], prefix: str = "") -> Any:
+    if key not in raw:
+        raise CheckpointError(f"{prefix}{key} is missing")
+    if not isinstance(raw[key], kind) or isinstance(raw[key], bool):
+        raise CheckpointError(f"{prefix}{key} is {raw[key]!r}, which is not the expected type")
+    return raw[key]
+
+
+def _divides(name: str, value: int, by_name: str, by: int) -> None:
+    if by <= 0 or value <= 0 or value % by:
+        raise CheckpointError(f"{name} {value} is not a multiple of {by_name} {by}")

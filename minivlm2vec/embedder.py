@@ -1,0 +1,287 @@
+"""Embedder: what most users need. From a checkpoint and any mix of text and images to vectors."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub.utils import tqdm
+from torch import Tensor
+
+from . import prompts
+from .errors import InputError
+from .model import Pooling, VLM2Vec, pool_last_token
+from .processor import Loaded, Planned, Processor
+from .weights import load_model, resolve
+
+
+class Embedder:
+    """Embeds inputs with a VLM2Vec model.
+
+    An input is a text (`str`: never taken for a path), a `PIL.Image`, or a dict with "text" and "image" or
+    "images", each image a path, a PIL image, a numpy array uint8 [H, W, 3], the bytes of a file, or a data URI.
+    In a text, <|image_n|> stands for the n-th image; where images come without any tag,
+    "<|image_1|>\\n<|image_2|>\\n…" is put in front (as in the MMEB data; the model card's demo has a space there).
+
+    Args:
+        model, processor: see `from_pretrained`.
+        pool: how the hidden states become a vector, see `VLM2Vec.forward`.
+        num_workers: threads that decode and cut images while the model computes; default: the cores, at most 16.
+        name: what the checkpoint is called.
+    """
+
+    def __init__(
+        self,
+        model: VLM2Vec,
+        processor: Processor,
+        *,
+        pool: Pooling = pool_last_token,
+        num_workers: int | None = None,
+        name: str = "",
+    ):
+        self.model = model
+        self.processor = processor
+        self.pool = pool
+        self.num_workers = num_workers or min(16, os.cpu_count() or 1)
+        self.name = name
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        num_crops: int | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        backend: str | None = None,
+        fast_decode: bool = False,
+        exif_transpose: bool = False,
+        show_progress: bool = True,
+    ) -> "Embedder":
+        """Loads a checkpoint in the published Hugging Face layout.
+
+        Args:
+            name_or_path: a folder, or a name on the Hub such as "TIGER-Lab/VLM2Vec-Full".
+            device: default CUDA where there is one, else MPS, else the CPU.
+            dtype: default the checkpoint's.
+            num_crops: the most crops an image is cut into; default that of preprocessor_config.json.
+            revision: a branch, tag or commit on the Hub.
+            local_files_only: never ask the network.
+            backend: "auto", "triton" or "torch" for the kernels; default MINIVLM2VEC_BACKEND, else auto.
+            fast_decode: decode JPEGs at a reduced scale: faster, not bit for bit what the original sees.
+            exif_transpose: honour the EXIF orientation, which the original ignores.
+            show_progress: progress bars while downloading and loading.
+
+        Raises CheckpointError (a ValueError) naming the file or tensor at fault.
+        """
+        folder = resolve(name_or_path, revision=revision, local_files_only=local_files_only)
+        model = load_model(
+            folder,
+            device=device or default_device(),
+            dtype=dtype,
+            backend=backend,
+            show_progress=show_progress,
+        )
+        processor = Processor.from_pretrained(
+            folder, model.config, num_crops=num_crops, fast_decode=fast_decode, exif_transpose=exif_transpose
+        )
+        return cls(model, processor, name=str(name_or_path))
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.decoder.norm.weight.device
+
+    @property
+    def dimension(self) -> int:
+        """Length of a vector."""
+        return self.model.config.decoder.hidden_size
+
+    def encode(
+        self,
+        inputs: Sequence[Any],
+        *,
+        prompt: str | None = None,
+        num_crops: int | None = None,
+        max_length: int | None = None,
+        batch_tokens: int = 16384,
+        normalize: bool = True,
+        convert_to: str = "numpy",
+        show_progress: bool = False,
+    ) -> np.ndarray | Tensor:
+        """Embeds a list of inputs; returns float32 [B, D] in their order.
+
+        Args:
+            inputs: see the class.
+            prompt: an instruction for all of them, put in front of each text (after the tags of images that begin
+                it); where it holds "{text}", the text goes there instead.
+            num_crops: the most crops an image is cut into, for this call.
+            max_length: keeps the first tokens of inputs without images (BOS counts), as in the original.
+            batch_tokens: inputs are sorted by length and computed in packs of at most so many tokens (an input
+                that is longer gets a pack of its own). The vectors do not depend on it.
+            normalize: to L2 norm 1.
+            convert_to: "numpy", or "torch" for a tensor on the model's device.
+            show_progress: a progress bar over inputs.
+
+        Raises InputError (a ValueError) with the index and name of the first unusable input: before anything is
+        computed where its text or an image's header tells, else with the vectors that were finished in `.partial`.
+        """
+        if isinstance(inputs, (str, bytes, dict)) or not isinstance(inputs, Sequence):
+            raise TypeError(f"inputs is a list of inputs, got one {type(inputs).__name__}")
+        _check_options(batch_tokens, max_length, num_crops, convert_to)
+        options = {"prompt": prompt, "num_crops": num_crops, "max_length": max_length}
+        bar = tqdm(total=len(inputs), desc="Embedding", unit="input", disable=not show_progress)
+        with ThreadPoolExecutor(self.num_workers) as pool, bar:
+            plans = self._plan_all(inputs, options, pool)
+            batches = pack_by_length([len(p) for p in plans], batch_tokens)
+            vectors = self._run(plans, batches, normalize, pool, bar.update)
+        out = torch.empty(
+            len(inputs), self.dimension if not vectors else vectors[0].shape[1], device=self.device
+        )
+        for batch, v in zip(batches, vectors, strict=True):
+            out[torch.tensor(batch, device=out.device)] = v.float()
+        _check_finite(out, plans)
+        return out.cpu().numpy() if convert_to == "numpy" else out
+
+    def encode_query(
+        self, inputs: Sequence[Any], *, prompt_name: str | None = None, prompt: str | None = None, **options
+    ) -> np.ndarray | Tensor:
+        """`encode` with the query instruction of a task of `minivlm2vec.prompts.TASKS`, e.g. prompt_name="t2i"."""
+        if prompt_name is not None:
+            prompt = _one_of(prompt, prompts.task(prompt_name).query)
+        return self.encode(inputs, prompt=prompt, **options)
+
+    def encode_document(
+        self, inputs: Sequence[Any], *, prompt_name: str | None = None, prompt: str | None = None, **options
+    ) -> np.ndarray | Tensor:
+        """`encode` with the document instruction of a task, e.g. prompt_name="t2i"."""
+        if prompt_name is not None:
+            prompt = _one_of(prompt, prompts.task(prompt_name).document)
+        return self.encode(inputs, prompt=prompt, **options)
+
+    def similarity(self, a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> np.ndarray | Tensor:
+        """Cosine similarity [A, B] of vectors [A, D] and [B, D], in float32; a tensor where `a` is one."""
+        as_numpy = isinstance(a, np.ndarray)
+        a, b = (torch.as_tensor(x).float() for x in (a, b))
+        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+            raise ValueError(f"vectors are [A, D] and [B, D], got {list(a.shape)} and {list(b.shape)}")
+        a, b = (torch.nn.functional.normalize(x, dim=1) for x in (a, b.to(a.device)))
+        scores = a @ b.T
+        return scores.cpu().numpy() if as_numpy else scores
+
+    def plan(self, item: Any, **options) -> Planned:
+        """Tokenises one input and reads its images' headers: `Processor.plan`, for pipelines of one's own."""
+        return self.processor.plan(item, **options)
+
+    def load(self, planned: Planned) -> Loaded:
+        """Decodes and cuts a planned input's images; may run in any thread."""
+        return self.processor.load(planned)
+
+    @torch.inference_mode()
+    def embed(self, items: Sequence[Loaded], *, normalize: bool = True) -> Tensor:
+        """Vectors [B, D] float32, on the model's device, of loaded inputs as one pack."""
+        batch = self.processor.pack(items)
+        if self.device.type == "cuda":
+            batch = batch.pin_memory()
+        return self.model(batch.to(self.device, non_blocking=True), pool=self.pool, normalize=normalize)
+
+    def _plan_all(self, inputs: Sequence[Any], options: dict, pool: ThreadPoolExecutor) -> list[Planned]:
+        def plan(numbered: tuple[int, Any]) -> Planned:
+            index, item = numbered
+            try:
+                return self.plan(item, **options)
+            except InputError as e:
+                raise e.at(index) from None
+
+        return list(pool.map(plan, enumerate(inputs)))  # the first error in the list's order is raised
+
+    def _run(
+        self,
+        plans: list[Planned],
+        batches: list[list[int]],
+        normalize: bool,
+        pool: ThreadPoolExecutor,
+        done: Callable[[int], Any],
+    ) -> list[Tensor]:
+        """Vectors of each batch. Images of later batches are decoded while one computes."""
+        vectors: list[Tensor] = []
+        loading = _load_ahead(plans, batches, self.load, pool, ahead=2 * self.num_workers)
+        try:
+            for batch, items in loading:
+                vectors.append(self.embed(items, normalize=normalize))
+                done(len(batch))
+        except InputError as e:
+            pool.shutdown(wait=False, cancel_futures=True)
+            finished = zip(batches, vectors, strict=False)
+            e.partial = {i: v.cpu().numpy() for batch, vs in finished for i, v in zip(batch, vs, strict=True)}
+            raise
+        return vectors
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one, else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pack_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Sorts inputs by length, longest first, and cuts the order into packs of at most `batch_tokens` tokens; an
+    input longer than that has a pack of its own. Returns the indices of each pack."""
+    batches: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[i] > room:
+            batches.append([])
+            room = batch_tokens
+        batches[-1].append(i)
+        room -= lengths[i]
+    return batches
+
+
+def _load_ahead(
+    plans: list[Planned], batches: list[list[int]], load: Callable, pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[tuple[list[int], list[Loaded]]]:
+    """Yields (indices, loaded inputs) batch after batch; always has the next batch and `ahead` inputs in work."""
+    order = deque(i for batch in batches for i in batch)
+    futures: dict[int, Future] = {}
+    for number, batch in enumerate(batches):
+        coming = sum(map(len, batches[number : number + 2]))
+        while order and len(futures) < max(coming, len(batch) + ahead):
+            i = order.popleft()
+            futures[i] = pool.submit(load, plans[i])
+        items = []
+        for i in batch:
+            try:
+                items.append(futures.pop(i).result())
+            except InputError as e:
+                raise e.at(i) from None
+        yield batch, items
+
+
+def _check_options(batch_tokens: int, max_length: int | None, num_crops: int | None, convert_to: str) -> None:
+    for name, value in (("batch_tokens", batch_tokens), ("max_length", max_length), ("num_crops", num_crops)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; at least 1 is needed")
+    if convert_to not in ("numpy", "torch"):
+        raise ValueError(f"convert_to is 'numpy' or 'torch', got {convert_to!r}")
+
+
+def _check_finite(vectors: Tensor, plans: list[Planned]) -> None:
+    bad = (~vectors.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        name = ", ".join(plans[bad[0]].names) or "text"
+        raise InputError(
+            f"its vector holds NaN or infinite values (so do those of {len(bad) - 1} more); float16 overflows where "
+            "bfloat16 and float32 do not", name=name, index=bad[0]
+        )  # fmt: skip
+
+
+def _one_of(prompt: str | None, named: str) -> str:
+    if prompt is not None:
+        raise ValueError("prompt and prompt_name are both given; use one")
+    return named

@@ -1,0 +1,210 @@
+"""Images -> crops, exactly as the original cuts them (its "HD transform").
+
+An image is enlarged or shrunk to fill as many crops of S x S pixels as `num_crops` allows, padded with white to
+whole crops, and cut. Pillow's own bilinear resize is part of the specification: its integer arithmetic decides
+the last bit of the pixels. Everything here releases the interpreter lock, so threads help.
+
+The global view (the whole canvas at S x S) is not made here: it is a float image, computed from the crops where
+the model runs (`minivlm2vec_kernels.image_patches`).
+"""
+
+import base64
+import binascii
+import io
+import math
+import os
+import threading
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .batch import Grid
+from .errors import InputError
+
+MAX_PIXELS = 2 * 89_478_485  # what Pillow calls a decompression bomb
+WHITE = 255
+_LOAD_LOCKS = [threading.Lock() for _ in range(64)]
+
+
+@dataclass(frozen=True)
+class HDSize:
+    """Where an image goes: its resized size, the grid of crops, and its place on the white canvas."""
+
+    width: int  # of the resized image, pixels
+    height: int
+    grid: Grid
+    left: int
+    top: int
+
+
+def hd_size(width: int, height: int, num_crops: int, crop_size: int = 336) -> HDSize:
+    """The size that a `width` x `height` image is brought to, for at most `num_crops` crops.
+
+    Raises ValueError where the image is too thin for one row of pixels to remain, or num_crops < 1.
+    """
+    if num_crops < 1:
+        raise ValueError(f"num_crops is {num_crops}; at least 1 is needed")
+    if width < 1 or height < 1:
+        raise ValueError(f"an image of {width} x {height} pixels is empty")
+    if width < height:
+        turned = hd_size(height, width, num_crops, crop_size)
+        h, w = turned.grid
+        return HDSize(turned.height, turned.width, (w, h), turned.top, turned.left)
+    ratio = width / height
+    scale = 1
+    while (scale + 1) * math.ceil((scale + 1) / ratio) <= num_crops:
+        scale += 1
+    new_width = scale * crop_size
+    new_height = int(new_width / ratio)
+    if new_height == 0:
+        raise ValueError(
+            f"the aspect ratio {ratio:.0f} of a {width} x {height} image (or its transpose) is too large: at most "
+            f"{new_width} with num_crops {num_crops}"
+        )
+    rows = math.ceil(new_height / crop_size)
+    return HDSize(new_width, new_height, (rows, scale), 0, (rows * crop_size - new_height) // 2)
+
+
+def hd_crops(image: Image.Image, num_crops: int, crop_size: int = 336) -> tuple[np.ndarray, Grid]:
+    """Resizes, pads and cuts an RGB image.
+
+    Returns crops [h * w, S, S, 3] uint8, row-major, and the grid (h, w), h * w <= num_crops.
+    """
+    size = hd_size(image.width, image.height, num_crops, crop_size)
+    h, w = size.grid
+    if image.width >= image.height:
+        resized = image.resize((size.width, size.height), Image.Resampling.BILINEAR)
+    else:
+        # The original transposes portraits, so that Pillow, which resizes rows first, resizes columns first.
+        # Two one-dimensional resizes in that order give the same bits without turning the image.
+        resized = image.resize((image.width, size.height), Image.Resampling.BILINEAR)
+        resized = resized.resize((size.width, size.height), Image.Resampling.BILINEAR)
+    canvas = np.full((h * crop_size, w * crop_size, 3), WHITE, np.uint8)
+    canvas[size.top : size.top + size.height, size.left : size.left + size.width] = np.asarray(resized)
+    crops = canvas.reshape(h, crop_size, w, crop_size, 3).swapaxes(1, 2)
+    return np.ascontiguousarray(crops).reshape(h * w, crop_size, crop_size, 3), size.grid
+
+
+def open_image(source: Any, *, name: str | None = None) -> Image.Image:
+    """Opens an image without decoding it: only the header is read.
+
+    source: a path, a PIL image, a numpy array [H, W, 3] (or 1 or 4 channels) of uint8, the bytes of an image file,
+    or a data URI. Raises InputError naming it.
+    """
+    name = name or image_name(source)
+    if isinstance(source, Image.Image):
+        image = source
+    elif isinstance(source, np.ndarray):
+        image = _from_array(source, name)
+    else:
+        image = _from_file(source, name)
+    if image.width < 1 or image.height < 1:
+        raise InputError(f"the image is empty ({image.width} x {image.height} pixels)", name=name)
+    if image.width * image.height > MAX_PIXELS:
+        raise InputError(
+            f"{image.width} x {image.height} = {image.width * image.height:,} pixels are more than the "
+            f"{MAX_PIXELS:,} allowed (minivlm2vec.images.MAX_PIXELS)", name=name
+        )  # fmt: skip
+    return image
+
+
+def to_rgb(image: Image.Image, *, name: str = "image", exif_transpose: bool = False) -> Image.Image:
+    """Decodes an image and converts it as the original does: `convert("RGB")`, and nothing else.
+
+    So the alpha channel is dropped, not composited, and the EXIF orientation is ignored unless `exif_transpose`.
+    An animation gives its first frame. One difference: 16-bit greyscale is scaled to 8 bits, where Pillow's
+    conversion alone would clip nearly everything to white. Raises InputError for damaged data.
+    """
+    try:
+        with _LOAD_LOCKS[id(image) % len(_LOAD_LOCKS)]:  # one image may be an input twice
+            image.load()
+        if exif_transpose:
+            image = ImageOps.exif_transpose(image)
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+            image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except Image.DecompressionBombError as e:
+        raise InputError(f"decompression bomb: {e}", name=name) from None
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as e:
+        raise InputError(f"the image cannot be decoded: {_describe(e)}", name=name) from None
+
+
+def draft(image: Image.Image, num_crops: int, crop_size: int = 336) -> None:
+    """Asks a JPEG's decoder for the smallest 1/2, 1/4 or 1/8 scale that still covers the resized image.
+
+    Much cheaper, but not the same bits as decoding in full and resizing.
+    """
+    if image.format == "JPEG":
+        size = hd_size(image.width, image.height, num_crops, crop_size)
+        image.draft("RGB", (size.width, size.height))
+
+
+def image_name(source: Any) -> str:
+    """How messages call an image: its path, or what kind of thing it is."""
+    if isinstance(source, str) and source.startswith("data:"):
+        return source[:32] + "…"
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"{len(source)} bytes"
+    if isinstance(source, np.ndarray):
+        return f"numpy array {source.dtype}{list(source.shape)}"
+    if isinstance(source, Image.Image):
+        return getattr(source, "filename", "") or f"PIL image {source.mode} {source.width}x{source.height}"
+    return type(source).__name__
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
+        raise InputError(
+            f"a numpy image is uint8 [height, width, 3], got {array.dtype} {list(array.shape)}", name=name
+        )
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+
+
+def _from_file(source: Any, name: str) -> Image.Image:
+    if isinstance(source, str) and source.startswith("data:"):
+        source = _data_uri(source, name)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        if len(source) == 0:
+            raise InputError("zero bytes", name=name)
+        source = io.BytesIO(source)
+    elif not isinstance(source, (str, os.PathLike)):
+        raise InputError(
+            f"an image is a path, a PIL image, a numpy array, bytes or a data URI, got {type(source).__name__}",
+            name=name,
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image has its own limit
+            return Image.open(source)
+    except FileNotFoundError:
+        raise InputError("no such file", name=name) from None
+    except IsADirectoryError:
+        raise InputError("is a folder, not an image", name=name) from None
+    except UnidentifiedImageError:
+        if not isinstance(source, io.BytesIO) and os.path.getsize(source) == 0:
+            raise InputError("the file is empty (zero bytes)", name=name) from None
+        raise InputError("not an image in a known format", name=name) from None
+    except Image.DecompressionBombError as e:
+        raise InputError(f"decompression bomb: {e}", name=name) from None
+    except (OSError, SyntaxError, ValueError) as e:
+        raise InputError(f"the image cannot be opened: {_describe(e)}", name=name) from None
+
+
+def _data_uri(uri: str, name: str) -> bytes:
+    head, comma, body = uri.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise InputError("a data URI is data:image/…;base64,…", name=name)
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError) as e:
+        raise InputError(f"the data URI's base64 is damaged: {e}", name=name) from None
+
+
+def _describe(e: BaseException) -> str:
+    return str(e) or type(e).__name__

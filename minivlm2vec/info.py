@@ -1,0 +1,125 @@
+"""What a model is made of and what it costs: for `minivlm2vec info` and the benches' floors."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .batch import Grid, num_image_tokens
+from .config import VLM2VecConfig
+from .model import VLM2Vec
+
+
+@dataclass(frozen=True)
+class Row:
+    """A part of the model: its name, what it holds, its parameters."""
+
+    name: str
+    shape: str
+    parameters: int
+
+
+def empty_model(config: VLM2VecConfig) -> VLM2Vec:
+    """The model without memory for its parameters."""
+    with torch.device("meta"):
+        return VLM2Vec(config)
+
+
+def module_rows(config: VLM2VecConfig) -> list[Row]:
+    """The parts top-down; equal layers are one row."""
+    model, rows = empty_model(config), []
+    for name, child in _children(model):
+        layers = list(child.layers) if hasattr(child, "layers") else []
+        for sub_name, part in child.named_parameters():
+            if not sub_name.startswith("layers."):
+                rows.append(Row(f"{name}.{sub_name}", _shape(part), part.numel()))
+        if layers:
+            for sub_name, part in layers[0].named_parameters():
+                rows.append(Row(f"{name}.layers.*.{sub_name}", f"{len(layers)} x {_shape(part)}",
+                                len(layers) * part.numel()))  # fmt: skip
+    return rows
+
+
+def text_flops(config: VLM2VecConfig, length: int, *, last_only: bool = True) -> int:
+    """Multiplications and additions of one sequence of `length` tokens through the decoder: matrix products and
+    causal attention, 2 per multiply-add. last_only: the last layer for the last token alone."""
+    d = config.decoder
+    h, H = d.hidden_size, d.head_dim
+    kv = 2 * d.num_key_value_heads * H * h
+    rest = 2 * h * h + 3 * d.intermediate_size * h  # q, o and the MLP
+    attention = 2 * h * length * (length + 1)
+    full = 2 * length * (kv + rest) + attention
+    last = 2 * (length * kv + rest) + 4 * h * length
+    return (d.num_hidden_layers - 1) * full + (last if last_only else full)
+
+
+def image_flops(config: VLM2VecConfig, grid: Grid) -> int:
+    """Those of one image's tower and projector (not of its tokens in the decoder)."""
+    v, d = config.vision, config.decoder
+    D, L, crops = v.hidden_size, v.num_positions, grid[0] * grid[1] + 1
+    layer = 2 * L * (4 * D * D + 2 * D * v.intermediate_size) + 4 * L * L * D
+    patches = 2 * (L - 1) * 3 * v.patch_size**2 * D
+    tokens = num_image_tokens(grid, v.merged_per_side)
+    projector = 2 * tokens * (4 * D * d.hidden_size + d.hidden_size**2)
+    return crops * ((v.num_hidden_layers - 1) * layer + patches) + projector
+
+
+def report(config: VLM2VecConfig) -> dict:
+    """Everything as numbers: modules, totals, FLOPs per text token and per square image at 1, 4, 16 crops."""
+    rows = module_rows(config)
+    total = sum(r.parameters for r in rows)
+    itemsize = getattr(torch, config.dtype).itemsize
+    images = {}
+    for crops, grid in ((1, (1, 1)), (4, (2, 2)), (16, (4, 4))):
+        tokens = num_image_tokens(grid, config.vision.merged_per_side)
+        tower, decoder = image_flops(config, grid), text_flops(config, tokens)
+        images[crops] = {
+            "tokens": tokens,
+            "tower_and_projector": tower,
+            "decoder": decoder,
+            "total": tower + decoder,
+        }
+    return {
+        "dimension": config.decoder.hidden_size,
+        "max_tokens": config.decoder.max_position_embeddings,
+        "crop_size": config.vision.image_size,
+        "dtype": config.dtype,
+        "modules": [{"name": r.name, "shape": r.shape, "parameters": r.parameters, "bytes": r.parameters * itemsize}
+                    for r in rows],
+        "parameters": total,
+        "bytes": total * itemsize,
+        "flops_per_text_token": text_flops(config, 30) // 30,
+        "flops_per_image": images,
+    }  # fmt: skip
+
+
+def as_text(config: VLM2VecConfig) -> str:
+    """The report as a table for the terminal."""
+    r = report(config)
+    width = max(len(m["name"]) for m in r["modules"])
+    lines = [f"{'module':{width}}  {'shape':>20}  {'parameters':>13}  {'MB':>9}"]
+    for m in r["modules"]:
+        lines.append(
+            f"{m['name']:{width}}  {m['shape']:>20}  {m['parameters']:>13,}  {m['bytes'] / 1e6:>9,.1f}"
+        )
+    lines += [
+        f"{'total':{width}}  {'':>20}  {r['parameters']:>13,}  {r['bytes'] / 1e6:>9,.1f}",
+        "",
+        f"vector: {r['dimension']} numbers; longest input: {r['max_tokens']:,} tokens; crops of {r['crop_size']} x "
+        f"{r['crop_size']} pixels; {r['dtype']}",
+        f"one text token, of 30: {r['flops_per_text_token'] / 1e9:,.3f} GFLOP",
+    ]
+    for crops, image in r["flops_per_image"].items():
+        lines.append(
+            f"one square image, {crops:>2} crops: {image['tokens']:>5,} tokens, {image['total'] / 1e12:>8,.3f} TFLOP "
+            f"(tower and projector {image['tower_and_projector'] / 1e12:,.3f}, decoder {image['decoder'] / 1e12:,.3f})"
+        )
+    return "\n".join(lines)
+
+
+def _children(model: VLM2Vec) -> list[tuple[str, nn.Module]]:
+    return [(name, getattr(model, name)) for name in ("vision", "projector", "decoder")]
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "x".join(map(str, tensor.shape))

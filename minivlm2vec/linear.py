@@ -1,0 +1,27 @@
+"""The one linear layer of the model: what a quantised or adapted layer replaces."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minivlm2vec_kernels import ops
+
+
+class Linear(nn.Linear):
+    """y = x W^T + b, and the form that ends every block: residual + y.
+
+    Whoever changes how a matrix is stored or multiplied (fp8, LoRA) replaces these two methods.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__(in_features, out_features, bias=bias)
+
+    def add_to(self, residual: Tensor, x: Tensor, *, backend: str | None = None) -> Tensor:
+        """residual + x W^T + b; `residual` is written over when no gradient is needed."""
+        return ops.linear_add(x, self.weight, residual, self.bias, backend=backend)
+
+    def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
+        """Outputs start to stop alone: x W[start:stop]^T (+ b)."""
+        return F.linear(x, self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
+
+    def reset_parameters(self) -> None:
+        """Weights come from a checkpoint: drawing random ones first would only cost time."""

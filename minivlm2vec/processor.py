@@ -1,0 +1,300 @@
+"""Text and images -> PackedBatch, as the original's processor does it.
+
+The work is in two steps, so that inputs can be sorted by length before any image is decoded:
+`plan` reads texts and image headers and knows each input's length; `load` decodes and cuts the images.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+
+from .batch import Grid, PackedBatch, cumulative, num_image_tokens
+from .config import VLM2VecConfig
+from .errors import CheckpointError, InputError
+from .images import draft, hd_crops, hd_size, image_name, open_image, to_rgb
+from .tokenizer import Tokenizer
+
+IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
+LEADING_TAGS = re.compile(r"(?:<\|image_\d+\|>\s*)*")
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue in 0 .. 1
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One input, tokenised and measured, its images not yet decoded.
+
+    Fields:
+        input_ids: the tokens; 0 where an image token goes.
+        image_index: places in input_ids that image tokens fill.
+        image_source: which token of this input's images goes there (image after image, in list order).
+        sources: the images as they were given.
+        names: what messages call them.
+        grids: (h, w) of each.
+    """
+
+    input_ids: list[int]
+    image_index: np.ndarray
+    image_source: np.ndarray
+    sources: tuple[Any, ...] = ()
+    names: tuple[str, ...] = ()
+    grids: tuple[Grid, ...] = ()
+    num_crops: int = 1
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One input with its images cut into crops [sum h * w, S, S, 3] uint8."""
+
+    planned: Planned
+    crops: list[np.ndarray] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.planned)
+
+
+class Processor:
+    """Turns inputs into a PackedBatch.
+
+    Args:
+        tokenizer: text -> ids.
+        config: sizes of the model.
+        num_crops: the most crops an image is cut into.
+        fast_decode: JPEGs are decoded at a reduced scale: faster, not the same bits.
+        exif_transpose: honour the EXIF orientation, which the original ignores.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        config: VLM2VecConfig,
+        *,
+        num_crops: int = 4,
+        fast_decode: bool = False,
+        exif_transpose: bool = False,
+    ):
+        if num_crops < 1:
+            raise ValueError(f"num_crops is {num_crops}; at least 1 is needed")
+        self.tokenizer = tokenizer
+        self.config = config
+        self.num_crops = num_crops
+        self.fast_decode = fast_decode
+        self.exif_transpose = exif_transpose
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        config: VLM2VecConfig | None = None,
+        *,
+        num_crops: int | None = None,
+        **options,
+    ) -> "Processor":
+        """Reads tokenizer.json and preprocessor_config.json of a checkpoint folder."""
+        config = config or VLM2VecConfig.from_json(folder)
+        settings = _preprocessor_config(Path(folder) / "preprocessor_config.json")
+        tokenizer = Tokenizer(folder)
+        if num_crops is None:
+            num_crops = settings["num_crops"]
+        return cls(tokenizer, config, num_crops=num_crops, **options)
+
+    def __call__(self, inputs: Sequence[Any], **options) -> PackedBatch:
+        """Plans, loads and packs a few inputs at once; options as for `plan`."""
+        return self.pack([self.load(self.plan(x, **options)) for x in inputs])
+
+    def plan(
+        self,
+        item: Any,
+        *,
+        prompt: str | None = None,
+        num_crops: int | None = None,
+        max_length: int | None = None,
+    ) -> Planned:
+        """Tokenises one input and reads the headers of its images.
+
+        item: a text, a PIL image, or a dict with "text" and "image" or "images". The text is split at the tags
+        <|image_n|>, and every piece is tokenised by itself, with a BOS; tag n stands for the n-th image. Images
+        that no tag names are an error, but where the text has no tag at all the tags are put in front,
+        "<|image_1|>\\n<|image_2|>\\n…", as in the MMEB data. Without images a tag is ordinary text.
+        prompt: an instruction, put in front of the text, after the tags that begin it; where it holds "{text}",
+            the text goes there instead.
+        max_length: keeps the first tokens of a text; inputs with images are never cut, as in the original.
+
+        Raises InputError.
+        """
+        text, sources = _text_and_images(item)
+        names = tuple(image_name(s) for s in sources)
+        text = _with_prompt(_with_tags(text, len(sources)), prompt, bool(sources))
+        num_crops = self.num_crops if num_crops is None else num_crops
+        grids = tuple(self._grid(s, n, num_crops) for s, n in zip(sources, names, strict=True))
+        planned = self._tokenize(text, grids, max_length)
+        limit = self.config.decoder.max_position_embeddings
+        if len(planned[0]) > limit:
+            raise InputError(
+                f"{len(planned[0])} tokens are more than the {limit} of max_position_embeddings"
+                + ("" if grids else "; max_length cuts a text"),
+                name="text" if not grids else "text and images",
+            )
+        return Planned(*planned, sources=sources, names=names, grids=grids, num_crops=num_crops)
+
+    def load(self, planned: Planned) -> Loaded:
+        """Decodes and cuts the images. Touches no shared state and mostly runs without the interpreter lock."""
+        crops = []
+        for source, name, grid in zip(planned.sources, planned.names, planned.grids, strict=True):
+            pixels, got = hd_crops(
+                self._decode(source, name, planned.num_crops), planned.num_crops, self.crop_size
+            )
+            if got != grid:
+                raise InputError(f"the image changed while it was read: grid {grid}, then {got}", name=name)
+            crops.append(pixels)
+        return Loaded(planned, crops)
+
+    def pack(self, items: Sequence[Loaded]) -> PackedBatch:
+        """Lays inputs end to end. Images of one batch share one numbering, in the order of the items."""
+        plans = [x.planned for x in items]
+        lengths = [len(p) for p in plans]
+        starts = np.cumsum([0, *lengths])
+        image_starts = np.cumsum([0, *(self._num_image_tokens(p.grids) for p in plans)])
+        crops = [torch.from_numpy(c) for x in items for c in x.crops]
+        S = self.crop_size
+        return PackedBatch(
+            input_ids=torch.tensor([t for p in plans for t in p.input_ids], dtype=torch.int64),
+            position_ids=torch.cat([torch.arange(n) for n in lengths] or [torch.empty(0, dtype=torch.int64)]),
+            cu_seqlens=cumulative(lengths),
+            lengths=tuple(lengths),
+            crops=torch.cat(crops) if crops else torch.empty(0, S, S, 3, dtype=torch.uint8),
+            grids=tuple(g for p in plans for g in p.grids),
+            image_index=_concatenate(p.image_index + s for p, s in zip(plans, starts, strict=False)),
+            image_source=_concatenate(p.image_source + s for p, s in zip(plans, image_starts, strict=False)),
+        )
+
+    @property
+    def crop_size(self) -> int:
+        return self.config.vision.image_size
+
+    def _num_image_tokens(self, grids: Sequence[Grid]) -> int:
+        return sum(num_image_tokens(g, self.config.vision.merged_per_side) for g in grids)
+
+    def _grid(self, source: Any, name: str, num_crops: int) -> Grid:
+        image = open_image(source, name=name)
+        width, height = image.size
+        if self.exif_transpose and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
+            width, height = height, width
+        if image is not source and not isinstance(source, np.ndarray):
+            image.close()
+        try:
+            return hd_size(width, height, num_crops, self.crop_size).grid
+        except ValueError as e:
+            raise InputError(str(e), name=name) from None
+
+    def _decode(self, source: Any, name: str, num_crops: int) -> Image.Image:
+        image = open_image(source, name=name)
+        if self.fast_decode and image is not source:
+            draft(image, num_crops, self.crop_size)
+        return to_rgb(image, name=name, exif_transpose=self.exif_transpose)
+
+    def _tokenize(
+        self, text: str, grids: tuple[Grid, ...], max_length: int | None
+    ) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """Ids, the places of image tokens among them, and which image token goes to each place."""
+        if not grids:
+            return self.tokenizer(text)[:max_length], _EMPTY, _EMPTY
+        pieces = IMAGE_TAG.split(text)  # text, number, text, number, … text
+        sizes = [self._num_image_tokens([g]) for g in grids]
+        first = np.cumsum([0, *sizes])
+        ids, index, source = self.tokenizer(pieces[0]), [], []
+        for number, piece in zip(map(int, pieces[1::2]), pieces[2::2], strict=True):
+            size = sizes[number - 1]
+            index.append(np.arange(len(ids), len(ids) + size))
+            source.append(np.arange(first[number - 1], first[number]))
+            ids = ids + [0] * size + self.tokenizer(piece)
+        return ids, np.concatenate(index), np.concatenate(source)
+
+
+_EMPTY = np.empty(0, np.int64)
+
+
+def _text_and_images(item: Any) -> tuple[str | None, tuple[Any, ...]]:
+    """The text (None where there is none) and the images of an input."""
+    if isinstance(item, str):
+        return item, ()
+    if isinstance(item, Image.Image):
+        return None, (item,)
+    if not isinstance(item, Mapping):
+        raise InputError(
+            f"an input is a text, a PIL image, or a dict with 'text' and 'image' or 'images', got "
+            f"{type(item).__name__}"
+        )
+    unknown = set(item) - {"text", "image", "images"}
+    if unknown:
+        raise InputError(f"unknown keys {sorted(map(str, unknown))}; known are 'text', 'image' and 'images'")
+    text, image, images = item.get("text"), item.get("image"), item.get("images")
+    if image is not None and images is not None:
+        raise InputError("both 'image' and 'images' are given; use one")
+    if text is not None and not isinstance(text, str):
+        raise InputError(f"'text' is a str, got {type(text).__name__}", name="text")
+    if images is not None and not isinstance(images, (list, tuple)):
+        raise InputError(f"'images' is a list, got {type(images).__name__}; one image goes under 'image'")
+    sources = tuple(images or ()) if image is None else (image,)
+    if text is None and not sources:
+        raise InputError("neither text nor image")
+    for n, source in enumerate(sources, 1):
+        if source is None:
+            raise InputError(f"image {n} of {len(sources)} is None", name=f"image {n}")
+    return text, sources
+
+
+def _with_tags(text: str | None, num_images: int) -> str:
+    """Puts tags in front where the text has none; checks those it has against the images."""
+    text = text or ""
+    if num_images == 0:
+        return text  # a tag is ordinary text then, as in the original
+    tags = {int(n) for n in IMAGE_TAG.findall(text)}
+    if not tags:
+        return "".join(f"<|image_{n}|>\n" for n in range(1, num_images + 1)) + text
+    if tags != set(range(1, num_images + 1)):
+        names = ", ".join(f"<|image_{n}|>" for n in sorted(tags))
+        raise InputError(f"the text has the tags {names} but {num_images} image(s) are given; image n is named by "
+                         f"<|image_n|>, n from 1 to {num_images}", name="text")  # fmt: skip
+    return text
+
+
+def _with_prompt(text: str, prompt: str | None, has_images: bool) -> str:
+    """Puts the instruction after the tags that begin the text; the text goes where it says "{text}", or behind."""
+    if not prompt:
+        return text
+    head = LEADING_TAGS.match(text).group() if has_images else ""
+    body = text[len(head) :]
+    return head + (prompt.replace("{text}", body) if "{text}" in prompt else prompt + body)
+
+
+def _concatenate(arrays) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([_EMPTY, *arrays]))
+
+
+def _preprocessor_config(path: Path) -> dict[str, Any]:
+    """num_crops of the file, after a check that it names CLIP's mean and standard deviation."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} does not exist: a checkpoint folder needs a preprocessor_config.json"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise CheckpointError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(raw.get("num_crops"), int) or raw["num_crops"] < 1:
+        raise CheckpointError(f"{path}: num_crops is {raw.get('num_crops')!r}; a positive integer is needed")
+    for key, expected in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)):
+        if not np.allclose(raw.get(key, expected), expected, rtol=0, atol=1e-7):
+            raise CheckpointError(f"{path}: {key} is {raw[key]}, expected CLIP's {list(expected)}")
+    return raw

@@ -1,0 +1,67 @@
+"""The task instructions of MMEB, by name: what VLM2Vec was trained with.
+
+`{text}` is where an input's own text goes. The tag of an image comes before the instruction and is put there by
+the processor. In the data every instruction ends with a newline, and plain text targets (class names, answers,
+captions) have none.
+"""
+
+from dataclasses import dataclass
+
+TEXT = "{text}"
+IMAGE = "Represent the given image.\n"
+CROP = "Represent the given cropped image of the object"
+WIKIPEDIA = "Represent the given Wikipedia image with related text information: {text}\n"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to put around a query and around a document of one task."""
+
+    query: str
+    document: str
+
+
+TASKS = {
+    # classification: an image, against class names
+    "classify": Task("Represent the given image for classification\n", TEXT),
+    "classify_object": Task("Identify the object shown in the image\n", TEXT),
+    "classify_scene": Task("Identify the scene shown in the image\n", TEXT),
+    "classify_country": Task("Identify the country depicted in the image\n", TEXT),
+    "classify_news": Task(
+        "Represent the given news image with the following caption for domain classification: {text}\n", TEXT
+    ),
+    "classify_hateful": Task(
+        "Represent the given image for binary classification to determine whether it constitutes hateful speech "
+        "or not\n", TEXT
+    ),
+    # visual question answering: an image and a question, against answers
+    "vqa": Task("Represent the given image with the following question: {text}\n", TEXT),
+    # retrieval
+    "t2i": Task("Find me an everyday image that matches the given caption: {text}\n", IMAGE),
+    "i2t": Task("Find an image caption describing the given everyday image.\n", TEXT),
+    "i2i": Task("Find a day-to-day image that looks similar to the provided image.\n", IMAGE),
+    "news_t2i": Task("Retrieve an image of this news caption. {text}\n", IMAGE),
+    "news_i2t": Task("Find a caption for the news in the given photo.\n", TEXT),
+    "dialogue": Task(
+        "Represent the given dialogue about an image, which is used for image retrieval: {text}\n", IMAGE
+    ),
+    "change": Task("Given an image, find a similar everyday image with the described changes: {text}\n", IMAGE),
+    "fashion": Task("Find an image to match the fashion image and style note: {text}\n", IMAGE),
+    "wikipedia": Task("Find a Wikipedia image that answers this question: {text}\n", WIKIPEDIA),
+    "wikipedia_pair": Task(
+        "Retrieve a Wikipedia image-description pair that provides evidence for the question of this image: {text}\n",
+        WIKIPEDIA,
+    ),
+    "document": Task("Find the document image that can answer the given query: {text}\n", IMAGE),
+    # grounding: an image and a description, against crops
+    "ground": Task('Select the portion of the image that isolates the object labeled as "{text}"\n', CROP),
+    "refer": Task("Select the portion of the image that follows the language expressions. {text}\n", CROP),
+    "point": Task("Select the portion of the image that answers the question {text}\n", CROP),
+}  # fmt: skip
+
+
+def task(name: str) -> Task:
+    """The task of that name. Raises ValueError with all names."""
+    if name not in TASKS:
+        raise ValueError(f"no task is named {name!r}; there are {', '.join(TASKS)}")
+    return TASKS[name]

@@ -1,0 +1,124 @@
+"""The image tower: CLIP ViT-L/14-336, up to its last layer but one.
+
+C crops, P patches per side, L = P * P + 1 positions (the class token first), D width, N heads, H head dim.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from minivlm2vec_kernels import ops
+
+from .batch import Grid
+from .config import VisionConfig
+from .linear import Linear
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class VisionTower(nn.Module):
+    """Crops -> patch features.
+
+    The features are those after the last layer but one, without the class token and without a final norm, so the
+    last layer of the checkpoint is neither loaded nor computed.
+    """
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = VisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers - 1))
+
+    def forward(
+        self,
+        crops: Tensor,
+        grids: tuple[Grid, ...],
+        *,
+        crops_per_chunk: int | None = None,
+        backend: str | None = None,
+    ) -> Tensor:
+        """crops [sum h * w, S, S, 3] uint8, one grid (h, w) an image -> [C, P * P, D], C = sum (1 + h * w).
+
+        Every image gives its global view, then its crops. Crops do not see each other, so they pass through the
+        layers in chunks of `crops_per_chunk`, which bounds memory and changes nothing else.
+        """
+        weight = self.embeddings.patch_embedding.weight
+        mean, std = (torch.tensor(x, device=crops.device) for x in (MEAN, STD))
+        patches = ops.image_patches(
+            crops, grids, mean, std, self.config.patch_size, weight.dtype, backend=backend
+        )  # [C, P * P, 3 * p * p]
+        chunk = crops_per_chunk or (2 if crops.device.type == "cpu" else 64)
+        features = [self._encode(x, backend) for x in patches.split(chunk)]
+        return features[0] if len(features) == 1 else torch.cat(features)
+
+    def _encode(self, patches: Tensor, backend: str | None) -> Tensor:
+        x = self.embeddings(patches)  # [C, L, D]
+        C, L, _ = x.shape
+        norm = self.pre_layrnorm
+        x = ops.layer_norm(x.flatten(0, 1), norm.weight, norm.bias, norm.eps, backend=backend)
+        cu_seqlens = torch.arange(0, (C + 1) * L, L, dtype=torch.int32, device=x.device)
+        for layer in self.layers:
+            x = layer(x, cu_seqlens, L, backend)
+        return x.unflatten(0, (C, L))[:, 1:]
+
+
+class VisionEmbeddings(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        D, p = config.hidden_size, config.patch_size
+        self.class_embedding = nn.Parameter(torch.empty(D))
+        self.patch_embedding = nn.Conv2d(3, D, p, stride=p, bias=False)
+        self.position_embedding = nn.Embedding(config.num_positions, D)
+
+    def forward(self, patches: Tensor) -> Tensor:  # [C, P * P, 3 * p * p] -> [C, L, D]
+        # A convolution whose stride is its kernel is a matrix product over patches.
+        x = nn.functional.linear(patches, self.patch_embedding.weight.flatten(1))
+        cls = self.class_embedding.expand(len(x), 1, -1)
+        return torch.cat([cls, x], dim=1) + self.position_embedding.weight
+
+
+class VisionLayer(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = VisionAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = VisionMLP(config)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str | None) -> Tensor:
+        n1, n2 = self.layer_norm1, self.layer_norm2
+        h = ops.layer_norm(x, n1.weight, n1.bias, n1.eps, backend=backend)
+        x = self.self_attn(x, h, cu_seqlens, max_seqlen, backend)
+        h = ops.layer_norm(x, n2.weight, n2.bias, n2.eps, backend=backend)
+        return self.mlp(x, h, backend)
+
+
+class VisionAttention(nn.Module):
+    """Every position of a crop sees every other. q, k and v are one matrix here and three in the checkpoint."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.head_dim = config.head_dim
+        self.qkv_proj = Linear(D, 3 * D)
+        self.out_proj = Linear(D, D)
+
+    def forward(
+        self, x: Tensor, h: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str | None
+    ) -> Tensor:
+        q, k, v = rearrange(self.qkv_proj(h), "T (three N H) -> three T N H", three=3, H=self.head_dim)
+        y = ops.attention(q, k, v, cu_seqlens, max_seqlen, causal=False, backend=backend)
+        return self.out_proj.add_to(x, y.flatten(1), backend=backend)
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor, h: Tensor, backend: str | None) -> Tensor:
+        h = ops.quick_gelu(nn.functional.linear(h, self.fc1.weight), self.fc1.bias, backend=backend)
+        return self.fc2.add_to(x, h, backend=backend)

@@ -1,0 +1,303 @@
+"""safetensors -> parameters: key rules, strict checks, Hub download.
+
+A checkpoint is never unpickled. Tensors are mapped, cast and copied one at a time, and each file is unmapped
+again before the next tensor, so loading needs the model's own memory and little more.
+"""
+
+import json
+import os
+import struct
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import tqdm
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .config import VLM2VecConfig
+from .errors import CheckpointError
+from .model import VLM2Vec
+
+_CLIP = "model.vision_embed_tokens.img_processor.vision_model."
+
+# The first prefix that fits a checkpoint's key decides. Leaf names are the same on both sides.
+RULES = (
+    (_CLIP + "embeddings.", "vision.embeddings."),
+    (_CLIP + "pre_layrnorm.", "vision.pre_layrnorm."),
+    (_CLIP + "encoder.layers.", "vision.layers."),
+    ("model.vision_embed_tokens.img_projection.", "projector.mlp."),
+    ("model.vision_embed_tokens.wte.", "decoder.embed_tokens."),  # the same tensor as model.embed_tokens
+    ("model.vision_embed_tokens.", "projector."),
+    ("model.", "decoder."),
+)
+# What a checkpoint may hold and this model never uses; `drop_prefixes` adds the tower's last layer.
+DROPPED = ("lm_head.", _CLIP + "post_layernorm.", _CLIP + "embeddings.position_ids")
+FUSED = ("q_proj", "k_proj", "v_proj")  # of the tower: rows of qkv_proj, in this order
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json", "tokenizer.json",
+         "tokenizer_config.json", "adapter_config.json"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of the checkpoint: its key, its file, its shape and dtype, as the file's header says."""
+
+    key: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def resolve(
+    name_or_path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    config_only: bool = False,
+) -> Path:
+    """The folder of a checkpoint. A name that is no folder here is looked up on the Hugging Face Hub, of which
+    only safetensors and JSON files are fetched (into its usual cache); with `config_only`, config.json alone."""
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    name = str(name_or_path)
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.exists()
+    if looks_local:
+        kind = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(
+            f"{name!r} {kind}: a checkpoint is a folder, or a Hub name such as TIGER-Lab/VLM2Vec-Full"
+        )
+    files = "config.json" if config_only else FILES
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, local_files_only=local_files_only, allow_patterns=files
+            )
+        )
+    except Exception as e:
+        raise CheckpointError(
+            f"{name!r} is no folder here, and could not be had from the Hugging Face Hub"
+            + (f" at revision {revision!r}" if revision else "")
+            + (" (local_files_only: the cache alone was looked at)" if local_files_only else "")
+            + f": {type(e).__name__}: {e}"
+        ) from e
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    show_progress: bool = False,
+) -> VLM2Vec:
+    """Builds the model of a checkpoint folder and fills it; dtype None is that of config.json.
+
+    Returned in eval mode, without gradients. Raises CheckpointError naming the file or tensor at fault.
+    """
+    config = VLM2VecConfig.from_json(folder)
+    with torch.device("meta"):
+        model = VLM2Vec(config, backend=backend)
+    load_weights(
+        model, folder, device=device, dtype=dtype or getattr(torch, config.dtype), show_progress=show_progress
+    )
+    return model.eval().requires_grad_(False)
+
+
+def load_weights(
+    model: VLM2Vec,
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    show_progress: bool = False,
+) -> None:
+    """Fills every parameter of a model built on the meta device. Strict: a tensor that is missing, unexpected,
+    of another shape, or not finite raises CheckpointError."""
+    sources = read_headers(folder)
+    plan = assign(model, sources)
+    checks: dict[str, Tensor] = {}
+    items = tqdm(plan.items(), desc="Loading weights", unit="tensor", disable=not show_progress)
+    for name, parts in items:
+        shape = model.get_parameter(name).shape
+        parameter = torch.empty(shape, dtype=dtype, device=device)
+        for rows, source in zip(parameter.split([s.shape[0] for s in parts]), parts, strict=True):
+            _copy(source, rows)
+        _set_parameter(model, name, parameter)
+        checks[name] = parameter.sum(dtype=torch.float32)  # NaN and infinities survive a sum
+    _check_finite(model, checks)
+    _check_tied(sources)
+
+
+def assign(model: nn.Module, sources: list[Source]) -> dict[str, list[Source]]:
+    """Which tensors of the checkpoint make up which parameter: {parameter: tensors, stacked by rows}."""
+    drop = drop_prefixes(model.config)
+    found: dict[str, dict[int, Source]] = defaultdict(dict)
+    unexpected = []
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for source in sources:
+        if source.key.startswith(drop):
+            continue
+        name, part = parameter_of(source.key)
+        if name not in shapes:
+            unexpected.append(source.key)
+        elif part not in found[name] or not source.key.startswith("model.vision_embed_tokens.wte."):
+            found[name][part] = source
+    missing = [
+        n
+        for n in shapes
+        if not found[n] or (n.startswith("vision.") and "qkv_proj" in n and len(found[n]) < 3)
+    ]
+    if missing or unexpected:
+        raise CheckpointError(
+            "the checkpoint does not fit the model:"
+            + (f" {len(missing)} parameters have no tensor: {_some(missing)}." if missing else "")
+            + (f" {len(unexpected)} tensors have no place: {_some(unexpected)}." if unexpected else "")
+        )
+    plan = {name: [found[name][i] for i in sorted(found[name])] for name in shapes}
+    for name, parts in plan.items():
+        _check_shape(name, shapes[name], parts)
+    return plan
+
+
+def parameter_of(key: str) -> tuple[str, int]:
+    """The parameter that a checkpoint's key belongs to, and which part of it (0 but for the tower's k and v)."""
+    for prefix, target in RULES:
+        if key.startswith(prefix):
+            name = target + key[len(prefix) :]
+            for part, projection in enumerate(FUSED):
+                if name.startswith("vision.") and f".self_attn.{projection}." in name:
+                    return name.replace(projection, "qkv_proj"), part
+            return name, 0
+    return key, 0
+
+
+def drop_prefixes(config: VLM2VecConfig) -> tuple[str, ...]:
+    return (*DROPPED, f"{_CLIP}encoder.layers.{config.vision.num_hidden_layers - 1}.")
+
+
+def read_headers(folder: str | Path) -> list[Source]:
+    """Every tensor of the folder's safetensors files, by their headers. Checks that each file is whole."""
+    folder = Path(folder)
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.is_file():
+        if not single.is_file():
+            raise CheckpointError(_no_weights(folder))
+        return _read_header(single)
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{index} is not a safetensors index: {type(e).__name__}: {e}") from None
+    absent = [f for f in files if not (folder / f).is_file()]
+    if absent:
+        raise CheckpointError(f"{index.name} names {len(files)} files, of which {len(absent)} are not in {folder}: "
+                              f"{_some(absent)}")  # fmt: skip
+    if any(Path(f).name != f for f in files):
+        raise CheckpointError(f"{index} names a file outside its folder")
+    by_file = {f: {s.key: s for s in _read_header(folder / f)} for f in files}
+    lost = [key for key, f in weight_map.items() if key not in by_file[f]]
+    if lost:
+        raise CheckpointError(
+            f"{index.name} says that {weight_map[lost[0]]} holds {_some(lost)}, but it does not"
+        )
+    return [by_file[f][key] for key, f in weight_map.items()]
+
+
+def _read_header(file: Path) -> list[Source]:
+    size = file.stat().st_size
+    with open(file, "rb") as f:
+        start = f.read(64)
+        if start.startswith(b"version https://git-lfs"):
+            raise CheckpointError(f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` there, or "
+                                  "download it from the Hub")  # fmt: skip
+        if size < 8:
+            raise CheckpointError(f"{file} has {size} bytes: it is empty or truncated")
+        length = struct.unpack("<Q", start[:8])[0]
+        if length > min(size - 8, 100_000_000):
+            raise CheckpointError(f"{file} is truncated or not a safetensors file: its header should have {length:,} "
+                                  f"bytes, the file has {size:,}")  # fmt: skip
+        f.seek(8)
+        header = _parse_header(file, f.read(length))
+    end = 8 + length + max((h["data_offsets"][1] for h in header.values()), default=0)
+    if end != size:
+        raise CheckpointError(
+            f"{file} is truncated or damaged: its header tells of {end:,} bytes, it has {size:,}"
+        )
+    for key, h in header.items():
+        if h["dtype"] not in DTYPES:
+            raise CheckpointError(f"{file}: {key} has dtype {h['dtype']}; supported are {', '.join(DTYPES)}")
+    return [Source(key, file, tuple(h["shape"]), DTYPES[h["dtype"]]) for key, h in header.items()]
+
+
+def _parse_header(file: Path, data: bytes) -> dict[str, dict]:
+    try:
+        header = json.loads(data)
+        header.pop("__metadata__", None)
+        for h in header.values():
+            h["dtype"], h["shape"], h["data_offsets"][1]
+        return header
+    except (ValueError, AttributeError, TypeError, KeyError, IndexError) as e:
+        raise CheckpointError(f"{file} is not a safetensors file: its header is unreadable ({e})") from None
+
+
+def _copy(source: Source, target: Tensor) -> None:
+    try:
+        with safe_open(source.file, framework="pt") as f:
+            target.copy_(f.get_tensor(source.key).view(target.shape))
+    except SafetensorError as e:
+        raise CheckpointError(f"{source.file}: {source.key} cannot be read: {e}") from None
+
+
+def _check_shape(name: str, shape: tuple[int, ...], parts: list[Source]) -> None:
+    for source in parts:
+        expected = (shape[0] // len(parts), *shape[1:])
+        if source.shape != expected:
+            raise CheckpointError(
+                f"{source.key} in {source.file.name} has shape {list(source.shape)}, the model needs {list(expected)}"
+            )
+
+
+def _check_finite(model: nn.Module, sums: dict[str, Tensor]) -> None:
+    if torch.stack([s.cpu() for s in sums.values()]).isfinite().all():
+        return
+    for name in [n for n, s in sums.items() if not s.isfinite()]:
+        bad = int((~model.get_parameter(name).isfinite()).sum())
+        if bad:
+            raise CheckpointError(f"{name} holds {bad:,} values that are NaN or infinite, of "
+                                  f"{model.get_parameter(name).numel():,}")  # fmt: skip
+
+
+def _check_tied(sources: list[Source]) -> None:
+    both = [s for s in sources if parameter_of(s.key)[0] == "decoder.embed_tokens.weight"]
+    if len(both) > 1:
+        first, *others = (_read(s) for s in both)
+        if not all(torch.equal(first, other) for other in others):
+            raise CheckpointError(f"{' and '.join(s.key for s in both)} are one tensor in the model and differ in the "
+                                  "checkpoint")  # fmt: skip
+
+
+def _read(source: Source) -> Tensor:
+    target = torch.empty(source.shape, dtype=source.dtype)
+    _copy(source, target)
+    return target
+
+
+def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    if pickles:
+        return (f"{folder} holds {_some(pickles)} but no safetensors file: pickles are never read; convert them with "
+                "safetensors.torch.save_file in an environment that you trust")  # fmt: skip
+    return f"{folder} holds no model.safetensors and no model.safetensors.index.json"
+
+
+def _some(names: list[str], n: int = 3) -> str:
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
