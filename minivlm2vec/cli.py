@@ -24,16 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="minivlm2vec", description="Text and images to vectors, with VLM2Vec-Full."
-    )
+    parser = argparse.ArgumentParser(prog="minivlm2vec", description="Text and images to vectors, with VLM2Vec-Full.")
     parser.add_argument("--version", action="version", version=f"minivlm2vec {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _similarity_arguments(commands.add_parser("similarity", help="score targets against queries"))
     _info_arguments(commands.add_parser("info", help="print a checkpoint's architecture"))
-    _new_checkpoint_arguments(
-        commands.add_parser("new-checkpoint", help="write a randomly initialised checkpoint")
-    )
+    _new_checkpoint_arguments(commands.add_parser("new-checkpoint", help="write a randomly initialised checkpoint"))
     return parser
 
 
@@ -42,16 +38,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, positional: bool = F
     if positional:
         parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or Hub name")
     else:
-        parser.add_argument(
-            "--model", default="TIGER-Lab/VLM2Vec-Full", help="folder or Hub name (%(default)s)"
-        )
+        parser.add_argument("--model", default="TIGER-Lab/VLM2Vec-Full", help="folder or Hub name (%(default)s)")
     parser.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's"
-    )
-    parser.add_argument(
-        "--num-crops", type=int, help="the most crops an image is cut into (default: the checkpoint's)"
-    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
+    parser.add_argument("--num-crops", type=int, help="the most crops an image is cut into (default: the checkpoint's)")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--local-files-only", action="store_true", help="never ask the network")
     parser.add_argument("--backend", choices=["auto", "triton", "torch"], help="kernels (default: auto)")
@@ -76,9 +66,7 @@ def load_embedder(args: argparse.Namespace, **options: Any):
 
 
 def _similarity_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Embeds one query and any number of targets and prints the targets, the nearest first."
-    )
+    parser.description = "Embeds one query and any number of targets and prints the targets, the nearest first."
     add_model_arguments(parser)
     parser.add_argument("--query-text", help="may hold <|image_1|>; without it the image comes first")
     parser.add_argument("--query-image", metavar="PATH")
@@ -105,11 +93,7 @@ def _similarity(args: argparse.Namespace) -> int:
     order = sorted(range(len(names)), key=lambda i: -scores[i])
     rows = [{"score": float(scores[i]), "kind": names[i][0], "target": names[i][1]} for i in order]
     if args.json:
-        print(
-            json.dumps(
-                {"query": {k: v for k, v in query.items() if v is not None}, "targets": rows}, indent=2
-            )
-        )
+        print(json.dumps({"query": {k: v for k, v in query.items() if v is not None}, "targets": rows}, indent=2))
     else:
         print("  score  kind   target")
         for row in rows:
@@ -141,14 +125,10 @@ def _new_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Writes a randomly initialised checkpoint in the published layout."
     parser.add_argument("path", metavar="PATH")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny")
-    parser.add_argument(
-        "--config", metavar="JSON", help="file with keys of config.json that replace the preset's"
-    )
+    parser.add_argument("--config", metavar="JSON", help="file with keys of config.json that replace the preset's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument(
-        "--tokenizer", metavar="FILE", help="a tokenizer.json to copy (default: one of bytes)"
-    )
+    parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json to copy (default: one of bytes)")
     parser.set_defaults(run=_new_checkpoint)
 
 

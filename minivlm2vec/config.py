@@ -134,9 +134,7 @@ def _vision(raw: dict[str, Any]) -> VisionConfig:
     override = processor.get("vision_config", {})
     act = override.get("hidden_act", "quick_gelu")
     if act != "quick_gelu":
-        raise CheckpointError(
-            f"img_processor.vision_config.hidden_act is {act!r}; only 'quick_gelu' is supported"
-        )
+        raise CheckpointError(f"img_processor.vision_config.hidden_act is {act!r}; only 'quick_gelu' is supported")
     config = VisionConfig(**{name: override.get(name, size) for name, size in sizes.items()})
     _divides("vision hidden_size", config.hidden_size, "num_attention_heads", config.num_attention_heads)
     _divides("image_size", config.image_size, "2 * patch_size", 2 * config.patch_size)
@@ -164,9 +162,7 @@ def _decoder(raw: dict[str, Any]) -> DecoderConfig:
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"hidden_act is {raw['hidden_act']!r}; only 'silu' is supported")
     _divides("hidden_size", config.hidden_size, "num_attention_heads", config.num_attention_heads)
-    _divides(
-        "num_attention_heads", config.num_attention_heads, "num_key_value_heads", config.num_key_value_heads
-    )
+    _divides("num_attention_heads", config.num_attention_heads, "num_key_value_heads", config.num_key_value_heads)
     _divides("head_dim", config.head_dim, "2 (rotary halves)", 2)
     scaling = config.rope_scaling
     for name in ("short_factor", "long_factor") if scaling else ():

@@ -139,9 +139,7 @@ class Embedder:
             plans = self._plan_all(inputs, options, pool)
             batches = pack_by_length([len(p) for p in plans], batch_tokens)
             vectors = self._run(plans, batches, normalize, pool, bar.update)
-        out = torch.empty(
-            len(inputs), self.dimension if not vectors else vectors[0].shape[1], device=self.device
-        )
+        out = torch.empty(len(inputs), self.dimension if not vectors else vectors[0].shape[1], device=self.device)
         for batch, v in zip(batches, vectors, strict=True):
             out[torch.tensor(batch, device=out.device)] = v.float()
         _check_finite(out, plans)

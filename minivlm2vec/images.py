@@ -160,9 +160,7 @@ def image_name(source: Any) -> str:
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
-        raise InputError(
-            f"a numpy image is uint8 [height, width, 3], got {array.dtype} {list(array.shape)}", name=name
-        )
+        raise InputError(f"a numpy image is uint8 [height, width, 3], got {array.dtype} {list(array.shape)}", name=name)
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 

@@ -99,9 +99,7 @@ def as_text(config: VLM2VecConfig) -> str:
     width = max(len(m["name"]) for m in r["modules"])
     lines = [f"{'module':{width}}  {'shape':>20}  {'parameters':>13}  {'MB':>9}"]
     for m in r["modules"]:
-        lines.append(
-            f"{m['name']:{width}}  {m['shape']:>20}  {m['parameters']:>13,}  {m['bytes'] / 1e6:>9,.1f}"
-        )
+        lines.append(f"{m['name']:{width}}  {m['shape']:>20}  {m['parameters']:>13,}  {m['bytes'] / 1e6:>9,.1f}")
     lines += [
         f"{'total':{width}}  {'':>20}  {r['parameters']:>13,}  {r['bytes'] / 1e6:>9,.1f}",
         "",

@@ -63,9 +63,7 @@ class VLM2Vec(nn.Module):
         norm = self.decoder.norm
         return pool(x, cu_seqlens, norm.weight, norm.eps, normalize=normalize, **options)
 
-    def hidden_states(
-        self, batch: PackedBatch, layers: Collection[int], *, causal: bool = True
-    ) -> dict[int, Tensor]:
+    def hidden_states(self, batch: PackedBatch, layers: Collection[int], *, causal: bool = True) -> dict[int, Tensor]:
         """Hidden states [T, D] after the chosen decoder layers (0 is the first; the last is before the final
         norm), all tokens of them. Negative numbers count from the end."""
         n = len(self.decoder.layers)
@@ -90,9 +88,7 @@ class VLM2Vec(nn.Module):
         m = self.config.vision.merged_per_side
         expected = sum((h * w + 1) * m * m + 1 + (h + 1) * m for h, w in batch.grids)
         if len(tokens) != expected:
-            raise ValueError(
-                f"the projector gave {len(tokens)} image tokens, the batch has places for {expected}"
-            )
+            raise ValueError(f"the projector gave {len(tokens)} image tokens, the batch has places for {expected}")
         return tokens
 
 

@@ -202,9 +202,7 @@ def byte_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
         raise ValueError(f"vocab_size is {vocab_size}; the byte tokenizer needs at least 320")
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁"]
     vocab = {piece: i for i, piece in enumerate(pieces)}
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE(vocab, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([
         decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)

@@ -151,9 +151,7 @@ class Processor:
         """Decodes and cuts the images. Touches no shared state and mostly runs without the interpreter lock."""
         crops = []
         for source, name, grid in zip(planned.sources, planned.names, planned.grids, strict=True):
-            pixels, got = hd_crops(
-                self._decode(source, name, planned.num_crops), planned.num_crops, self.crop_size
-            )
+            pixels, got = hd_crops(self._decode(source, name, planned.num_crops), planned.num_crops, self.crop_size)
             if got != grid:
                 raise InputError(f"the image changed while it was read: grid {grid}, then {got}", name=name)
             crops.append(pixels)
@@ -232,8 +230,7 @@ def _text_and_images(item: Any) -> tuple[str | None, tuple[Any, ...]]:
         return None, (item,)
     if not isinstance(item, Mapping):
         raise InputError(
-            f"an input is a text, a PIL image, or a dict with 'text' and 'image' or 'images', got "
-            f"{type(item).__name__}"
+            f"an input is a text, a PIL image, or a dict with 'text' and 'image' or 'images', got {type(item).__name__}"
         )
     unknown = set(item) - {"text", "image", "images"}
     if unknown:
@@ -287,9 +284,7 @@ def _preprocessor_config(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} does not exist: a checkpoint folder needs a preprocessor_config.json"
-        ) from None
+        raise CheckpointError(f"{path} does not exist: a checkpoint folder needs a preprocessor_config.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise CheckpointError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(raw.get("num_crops"), int) or raw["num_crops"] < 1:

@@ -105,9 +105,7 @@ class VisionAttention(nn.Module):
         self.qkv_proj = Linear(D, 3 * D)
         self.out_proj = Linear(D, D)
 
-    def forward(
-        self, x: Tensor, h: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, h: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str | None) -> Tensor:
         q, k, v = rearrange(self.qkv_proj(h), "T (three N H) -> three T N H", three=3, H=self.head_dim)
         y = ops.attention(q, k, v, cu_seqlens, max_seqlen, causal=False, backend=backend)
         return self.out_proj.add_to(x, y.flatten(1), backend=backend)

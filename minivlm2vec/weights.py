@@ -72,11 +72,7 @@ def resolve(
         )
     files = "config.json" if config_only else FILES
     try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, local_files_only=local_files_only, allow_patterns=files
-            )
-        )
+        return Path(snapshot_download(name, revision=revision, local_files_only=local_files_only, allow_patterns=files))
     except Exception as e:
         raise CheckpointError(
             f"{name!r} is no folder here, and could not be had from the Hugging Face Hub"
@@ -101,9 +97,7 @@ def load_model(
     config = VLM2VecConfig.from_json(folder)
     with torch.device("meta"):
         model = VLM2Vec(config, backend=backend)
-    load_weights(
-        model, folder, device=device, dtype=dtype or getattr(torch, config.dtype), show_progress=show_progress
-    )
+    load_weights(model, folder, device=device, dtype=dtype or getattr(torch, config.dtype), show_progress=show_progress)
     return model.eval().requires_grad_(False)
 
 
@@ -146,11 +140,7 @@ def assign(model: nn.Module, sources: list[Source]) -> dict[str, list[Source]]:
             unexpected.append(source.key)
         elif part not in found[name] or not source.key.startswith("model.vision_embed_tokens.wte."):
             found[name][part] = source
-    missing = [
-        n
-        for n in shapes
-        if not found[n] or (n.startswith("vision.") and "qkv_proj" in n and len(found[n]) < 3)
-    ]
+    missing = [n for n in shapes if not found[n] or (n.startswith("vision.") and "qkv_proj" in n and len(found[n]) < 3)]
     if missing or unexpected:
         raise CheckpointError(
             "the checkpoint does not fit the model:"
@@ -201,9 +191,7 @@ def read_headers(folder: str | Path) -> list[Source]:
     by_file = {f: {s.key: s for s in _read_header(folder / f)} for f in files}
     lost = [key for key, f in weight_map.items() if key not in by_file[f]]
     if lost:
-        raise CheckpointError(
-            f"{index.name} says that {weight_map[lost[0]]} holds {_some(lost)}, but it does not"
-        )
+        raise CheckpointError(f"{index.name} says that {weight_map[lost[0]]} holds {_some(lost)}, but it does not")
     return [by_file[f][key] for key, f in weight_map.items()]
 
 
@@ -224,9 +212,7 @@ def _read_header(file: Path) -> list[Source]:
         header = _parse_header(file, f.read(length))
     end = 8 + length + max((h["data_offsets"][1] for h in header.values()), default=0)
     if end != size:
-        raise CheckpointError(
-            f"{file} is truncated or damaged: its header tells of {end:,} bytes, it has {size:,}"
-        )
+        raise CheckpointError(f"{file} is truncated or damaged: its header tells of {end:,} bytes, it has {size:,}")
     for key, h in header.items():
         if h["dtype"] not in DTYPES:
             raise CheckpointError(f"{file}: {key} has dtype {h['dtype']}; supported are {', '.join(DTYPES)}")

@@ -121,9 +121,7 @@ def quick_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str | None = N
     return reference.quick_gelu(x, bias)
 
 
-def rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Rotary position embedding, halves rotated against each other: (a cos - b sin, b cos + a sin).
 
     q [T, N, H], k [T, Nkv, H]; cos, sin [T, H / 2], already scaled, one row a token; cast to q's dtype first.

@@ -72,9 +72,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     residual = residual + x
     return layer_norm(residual, weight, bias, eps), residual
 
@@ -116,9 +114,7 @@ def image_patches(
     for pixels, (rows, cols) in zip(crops.split([h * w for h, w in grids]), grids, strict=True):
         local = (pixels.permute(0, 3, 1, 2).float() / 255 - mean[:, None, None]) / std[:, None, None]
         size = local.shape[-1]
-        canvas = (
-            local.unflatten(0, (rows, cols)).permute(2, 0, 3, 1, 4).reshape(1, 3, rows * size, cols * size)
-        )
+        canvas = local.unflatten(0, (rows, cols)).permute(2, 0, 3, 1, 4).reshape(1, 3, rows * size, cols * size)
         views += [F.interpolate(canvas, (size, size), mode="bicubic", align_corners=False), local]
     x = torch.cat(views)  # [C, 3, S, S]: the global view, then the crops, image after image
     x = x.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # [C, 3, P, p, P, p]
@@ -136,9 +132,7 @@ def merge_crops(features: Tensor, grids: Sequence[Grid], sub_GN: Tensor, glb_GN:
     return torch.cat(out) if out else features.new_empty(0, width)
 
 
-def _merge_2x2(
-    x: Tensor, rows: int, cols: int
-) -> Tensor:  # [rows * cols, P * P, D] -> [rows * m, cols * m, 4D]
+def _merge_2x2(x: Tensor, rows: int, cols: int) -> Tensor:  # [rows * cols, P * P, D] -> [rows * m, cols * m, 4D]
     m, D = round(x.shape[1] ** 0.5) // 2, x.shape[-1]
     x = x.reshape(rows, cols, m, 2, m, 2, D).permute(0, 2, 1, 4, 3, 5, 6)  # rows, m, cols, m, dy, dx, D
     return x.reshape(rows * m, cols * m, 4 * D)
