@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from golden import ALL, FIXTURES, SHARED, Case, exists, sample, tokenizer_file
+from .golden import ALL, FIXTURES, SHARED, Case, exists, sample, tokenizer_file
 from minivlm2vec_kernels import ops
 
 from minivlm2vec import Embedder
