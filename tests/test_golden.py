@@ -179,7 +179,7 @@ def test_token_ids(folder):
 
 def test_hd_sizes():
     table = json.loads((FIXTURES / "small/hd_sizes.json").read_text())
-    assert len(table["rows"]) == 574
+    assert len(table["rows"]) == 294
     for row in table["rows"]:
         r = dict(zip(table["columns"], row, strict=True))
         size = hd_size(r["width"], r["height"], r["num_crops"])
