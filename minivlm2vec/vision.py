@@ -11,7 +11,7 @@ from minivlm2vec_kernels import ops
 
 from .batch import Grid
 from .config import VisionConfig
-from .linear import Linear
+from .linear import Embedding, Linear
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -69,14 +69,24 @@ class VisionEmbeddings(nn.Module):
         super().__init__()
         D, p = config.hidden_size, config.patch_size
         self.class_embedding = nn.Parameter(torch.empty(D))
-        self.patch_embedding = nn.Conv2d(3, D, p, stride=p, bias=False)
-        self.position_embedding = nn.Embedding(config.num_positions, D)
+        self.patch_embedding = PatchEmbedding(D, p)
+        self.position_embedding = Embedding(config.num_positions, D)
 
     def forward(self, patches: Tensor) -> Tensor:  # [C, P * P, 3 * p * p] -> [C, L, D]
-        # A convolution whose stride is its kernel is a matrix product over patches.
-        x = nn.functional.linear(patches, self.patch_embedding.weight.flatten(1))
+        x = self.patch_embedding(patches)
         cls = self.class_embedding.expand(len(x), 1, -1)
         return torch.cat([cls, x], dim=1) + self.position_embedding.weight
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution whose stride is its kernel: a matrix product over patches. The weight keeps its shape."""
+
+    def __init__(self, width: int, patch_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, 3, patch_size, patch_size))
+
+    def forward(self, patches: Tensor) -> Tensor:  # [C, P * P, 3 * p * p] -> [C, P * P, D]
+        return nn.functional.linear(patches, self.weight.flatten(1))
 
 
 class VisionLayer(nn.Module):
