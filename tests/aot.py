@@ -2,7 +2,7 @@
 
     python -m tests.aot                    compare all specs with tests/aot_table.json
     python -m tests.aot --write            compile all specs and write the table for this Triton version
-    python -m tests.aot --only attention   only kernels whose name contains the word (with either of the above)
+    python -m tests.aot --only attention   only kernels whose name contains the word
 
 A kernel file `x_triton.py` registers its compile specs in `tests/aot_specs/x.py`: a function `specs()` that
 returns a list of `Spec`. Modules there are found by themselves. Kernels must not be under TRITON_INTERPRET=1.
@@ -37,7 +37,7 @@ class Spec:
     """One kernel with one set of constants, as its launcher would compile it.
 
     `types` holds Triton's type names of the run-time arguments ("*bf16", "i32", "i64", "fp32"). Pointers and
-    integers count as divisible by 16 (aligned tensors, and strides of real models) unless named in `unaligned`.
+    integers count as divisible by 16 (aligned tensors, and strides of real models) unless in `unaligned`.
     """
 
     kernel: str  # "attention_triton.attention_kernel", inside minivlm2vec_kernels

@@ -1,4 +1,4 @@
-"""What kernel tests share. Without CUDA the kernels run in Triton's interpreter, chosen before their import."""
+"""What kernel tests share. Without CUDA, kernels run in Triton's interpreter: chosen here, before import."""
 
 import os
 
@@ -56,9 +56,9 @@ def assert_error_at_most():
 def check_error(out: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor, atol: float = 0.0) -> None:
     """A kernel's error is at most twice that of the same maths in torch at the same dtype, plus `atol`.
 
-    out: the kernel's; same_dtype: the torch reference on the same tensors; exact: the reference in float32 (or
-    64) on the upcast tensors. Errors are the largest absolute ones; prints what it saw. `atol` covers cases in
-    which torch happens to be exact, and is to be measured, not guessed.
+    out: the kernel's; same_dtype: the torch reference on the same tensors; exact: the reference in float32
+    (or 64) on the upcast tensors. Errors are the largest absolute ones; prints what it saw. `atol` covers
+    cases in which torch happens to be exact, and is to be measured, not guessed.
     """
     assert out.shape == same_dtype.shape == exact.shape, (out.shape, same_dtype.shape, exact.shape)
     assert out.dtype == same_dtype.dtype, (out.dtype, same_dtype.dtype)
