@@ -41,7 +41,7 @@ def attention_kernel(
     scale_log2, heads, group, tiles,
     stride_qt, stride_qn, stride_kt, stride_kn, stride_vt, stride_vn, stride_ot, stride_on,
     H0: tl.constexpr, H1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
-    CAUSAL: tl.constexpr, TMA: tl.constexpr,
+    CAUSAL: tl.constexpr, ONE_BLOCK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, head, tile), tile fastest; of `tiles` as many as the longest sequence has.
 
@@ -73,10 +73,10 @@ def attention_kernel(
         row = tile * BM
     if not CAUSAL and BM > TAIL and Lq - row <= TAIL:
         _attend(q, k, v, out, k0, k1, v0, v1, row, Lq, Lk, scale_log2, stride_qt, stride_kt, stride_vt, stride_ot,
-                H0, H1, TAIL, BN, TAIL, CAUSAL, TMA)  # fmt: skip
+                H0, H1, TAIL, BN, TAIL, CAUSAL, ONE_BLOCK, TMA)  # fmt: skip
     else:
         _attend(q, k, v, out, k0, k1, v0, v1, row, Lq, Lk, scale_log2, stride_qt, stride_kt, stride_vt, stride_ot,
-                H0, H1, BM, BN, TAIL, CAUSAL, TMA)  # fmt: skip
+                H0, H1, BM, BN, TAIL, CAUSAL, ONE_BLOCK, TMA)  # fmt: skip
 
 
 @triton.jit
@@ -90,11 +90,13 @@ def _sequence(cu_seqlens, i):
 def _attend(
     q, k, v, out, k0, k1, v0, v1, row, Lq, Lk, scale_log2, stride_qt, stride_kt, stride_vt, stride_ot,
     H0: tl.constexpr, H1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
-    CAUSAL: tl.constexpr, TMA: tl.constexpr,
+    CAUSAL: tl.constexpr, ONE_BLOCK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Queries row .. row + BM of one sequence and head. k0, k1, v0, v1: where key blocks of BN come from."""
     q0 = _rows(q, row, Lq, stride_qt, BM, H0, True, False)  # [BM, H0]
-    q1 = _rows(q + H0, row, Lq, stride_qt, BM, H1, True, False)  # [BM, H1]
+    q1 = q0
+    if H1 > 0:
+        q1 = _rows(q + H0, row, Lq, stride_qt, BM, H1, True, False)  # [BM, H1]
     m = tl.full([BM], -1.0e30, tl.float32)  # finite, so that m - m' is never inf - inf
     l = tl.zeros([BM], tl.float32)
     acc0 = tl.zeros([BM, H0], tl.float32)
@@ -104,25 +106,28 @@ def _attend(
     if CAUSAL:  # the last query sees the last key
         last = rows + (Lk - Lq)
         end = tl.minimum(row + BM, Lq) + (Lk - Lq)
-        whole = (tl.maximum(row, 0) + (Lk - Lq) + 1) // BN * BN
-        masked_end = end
+        whole = tl.maximum((tl.maximum(row, 0) + (Lk - Lq) + 1) // BN * BN, 0)
+        tail = end
     else:
         last = tl.zeros_like(rows) + (Lk - 1)
         end = Lk
         whole = Lk // BN * BN
-        masked_end = tl.where(end - whole > TAIL, end, whole)
-    whole = tl.maximum(whole, 0)
+        tail = tl.where(end - whole > TAIL, end, whole)
 
-    for col in tl.range(0, whole, BN):
-        acc0, acc1, l, m = _step(acc0, acc1, l, m, q0, q1, k0, k1, v0, v1, col, Lk, last, scale_log2,
-                                 stride_kt, stride_vt, H0, H1, BN, False, TMA)  # fmt: skip
-    for col in tl.range(whole, masked_end, BN):
-        acc0, acc1, l, m = _step(acc0, acc1, l, m, q0, q1, k0, k1, v0, v1, col, Lk, last, scale_log2,
+    if ONE_BLOCK:  # straight-line code takes less than half of the loops' registers
+        acc0, acc1, l, m = _step(acc0, acc1, l, m, q0, q1, k0, k1, v0, v1, 0, Lk, last, scale_log2,
                                  stride_kt, stride_vt, H0, H1, BN, True, TMA)  # fmt: skip
-    if not CAUSAL:
-        for col in tl.range(tl.maximum(whole, masked_end), end, TAIL):  # at most once
-            acc0, acc1, l, m = _step(acc0, acc1, l, m, q0, q1, k, k + H0, v, v + H0, col, Lk, last, scale_log2,
-                                     stride_kt, stride_vt, H0, H1, TAIL, True, False)  # fmt: skip
+    else:
+        for col in tl.range(0, whole, BN):
+            acc0, acc1, l, m = _step(acc0, acc1, l, m, q0, q1, k0, k1, v0, v1, col, Lk, last, scale_log2,
+                                     stride_kt, stride_vt, H0, H1, BN, False, TMA)  # fmt: skip
+        for col in tl.range(whole, tail, BN):
+            acc0, acc1, l, m = _step(acc0, acc1, l, m, q0, q1, k0, k1, v0, v1, col, Lk, last, scale_log2,
+                                     stride_kt, stride_vt, H0, H1, BN, True, TMA)  # fmt: skip
+        if not CAUSAL:
+            for col in tl.range(tail, end, TAIL):  # once or not at all
+                acc0, acc1, l, m = _step(acc0, acc1, l, m, q0, q1, k, k + H0, v, v + H0, col, Lk, last, scale_log2,
+                                         stride_kt, stride_vt, H0, H1, TAIL, True, False)  # fmt: skip
 
     norm = 1.0 / tl.where(l > 0, l, 1.0)  # a query that sees no key gets zeros
     _store(out, acc0 * norm[:, None], row, Lq, stride_ot, BM, H0)
@@ -163,9 +168,7 @@ def _rows(
     source, row, end, stride, BR: tl.constexpr, BC: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr
 ):  # fmt: skip
     """Rows row .. row + BR of a descriptor or of a pointer; zeros where a row is outside 0 .. end.  [BR, BC]"""
-    if BC == 0:
-        return None
-    elif TMA:
+    if TMA:
         return source.load([row, 0])
     else:
         rows = tl.arange(0, BR)
@@ -191,47 +194,32 @@ class Tile(NamedTuple):
     BN: int
     warps: int
     stages: int
-    tma: bool  # where the device and the tensors' alignment allow it
+    tma: bool = False
 
 
-# Longest query sequence up to which a row holds -> tile. Short sequences: small tiles, and no descriptors, whose
-# making takes about as long as a whole program. Chosen from `tests/aot_table.json` and the share of useful work;
-# `python -m bench.bench_attention --sweep` times all of `TILES` for every case.
-CAUSAL_TILES = {
-    16: Tile(16, 64, 4, 3, False),
-    32: Tile(32, 32, 2, 2, False),
-    128: Tile(64, 64, 4, 2, False),
-    1024: Tile(64, 64, 4, 2, True),
-    2**31: Tile(128, 64, 8, 2, True),
+# (queries, keys) of the longest sequence, up to which a row holds -> tile. Settled by what the compiler makes of
+# them (tests/aot_table.json) and by the share of useful work; `python -m bench.bench_attention --sweep` times them
+# and their neighbours. No descriptors for short sequences: making one takes about as long as the rest.
+ANY = 2**31
+SHORT = {
+    (32, 32): Tile(32, 32, 2, 1),  # one block of keys; 96 registers, so 10 programs a multiprocessor
+    (64, 64): Tile(64, 64, 4, 1),
+    (16, ANY): Tile(16, 64, 4, 2),  # the last token of long sequences
 }
-FULL_TILES = {
-    16: Tile(16, 64, 4, 3, False),
-    32: Tile(32, 32, 2, 2, False),
-    128: Tile(64, 64, 4, 2, False),
-    2**31: Tile(64, 64, 4, 2, True),
+TILES = {  # (causal, descriptors)
+    (True, True): SHORT | {(1024, ANY): Tile(64, 64, 4, 2, True), (ANY, ANY): Tile(128, 64, 8, 3, True)},
+    (True, False): SHORT | {(1024, ANY): Tile(64, 64, 4, 2), (ANY, ANY): Tile(128, 64, 8, 2)},
+    (False, True): SHORT | {(ANY, ANY): Tile(64, 64, 4, 2, True)},
+    (False, False): SHORT | {(ANY, ANY): Tile(64, 64, 4, 2)},
 }
-FP32_TILE = Tile(32, 32, 4, 1, False)  # dots without tensor cores: small, for the registers' sake
-TILES = tuple(
-    dict.fromkeys(
-        [
-            *CAUSAL_TILES.values(),
-            *FULL_TILES.values(),
-            *(
-                Tile(BM, BN, 4 if BM == 64 else 8, stages, tma)
-                for BM, BN in [(64, 64), (64, 128), (128, 64), (128, 128)]
-                for stages in (2, 3)
-                for tma in (True, False)
-            ),
-        ]
-    )
-)
+FP32_TILE = Tile(32, 16, 8, 1)  # dots without tensor cores; larger tiles spill
 
 
-def choose_tile(max_seqlen_q: int, causal: bool, dtype: torch.dtype) -> Tile:
+def choose_tile(max_seqlen_q: int, max_seqlen_k: int, causal: bool, tma: bool, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
         return FP32_TILE
-    tiles = CAUSAL_TILES if causal else FULL_TILES
-    return next(tile for longest, tile in tiles.items() if max_seqlen_q <= longest)
+    rows = TILES[causal, tma].items()
+    return next(tile for (q, k), tile in rows if max_seqlen_q <= q and max_seqlen_k <= k)
 
 
 def split_head_dim(H: int) -> tuple[int, int]:
@@ -261,30 +249,31 @@ def attention(
     """See `ops.attention`. Never waits for the device; `max_seqlen` too small leaves rows unwritten."""
     if cu_seqlens_q is None or max_seqlen_q is None:
         cu_seqlens_q, max_seqlen_q = cu_seqlens, max_seqlen
-    tile = choose_tile(max_seqlen_q, causal, q.dtype)
-    return launch(q, k, v, cu_seqlens, cu_seqlens_q, max_seqlen_q, causal, scale, tile, supports_tma(q, k, v))
+    tile = choose_tile(max_seqlen_q, max_seqlen, causal, supports_tma(q, k, v), q.dtype)
+    return launch(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q, causal, scale, tile)
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, cu_seqlens_q: Tensor, max_seqlen_q: int,
-    causal: bool, scale: float | None, tile: Tile, tma: bool,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, max_seqlen_k: int, cu_seqlens_q: Tensor,
+    max_seqlen_q: int, causal: bool, scale: float | None, tile: Tile,
 ) -> Tensor:  # fmt: skip
-    """The launch with a given tile, for tests and for the bench's sweep. tma: tile.tma may be followed."""
+    """`attention` with a given tile, for tests and for the bench's sweep."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check(q, k, v, cu_seqlens_k, cu_seqlens_q, scale)
     out = q.new_empty(q.shape)
     N, H0, H1 = q.shape[1], *split_head_dim(q.shape[2])
-    B, tiles = len(cu_seqlens_q) - 1, triton.cdiv(max_seqlen_q, tile.BM)
-    if out.numel() == 0 or B * tiles == 0:
+    programs = (len(cu_seqlens_q) - 1) * N * triton.cdiv(max_seqlen_q, tile.BM)
+    if out.numel() == 0 or programs == 0:
         return out
-    if tile.tma and tma:
-        triton.set_allocator(_descriptor_memory)  # a context variable: each thread has its own
+    if tile.tma:
+        triton.set_allocator(_descriptor_memory)  # a context variable, so each thread has its own
     with on_device_of(q):
-        attention_kernel[(B * N * tiles,)](
+        attention_kernel[(programs,)](
             q, k, v, out, cu_seqlens_q, cu_seqlens_k,
-            scale * LOG2_E, N, N // k.shape[1], tiles,
+            scale * LOG2_E, N, N // k.shape[1], triton.cdiv(max_seqlen_q, tile.BM),
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
-            H0, H1, tile.BM, tile.BN, TAIL, causal, tile.tma and tma,
+            H0=H0, H1=H1, BM=tile.BM, BN=tile.BN, TAIL=TAIL,
+            CAUSAL=causal, ONE_BLOCK=max_seqlen_k <= tile.BN, TMA=tile.tma,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out

@@ -1,42 +1,47 @@
-"""The model's attention: causal with head dim 96 (decoder), non-causal with 64 (image tower), and the others."""
+"""Attention as the model launches it: causal with head dim 96 (decoder), full with 64 (image tower); the other
+head dims and float32 once each."""
 
-import torch
 from minivlm2vec_kernels import attention_triton as attention
+from minivlm2vec_kernels.attention_triton import FP32_TILE, TILES, Tile
 from tests.aot import Spec
-
-# (name, head dim, causal, tile, descriptors too, promises wgmma on sm_90, default tests)
-DECODER, TOWER = attention.CAUSAL_TILES, attention.FULL_TILES
 
 
 def specs() -> list[Spec]:
-    chosen = [_spec(96, True, tile, quick=tile.tma) for tile in DECODER.values()]
-    chosen += [_spec(64, False, tile, quick=tile.tma) for tile in TOWER.values()]
-    others = [_spec(96, True, tile) for tile in attention.TILES if tile not in DECODER.values()]
-    others += [_spec(64, False, tile) for tile in attention.TILES if tile not in TOWER.values()]
-    others += [_spec(H, True, DECODER[1024]) for H in (32, 48, 80, 128)]
-    others += [_spec(H, True, attention.FP32_TILE, dtype="fp32") for H in (64, 96, 128)]
-    return chosen + others
+    decoder = dict.fromkeys([*TILES[True, True].values(), *TILES[True, False].values()])
+    tower = dict.fromkeys([*TILES[False, True].values(), *TILES[False, False].values()])
+    return [
+        *(_spec(96, True, tile, quick=True) for tile in decoder),
+        *(_spec(64, False, tile, quick=tile.tma) for tile in tower),
+        _spec(96, True, Tile(64, 64, 4, 2, True), group=4, quick=True),
+        *(_spec(H, True, Tile(64, 64, 4, 2, True)) for H in (32, 48, 80, 128)),
+        *(_spec(H, True, FP32_TILE, dtype="fp32") for H in (64, 96, 128)),
+    ]
 
 
-def _spec(H: int, causal: bool, tile: attention.Tile, quick: bool = False, dtype: str = "bf16") -> Spec:
+def _spec(H: int, causal: bool, tile: Tile, group: int = 1, dtype: str = "bf16", quick: bool = False) -> Spec:
     H0, H1 = attention.split_head_dim(H)
-    pointers = {name: f"*{dtype}" for name in ("q", "k", "v", "out")}
-    integers = [f"stride_{x}{d}" for x in ("q", "k", "v", "o") for d in ("t", "n")] + ["heads", "tiles"]
+    one_block = tile.stages == 1 and tile is not FP32_TILE
+    strides = [f"stride_{x}{dim}" for x in "qkvo" for dim in "tn"]
+    types = dict.fromkeys(["q", "k", "v", "out"], f"*{dtype}")
+    types |= dict.fromkeys(["cu_seqlens_q", "cu_seqlens_k"], "*i32")
+    types |= dict.fromkeys(["heads", "tiles", *strides], "i32") | {"scale_log2": "fp32"}
+    constants = {"H0": H0, "H1": H1, "BM": tile.BM, "BN": tile.BN, "TAIL": attention.TAIL}
+    constants |= {"CAUSAL": causal, "ONE_BLOCK": one_block, "TMA": tile.tma}
+    if group == 1:  # Triton makes an integer argument of 1 a constant
+        constants["group"] = 1
+    else:
+        types["group"] = "i32"
     return Spec(
         kernel="attention_triton.attention_kernel",
-        config=f"{dtype} H{H} {'causal' if causal else 'full'} {tile.BM}x{tile.BN} warps{tile.warps} "
-        f"stages{tile.stages} {'tma' if tile.tma else 'pointers'}",
-        types=pointers
-        | {name: "*i32" for name in ("cu_seqlens_q", "cu_seqlens_k")}
-        | {"scale_log2": "fp32"}
-        | {name: "i32" for name in integers},
-        constants={"group": 1, "H0": H0, "H1": H1, "BM": tile.BM, "BN": tile.BN, "TAIL": attention.TAIL}
-        | {"CAUSAL": causal, "TMA": tile.tma},
-        unaligned=frozenset({"tiles"}),
+        config=f"{dtype} H{H} {'causal' if causal else 'full'} group{group} {tile.BM}x{tile.BN} "
+        f"warps{tile.warps} stages{tile.stages} {'tma' if tile.tma else 'pointers'}",
+        types=types,
+        constants=constants,
         num_warps=tile.warps,
         num_stages=tile.stages,
-        wgmma=tile.BM >= 64 and dtype == "bf16",
+        unaligned=frozenset({"tiles", "group"}),
         archs=(90,) if tile.tma else (80, 90, 100),
+        wgmma=tile.BM >= 64 and dtype == "bf16",
         quick=quick,
         options={"enable_fp_fusion": True},
     )
