@@ -42,7 +42,7 @@ class Spec:
 
     kernel: str  # "attention_triton.attention_kernel", inside minivlm2vec_kernels
     config: str  # free text, unique within the kernel
-    types: dict[str, str]
+    types: dict[str, str | tuple[str, ...]]
     constants: dict[str, object]
     num_warps: int = 4
     num_stages: int = 2
@@ -111,8 +111,8 @@ def compile_kernel(spec: Spec, arch: int):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def _may_align(type_name: str) -> bool:
-    return type_name.startswith("*") or type_name in ("i32", "i64")
+def _may_align(type_name: str | tuple[str, ...]) -> bool:
+    return type_name[0] == "*" or type_name in ("i32", "i64")
 
 
 def dump(cubin: bytes, what: str) -> str:
