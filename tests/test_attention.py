@@ -1,4 +1,4 @@
-"""The varlen attention kernel against `reference.attention`: in the interpreter here, on a card with -m gpu."""
+"""The varlen attention kernel against its reference: in the interpreter, and on a card with -m gpu."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def check(assert_error_at_most, q, k, v, cu_q, cu_k, causal, tile=None, scale=No
     return out
 
 
-# ------------------------------------------------------------------------------- correctness, in the interpreter
+# ---------------------------------------------------------------------------- correctness, in the interpreter
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -180,7 +180,7 @@ def test_op_passes_torchs_own_checks(generator):
     torch.library.opcheck(attention_triton.attention.op, (q, k, v, cu, 30, True, None, None, None))
 
 
-# ------------------------------------------------------------------------------------------------------ settings
+# --------------------------------------------------------------------------------------------------- settings
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_user_errors_name_the_input(generator):
             )
 
 
-# ---------------------------------------------------------------------------------------------------- on a card
+# -------------------------------------------------------------------------------------------------- on a card
 
 
 @pytest.mark.gpu

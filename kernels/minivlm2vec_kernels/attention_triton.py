@@ -1,11 +1,11 @@
 """Exact attention over packed sequences of any lengths, forward only: out = softmax(scale * q k^T) v.
 
-Shapes: T packed tokens (Tq queries, Tk keys), B sequences, N query heads, Nkv key-value heads, H = H0 + H1 head
-        dim; Lq, Lk queries and keys of one sequence; BM queries of a tile, BN keys of a block.
+Shapes: T packed tokens (Tq queries, Tk keys), B sequences, N query heads, Nkv key-value heads, H = H0 + H1
+        head dim; Lq, Lk queries and keys of one sequence; BM queries of a tile, BN keys of a block.
 
-One program computes BM queries of one head of one sequence. It walks over the keys in blocks and keeps for every
-query the largest score m, the sum l of exponentials and their weighted sum of values acc (Milakov and Gimelshein,
-arXiv 1805.02867; Dao et al., arXiv 2205.14135), with exponentials to base 2:
+One program computes BM queries of one head of one sequence. It walks over the keys in blocks and keeps for
+every query the largest score m, the sum l of exponentials and their weighted sum of values acc (Milakov and
+Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135), with exponentials to base 2:
 
     s = log2(e) scale q k^T      m' = max(m, rowmax(s))      p = 2^(s - m')      a = 2^(m - m')
     l' = a l + rowsum(p)         acc' = a acc + p v          and at the end out = acc / l
@@ -13,9 +13,10 @@ arXiv 1805.02867; Dao et al., arXiv 2205.14135), with exponentials to base 2:
 What fits it to this model's shapes:
   - A head dim is a power of two or the sum of two, so 96 is a dot of 64 and a dot of 32. Triton's blocks are
     powers of two, and padding to 128 would cost a third more tensor work, registers and shared memory.
-  - Causal query tiles are aligned to the sequence's end: the ragged tile is then the one with the fewest keys.
-    Tiles with the most keys start first.
+  - Causal query tiles are aligned to the sequence's end: the ragged tile is then the one with the fewest
+    keys. Tiles with the most keys start first.
   - Keys up to the diagonal (or the last whole block) take a loop without masks, the rest a loop with them.
+    Sequences that fit in one block of keys take no loop at all.
   - 577 = 9 * 64 + 1: up to TAIL queries or keys left over by whole tiles take one of TAIL, not a whole one.
 """
 
@@ -32,7 +33,7 @@ LOG2_E = 1.4426950408889634
 TAIL = 16  # the smallest side of a tl.dot
 
 
-# -------------------------------------------------------------------------------------------------- the kernel
+# ------------------------------------------------------------------------------------------------- the kernel
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -50,13 +51,14 @@ def attention_kernel(
     """
     program = tl.program_id(0)
     tile, head, sequence = program % tiles, program // tiles % heads, program // tiles // heads
+    head_kv = (head // group).to(tl.int64)
     q_start, Lq = _sequence(cu_seqlens_q, sequence)
     k_start, Lk = _sequence(cu_seqlens_k, sequence)
     if tile * BM >= Lq:
         return
-    q += q_start * stride_qt + head * stride_qn
-    k += k_start * stride_kt + head // group * stride_kn
-    v += k_start * stride_vt + head // group * stride_vn
+    q += q_start * stride_qt + head.to(tl.int64) * stride_qn
+    k += k_start * stride_kt + head_kv * stride_kn
+    v += k_start * stride_vt + head_kv * stride_vn
     out += q_start * stride_ot + head * stride_on
 
     k0, k1, v0, v1 = k, k + H0, v, v + H0
@@ -72,10 +74,12 @@ def attention_kernel(
     else:
         row = tile * BM
     if not CAUSAL and BM > TAIL and Lq - row <= TAIL:
-        _attend(q, k, v, out, k0, k1, v0, v1, row, Lq, Lk, scale_log2, stride_qt, stride_kt, stride_vt, stride_ot,
+        _attend(q, k, v, out, k0, k1, v0, v1, row, Lq, Lk, scale_log2,
+                stride_qt, stride_kt, stride_vt, stride_ot,
                 H0, H1, TAIL, BN, TAIL, CAUSAL, ONE_BLOCK, TMA)  # fmt: skip
     else:
-        _attend(q, k, v, out, k0, k1, v0, v1, row, Lq, Lk, scale_log2, stride_qt, stride_kt, stride_vt, stride_ot,
+        _attend(q, k, v, out, k0, k1, v0, v1, row, Lq, Lk, scale_log2,
+                stride_qt, stride_kt, stride_vt, stride_ot,
                 H0, H1, BM, BN, TAIL, CAUSAL, ONE_BLOCK, TMA)  # fmt: skip
 
 
@@ -126,8 +130,9 @@ def _attend(
                                      stride_kt, stride_vt, H0, H1, BN, True, TMA)  # fmt: skip
         if not CAUSAL:
             for col in tl.range(tail, end, TAIL):  # once or not at all
-                acc0, acc1, l, m = _step(acc0, acc1, l, m, q0, q1, k, k + H0, v, v + H0, col, Lk, last, scale_log2,
-                                         stride_kt, stride_vt, H0, H1, TAIL, True, False)  # fmt: skip
+                acc0, acc1, l, m = _step(acc0, acc1, l, m, q0, q1, k, k + H0, v, v + H0, col, Lk, last,
+                                         scale_log2, stride_kt, stride_vt,
+                                         H0, H1, TAIL, True, False)  # fmt: skip
 
     norm = 1.0 / tl.where(l > 0, l, 1.0)  # a query that sees no key gets zeros
     _store(out, acc0 * norm[:, None], row, Lq, stride_ot, BM, H0)
@@ -140,7 +145,7 @@ def _step(
     acc0, acc1, l, m, q0, q1, k0, k1, v0, v1, col, Lk, last, scale_log2, stride_kt, stride_vt,
     H0: tl.constexpr, H1: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys col .. col + BN to the running softmax; with MASKED, query i sees no key beyond last[i]."""
+    """Adds keys col .. col + BN to the running softmax. MASKED: query i sees no key beyond last[i]."""
     key0 = _rows(k0, col, Lk, stride_kt, BN, H0, MASKED, TMA)  # [BN, H0]
     s = tl.dot(q0, key0.T, input_precision="ieee")  # [BM, BN]
     if H1 > 0:
@@ -167,7 +172,7 @@ def _step(
 def _rows(
     source, row, end, stride, BR: tl.constexpr, BC: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr
 ):  # fmt: skip
-    """Rows row .. row + BR of a descriptor or of a pointer; zeros where a row is outside 0 .. end.  [BR, BC]"""
+    """Rows row .. row + BR from a descriptor or a pointer; zeros for those outside 0 .. end.  [BR, BC]"""
     if TMA:
         return source.load([row, 0])
     else:
@@ -188,7 +193,7 @@ def _store(out, x, row, end, stride, BR: tl.constexpr, BC: tl.constexpr):
     tl.store(pointers, x.to(out.dtype.element_ty), mask=((row + rows >= 0) & (row + rows < end))[:, None])
 
 
-# ------------------------------------------------------------------------------------------------- its settings
+# ----------------------------------------------------------------------------------------------- its settings
 
 
 class Tile(NamedTuple):
@@ -199,9 +204,9 @@ class Tile(NamedTuple):
     tma: bool = False
 
 
-# (queries, keys) of the longest sequence, up to which a row holds -> tile. Settled by what the compiler makes of
-# them (tests/aot_table.json) and by the share of useful work; `python -m bench.bench_attention --sweep` times them
-# and their neighbours. No descriptors for short sequences: making one takes about as long as the rest.
+# (queries, keys) of the longest sequence, up to which a row holds -> tile. Settled by what the compiler makes
+# of them (tests/aot_table.json) and by the share of useful work; `python -m bench.bench_attention --sweep`
+# times them beside others. No descriptors for short sequences: making one takes about as long as the rest.
 ANY = 2**31
 SHORT = {
     (32, 32): Tile(32, 32, 2, 1),  # one block of keys; 96 registers, so 10 programs a multiprocessor
@@ -235,7 +240,7 @@ def split_head_dim(H: int) -> tuple[int, int]:
     return H0, H1
 
 
-# ------------------------------------------------------------------------------------------------- its launcher
+# ----------------------------------------------------------------------------------------------- its launcher
 
 
 def _fake_attention(

@@ -1,5 +1,5 @@
-"""Attention as the model launches it: causal with head dim 96 (decoder), full with 64 (image tower); the other
-head dims and float32 once each."""
+"""Attention as the model launches it: causal with head dim 96 (decoder), full with 64 (image tower), both
+also through pointers; the other head dims and float32 once each."""
 
 from minivlm2vec_kernels import attention_triton as attention
 from minivlm2vec_kernels.attention_triton import FP32_TILE, TILES, Tile
@@ -10,9 +10,9 @@ def specs() -> list[Spec]:
     decoder = dict.fromkeys([*TILES[True, True].values(), *TILES[True, False].values()])
     tower = dict.fromkeys([*TILES[False, True].values(), *TILES[False, False].values()])
     return [
-        *(_spec(96, True, tile, quick=True) for tile in decoder),
+        *(_spec(96, True, tile, quick=tile.tma or tile.stages == 1) for tile in decoder),
         *(_spec(64, False, tile, quick=tile.tma) for tile in tower),
-        _spec(96, True, Tile(64, 64, 4, 2, True), group=4, quick=True),
+        _spec(96, True, Tile(64, 64, 4, 2, True), group=4),
         *(_spec(H, True, Tile(64, 64, 4, 2, True)) for H in (32, 48, 80, 128)),
         *(_spec(H, True, FP32_TILE, dtype="fp32") for H in (64, 96, 128)),
     ]
