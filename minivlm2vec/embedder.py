@@ -14,6 +14,8 @@ from torch import Tensor
 from . import prompts
 from .errors import InputError
 from .model import Pooling, VLM2Vec, pool_last_token
+from .prepack import can_prepack
+from .prepack import prepack as packed
 from .processor import Loaded, Planned, Processor
 from .weights import load_model, resolve
 
@@ -61,6 +63,7 @@ class Embedder:
         backend: str | None = None,
         fast_decode: bool = False,
         exif_transpose: bool = False,
+        prepack: bool | None = None,
         show_progress: bool = True,
     ) -> "Embedder":
         """Loads a checkpoint in the published Hugging Face layout.
@@ -75,6 +78,8 @@ class Embedder:
             backend: "auto", "triton" or "torch" for the kernels; default MINIVLM2VEC_BACKEND, else auto.
             fast_decode: decode JPEGs at a reduced scale: faster, not bit for bit what the original sees.
             exif_transpose: honour the EXIF orientation, which the original ignores.
+            prepack: bring weights into the CPU's own layout (see prepack.py): faster, for inference alone. Default:
+                on a CPU that has it.
             show_progress: progress bars while downloading and loading.
 
         Raises CheckpointError (a ValueError) naming the file or tensor at fault.
@@ -87,6 +92,8 @@ class Embedder:
             backend=backend,
             show_progress=show_progress,
         )
+        if can_prepack(model.decoder.norm.weight.device, model.decoder.norm.weight.dtype) if prepack is None else prepack:
+            model = packed(model)
         processor = Processor.from_pretrained(
             folder, model.config, num_crops=num_crops, fast_decode=fast_decode, exif_transpose=exif_transpose
         )

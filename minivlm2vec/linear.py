@@ -13,7 +13,7 @@ from minivlm2vec_kernels import ops
 class Linear(nn.Linear):
     """y = x W^T + b, and the form that ends every block: residual + y.
 
-    Whoever changes how a matrix is stored or multiplied (fp8, LoRA) replaces these two methods.
+    Whoever changes how a matrix is stored or multiplied (fp8, LoRA, prepack.py) replaces these methods.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
@@ -22,6 +22,10 @@ class Linear(nn.Linear):
     def add_to(self, residual: Tensor, x: Tensor, *, backend: str | None = None) -> Tensor:
         """residual + x W^T + b; `residual` is written over when no gradient is needed."""
         return ops.linear_add(x, self.weight, residual, self.bias, backend=backend)
+
+    def quick_gelu(self, x: Tensor, *, backend: str | None = None) -> Tensor:
+        """quick_gelu(x W^T + b): the first half of CLIP's MLP."""
+        return ops.linear_quick_gelu(x, self.weight, self.bias, backend=backend)
 
     def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
         """Outputs start to stop alone: x W[start:stop]^T (+ b)."""

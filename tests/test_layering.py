@@ -24,8 +24,9 @@ CORE = {
     "decoder": {"batch", "config", "linear"},
     "model": {"batch", "config", "decoder", "projector", "vision"},
     "weights": {"config", "errors", "model"},
+    "prepack": {"linear", "model"},
     "prompts": set(),
-    "embedder": {"errors", "model", "processor", "prompts", "weights"},
+    "embedder": {"errors", "model", "prepack", "processor", "prompts", "weights"},
 }
 THIRD_PARTY = {"torch", "numpy", "PIL", "einops", "safetensors", "tokenizers", "huggingface_hub", "minivlm2vec_kernels"}
 
