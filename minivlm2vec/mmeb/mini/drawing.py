@@ -1,7 +1,7 @@
 """Pictures: single emoji, grids and scenes. All RGB; sizes in pixels; every choice comes from the rng."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
@@ -15,12 +15,14 @@ BACKGROUNDS = (PLAIN, (236, 226, 210), (214, 232, 216), (232, 218, 230), (216, 2
 
 @dataclass(frozen=True)
 class Placed:
-    """One emoji on a canvas: the square of side `size` with its corner at (left, top)."""
+    """One emoji on a canvas: the square of side `size` with its corner at (left, top). `style`: where it is not
+    the canvas's."""
 
     concept: Concept
     left: int
     top: int
     size: int
+    style: str = ""
 
     @property
     def centre(self) -> tuple[float, float]:
@@ -38,7 +40,7 @@ class Canvas:
     def draw(self, world: World) -> Image.Image:
         image = Image.new("RGB", (CANVAS, CANVAS), self.background)
         for one in self.objects:
-            _paste(image, world.drawings[self.style, one.concept.code], one.left, one.top, one.size)
+            _paste(image, world.drawings[one.style or self.style, one.concept.code], one.left, one.top, one.size)
         return image
 
     def crop(self, world: World, index: int) -> Image.Image:
@@ -48,10 +50,13 @@ class Canvas:
         return self.draw(world).crop(tuple(min(max(side, 0), CANVAS) for side in box))
 
     def replaced(self, index: int, concept: Concept) -> "Canvas":
-        objects = list(self.objects)
-        old = objects[index]
-        objects[index] = Placed(concept, old.left, old.top, old.size)
-        return Canvas(self.style, self.background, tuple(objects))
+        return self._with(index, replace(self.objects[index], concept=concept))
+
+    def restyled(self, index: int, style: str) -> "Canvas":
+        return self._with(index, replace(self.objects[index], style=style))
+
+    def _with(self, index: int, one: Placed) -> "Canvas":
+        return replace(self, objects=(*self.objects[:index], one, *self.objects[index + 1 :]))
 
 
 def single(world: World, style: str, concept: Concept) -> Image.Image:

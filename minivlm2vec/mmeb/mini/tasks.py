@@ -210,9 +210,10 @@ def point(world: World, rng: random.Random) -> Row:
 
 
 def refer(world: World, rng: random.Random) -> Row:
-    """Two of a kind, told apart by where they are."""
+    """Two of a kind, told apart by where they are, and drawn differently, or their crops would be the same."""
     twice, *others = rng.sample(world.things, 3)
-    canvas = drawing.scene(rng.choice(world.styles), rng, [twice, twice, *others])
+    style, other_style = rng.sample(world.styles, 2)
+    canvas = drawing.scene(style, rng, [twice, twice, *others]).restyled(1, other_style)
     (x0, y0), (x1, y1) = canvas.objects[0].centre, canvas.objects[1].centre
     index = rng.randrange(2)
     if abs(x0 - x1) >= abs(y0 - y1):
