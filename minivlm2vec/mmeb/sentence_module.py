@@ -5,6 +5,9 @@
     model.encode(["a text", Image.open("cat.jpg"), {"text": "what is this?", "image": "cat.jpg"}])
 
 A `str` is always a text here, also where a file of that name exists; a picture by its path is {"image": path}.
+Weights are loaded frozen: model.requires_grad_(True) before training. A saved model is loaded with
+trust_remote_code=True, which sentence-transformers wants for every module that is not its own (no code is
+downloaded: the class is this one).
 """
 
 import json
