@@ -224,6 +224,6 @@ def test_bundled_pictures_are_read_by_both_readers(embedder):
     from minivlm2vec.mmeb.dataset import Dataset
 
     data = Dataset(bundled() / "MMEB-eval")
-    row = data.rows(data.subsets["Emoji-i2i"], limit=1).rows[0]
+    (row,) = data.rows(data.subsets["Emoji-i2i"], limit=1)
     vectors = embedder.encode([{"text": p.text, "image": data.images.source(p.image)} for p in row.targets[:4]])
     assert vectors.shape == (4, embedder.dimension) and len(np.unique(vectors.round(6), axis=0)) == 4

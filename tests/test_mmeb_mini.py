@@ -296,13 +296,27 @@ def test_evaluation_sets_are_in_mmebs_format(built):
     assert {one.meta_task for one in data.subsets.values()} == {"classification", "vqa", "retrieval", "grounding"}
     for one in data.subsets.values():
         rows = data.rows(one, skip_damaged=True)
-        assert rows.damaged == [] and 5 <= len(rows.rows) <= 12, one.name
-        assert len({row.query for row in rows.rows}) == len(rows.rows)
-        for row in rows.rows:
+        assert rows.damaged == [] and 5 <= len(rows) <= 12, one.name
+        assert len({row.query for row in rows}) == len(rows)
+        for row in rows:
             assert len(set(row.targets)) == len(row.targets) <= 20, one.name
             assert (row.query.image != "") == row.query.text.startswith("<|image_1|>\n")
             assert all((x.image != "") == x.text.startswith("<|image_1|>\n") for x in row.targets)
             assert row.query.text.endswith("\n")
+
+
+@pytest.mark.parametrize("name", ["Emoji-t2i", "Emoji-i2i", "Tag-t2i", "Scene-Isolate", "Scene-Point", "Fluent-i2i"])
+def test_no_wrong_candidate_shows_the_right_thing(built, name):
+    """Also not in the other style, or cut from another row's scene."""
+    data = Dataset(built / "MMEB-eval")
+
+    def colour(pair):
+        image = Image.open(io.BytesIO(data.images.source(pair.image)))
+        return image.getpixel((image.width // 2, image.height // 2))
+
+    for row in data.rows(data.subsets[name]):
+        right, *wrong = map(colour, row.targets)
+        assert len(wrong) >= 9 and right not in wrong
 
 
 def test_every_meta_task_has_held_out_tasks_and_the_held_out_style(built):
@@ -432,7 +446,7 @@ def test_the_shipped_copy_is_small_whole_and_licensed():
     assert list(data.subsets) == [one.name for one in tasks.EVAL]
     for one in data.subsets.values():
         rows = data.rows(one, skip_damaged=True)  # decodes every picture
-        assert rows.damaged == [] and len(rows.rows) == 24
+        assert rows.damaged == [] and len(rows) == 24
     trained = [one.name for one in (bundled() / "MMEB-train").iterdir() if one.is_dir()]
     assert sorted(trained) == sorted(tasks.TRAIN)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from minivlm2vec.mmeb import subsets
@@ -33,9 +34,33 @@ class Row(NamedTuple):
 
 @dataclass
 class Rows:
+    """The rows of a subset, as indices into its distinct pairs: a thousand rows of a thousand candidates name few
+    different ones."""
+
     subset: Subset
-    rows: list[Row]
+    pairs: list[Pair] = field(default_factory=list)  # distinct, in order of appearance
+    numbered: list[tuple[int, np.ndarray]] = field(default_factory=list)  # (query, candidates [n] int32)
+    indices: list[int] = field(default_factory=list)  # of the rows in the file
     damaged: list[str] = field(default_factory=list)  # what is wrong with the rows that were left out
+    _known: dict[Pair, int] = field(default_factory=dict, repr=False)
+
+    def add(self, row: Row) -> None:
+        query, *targets = (self._number(pair) for pair in (row.query, *row.targets))
+        self.numbered.append((query, np.array(targets, dtype=np.int32)))
+        self.indices.append(row.index)
+
+    def __len__(self) -> int:
+        return len(self.numbered)
+
+    def __iter__(self) -> Iterator[Row]:
+        for index, (query, targets) in zip(self.indices, self.numbered, strict=True):
+            yield Row(index, self.pairs[query], tuple(self.pairs[i] for i in targets))
+
+    def _number(self, pair: Pair) -> int:
+        number = self._known.setdefault(pair, len(self.pairs))
+        if number == len(self.pairs):
+            self.pairs.append(pair)
+        return number
 
 
 class Dataset:
@@ -63,7 +88,7 @@ class Dataset:
         Otherwise the first such row raises ValueError (FileNotFoundError for a picture), naming subset and row;
         whether a picture that is there can be read shows when it is encoded.
         """
-        found = Rows(subset, [])
+        found = Rows(subset)
         for index, raw in enumerate(_read(self.root / subset.name, limit)):
             try:
                 row = _row(raw, index)
@@ -74,8 +99,8 @@ class Dataset:
                     raise type(error)(message) from None
                 found.damaged.append(message)
             else:
-                found.rows.append(row)
-        if not found.rows:
+                found.add(row)
+        if not len(found):
             raise ValueError(f"{subset.name} has no usable row; damaged: {len(found.damaged)}")
         return found
 
@@ -99,7 +124,7 @@ class Images:
         self.archive = zipfile.ZipFile(place) if zipfile.is_zipfile(place) else None
         if self.archive is None and not place.is_dir():
             raise ValueError(f"{place} is neither a folder nor a zip")
-        self.prefix = ""
+        self.prefix: str | None = None  # not known before the first picture is found
         self._checked: dict[str, bool] = {}
 
     def source(self, path: str) -> Path | bytes:
@@ -133,7 +158,8 @@ class Images:
         if path.startswith("/") or ".." in parts:
             raise ValueError(f"image path {path!r} leaves the image folder")
         plain = "/".join(parts)
-        for prefix in dict.fromkeys((self.prefix, "", *self._top_folders(plain))):
+        prefixes = ("", *self._top_folders(plain)) if self.prefix is None else (self.prefix,)
+        for prefix in prefixes:
             if self._has(prefix + plain):
                 self.prefix = prefix
                 return prefix + plain
@@ -142,11 +168,10 @@ class Images:
     def _has(self, name: str) -> bool:
         return name in self.archive.NameToInfo if self.archive else (self.place / name).is_file()
 
-    def _top_folders(self, path: str) -> Iterator[str]:
+    def _top_folders(self, path: str) -> list[str]:
         if self.archive:
-            yield from (name[: -len(path)] for name in self.archive.NameToInfo if name.endswith("/" + path))
-        else:
-            yield from (f"{folder.name}/" for folder in sorted(self.place.iterdir()) if folder.is_dir())
+            return [name[: -len(path)] for name in self.archive.NameToInfo if name.endswith("/" + path)]
+        return [f"{folder.name}/" for folder in sorted(self.place.iterdir()) if folder.is_dir()]
 
 
 def open_dataset(

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from minivlm2vec.errors import InputError
-from minivlm2vec.mmeb.dataset import Images, Pair, Row
+from minivlm2vec.mmeb.dataset import Images, Pair
 
 _PROBES = ("Represent the given text.\n", "<|image_1|>\nRepresent the given image with the following question: what?\n")
 
@@ -95,16 +95,6 @@ class Store:
         if vectors.ndim != 2 or len(vectors) != len(pairs):
             raise ValueError(f"encode gave an array of shape {vectors.shape} for {len(pairs)} inputs")
         return vectors
-
-
-def distinct(rows: Sequence[Row]) -> tuple[list[Pair], list[tuple[int, list[int]]]]:
-    """Distinct pairs of queries and candidates in order of appearance, and the rows as indices into them."""
-    index: dict[Pair, int] = {}
-    numbered = [
-        (index.setdefault(row.query, len(index)), [index.setdefault(pair, len(index)) for pair in row.targets])
-        for row in rows
-    ]
-    return list(index), numbered
 
 
 def as_input(pair: Pair, images: Images) -> str | dict[str, Any]:

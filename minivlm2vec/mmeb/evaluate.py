@@ -23,8 +23,8 @@ import numpy as np
 from huggingface_hub.utils import tqdm
 
 from minivlm2vec.mmeb import report, score, subsets
-from minivlm2vec.mmeb.dataset import HUB_NAME, Dataset, Row, Rows, import_pyarrow, open_dataset
-from minivlm2vec.mmeb.encode import Encoder, Group, Store, distinct, fingerprint
+from minivlm2vec.mmeb.dataset import HUB_NAME, Dataset, Rows, import_pyarrow, open_dataset
+from minivlm2vec.mmeb.encode import Encoder, Group, Store, fingerprint
 from minivlm2vec.mmeb.score import Figures, Scored
 from minivlm2vec.mmeb.subsets import Subset
 
@@ -106,13 +106,12 @@ def evaluate(
     store = Store(encoder, options, folder, batch_size, group)
     results = Results(name or getattr(encoder, "name", "") or type(encoder).__name__)
     for number, rows in enumerate(read, 1):
-        pairs, numbered = distinct(rows.rows)
         label = f"{rows.subset.name} [{number}/{len(read)}]"
         quiet = not show_progress or group.rank > 0
-        with tqdm(total=len(pairs), desc=label, unit="input", disable=quiet) as bar:
-            vectors = store.vectors(rows.subset.name, pairs, dataset.images, lambda n: bar.update(n * group.size))
+        with tqdm(total=len(rows.pairs), desc=label, unit="input", disable=quiet) as bar:
+            vectors = store.vectors(rows.subset.name, rows.pairs, dataset.images, lambda n: bar.update(n * group.size))
         if vectors is not None:
-            _score_subset(results, rows, numbered, vectors, out, allow_collapsed, limit)
+            _score_subset(results, rows, vectors, out, allow_collapsed, limit)
     if group.rank == 0:
         write_results(results, out)
     group.barrier()
@@ -137,16 +136,15 @@ def join_group() -> Group:
 def _score_subset(
     results: Results,
     rows: Rows,
-    numbered: Sequence[tuple[int, Sequence[int]]],
     vectors: np.ndarray,
     out: Path,
     allow_collapsed: bool,
     limit: int | None,
 ) -> None:
     name = rows.subset.name
-    scored = score.score_rows(vectors, numbered)
+    scored = score.score_rows(vectors, rows.numbered)
     try:
-        score.check_collapse(vectors, numbered, scored, name)
+        score.check_collapse(vectors, rows.numbered, scored, name)
     except score.CollapsedEmbeddings as error:
         if not allow_collapsed:
             raise
@@ -155,13 +153,13 @@ def _score_subset(
         results.notes.append(f"{name}: {len(rows.damaged)} damaged rows left out; the first: {rows.damaged[0]}")
     if limit is not None:
         results.notes.append(f"{name}: only the first {limit} rows were asked for")
-    again = sum(list(targets).count(targets[0]) > 1 for _, targets in numbered)
+    again = sum(int((targets == targets[0]).sum() > 1) for _, targets in rows.numbered)
     if again:
         results.notes.append(f"{name}: {again} rows list the positive again among the candidates; not counted as wrong")
     results.subsets[name] = rows.subset
     results.figures[name] = score.figures(scored, name)
     write_score(out / f"{name}_score.json", scored)
-    write_predictions(out / f"{name}_pred.parquet", rows.rows, scored)
+    write_predictions(out / f"{name}_pred.parquet", rows, scored)
 
 
 # --- files -----------------------------------------------------------------------------------------------
@@ -173,17 +171,21 @@ def write_score(path: Path, scored: Sequence[Scored]) -> None:
     _write_json(path, {"acc": correct / len(scored), "num_correct": correct, "num_pred": len(scored)}, indent=4)
 
 
-def write_predictions(path: Path, rows: Sequence[Row], scored: Sequence[Scored]) -> None:
+def write_predictions(path: Path, rows: Rows, scored: Sequence[Scored]) -> None:
+    """One line per row: query, positive, prediction, ranks, and the scores of all candidates."""
     pyarrow = import_pyarrow()
+    queries = [rows.pairs[query] for query, _ in rows.numbered]
+    positives = [rows.pairs[targets[0]] for _, targets in rows.numbered]
+    answers = [rows.pairs[targets[one.predicted]] for (_, targets), one in zip(rows.numbered, scored, strict=True)]
     columns: dict[str, Any] = {
-        "row": [row.index for row in rows],
-        "qry_text": [row.query.text for row in rows],
-        "qry_img_path": [row.query.image for row in rows],
-        "tgt_text": [row.targets[0].text for row in rows],
-        "tgt_img_path": [row.targets[0].image for row in rows],
+        "row": rows.indices,
+        "qry_text": [pair.text for pair in queries],
+        "qry_img_path": [pair.image for pair in queries],
+        "tgt_text": [pair.text for pair in positives],
+        "tgt_img_path": [pair.image for pair in positives],
         "pred": [one.predicted for one in scored],
-        "pred_text": [row.targets[one.predicted].text for row, one in zip(rows, scored, strict=True)],
-        "pred_img_path": [row.targets[one.predicted].image for row, one in zip(rows, scored, strict=True)],
+        "pred_text": [pair.text for pair in answers],
+        "pred_img_path": [pair.image for pair in answers],
         "rank": [one.rank for one in scored],
         "rank_original": [one.rank_original for one in scored],
         "scores": pyarrow.array([one.scores for one in scored], pyarrow.list_(pyarrow.float32())),

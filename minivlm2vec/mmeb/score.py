@@ -93,15 +93,18 @@ def check_collapse(
 ) -> None:
     """Raises CollapsedEmbeddings where queries or candidates have (almost) one vector, or every query, among many
     candidates, gets the same answer (which makes hit@1 = 1/n)."""
-    sides = {"queries": {query for query, _ in rows}, "candidates": {i for _, targets in rows for i in targets}}
+    sides = {
+        "queries": np.unique([query for query, _ in rows]),
+        "candidates": np.unique(np.concatenate([np.asarray(targets) for _, targets in rows])),
+    }
     for side, indices in sides.items():
-        spread = variance(vectors[sorted(indices)])
+        spread = variance(vectors[indices])
         if len(indices) > 1 and spread < COLLAPSED_VARIANCE:
             raise CollapsedEmbeddings(
                 f"{what}: the vectors of {len(indices)} different {side} are nearly the same (variance {spread:.1e}, "
                 f"below {COLLAPSED_VARIANCE}); the model has collapsed or its weights were not loaded"
             )
-    answers = {targets[one.predicted] for (_, targets), one in zip(rows, scored, strict=True)}
+    answers = {int(targets[one.predicted]) for (_, targets), one in zip(rows, scored, strict=True)}
     fewest = min(len(targets) for _, targets in rows)
     if len(sides["queries"]) >= 20 and fewest >= MANY_CANDIDATES and len(answers) == 1:
         hits = sum(one.rank == 1 for one in scored)
