@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 EXAMPLES = """\
-the whole benchmark (37 subsets, a download of some 10 GB unless --image-dir has the pictures):
+the whole benchmark (37 subsets; rows and pictures are downloaded once):
   minivlm2vec mmeb --model TIGER-Lab/VLM2Vec-Full -o outputs/mmeb
 two subsets of a local copy, on four GPUs:
   torchrun --nproc-per-node 4 -m minivlm2vec mmeb --data MMEB-eval --image-dir eval_images \\

@@ -6,6 +6,7 @@ empty path means no image (then <|image_1|> in the text is ordinary text, as in 
 
 import json
 import zipfile
+import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -96,7 +97,8 @@ class Dataset:
             except (ValueError, OSError) as error:
                 message = f"{subset.name}, row {index}: {error}"
                 if not skip_damaged:
-                    raise type(error)(message) from None
+                    kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+                    raise kind(message) from None
                 found.damaged.append(message)
             else:
                 found.add(row)
@@ -128,9 +130,14 @@ class Images:
         self._checked: dict[str, bool] = {}
 
     def source(self, path: str) -> Path | bytes:
-        """The picture as the embedder takes it."""
+        """The picture as the embedder takes it. ValueError where the zip is damaged there."""
         found = self._find(path)
-        return self.archive.read(found) if self.archive else self.place / found
+        if self.archive is None:
+            return self.place / found
+        try:
+            return self.archive.read(found)
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            raise ValueError(f"{found} in {self.place} cannot be read: {error}") from None
 
     def stamp(self, path: str) -> int:
         """A number that changes with the picture: its CRC in a zip, its size in a folder."""
@@ -150,7 +157,7 @@ class Images:
         try:
             with file, Image.open(file) as image:
                 image.load()
-        except (OSError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+        except (OSError, SyntaxError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError) as error:
             raise OSError(f"image {found} cannot be read: {error}") from None
 
     def _find(self, path: str) -> str:

@@ -85,6 +85,16 @@ def _percent(value: float | None) -> str:
 
 
 def _text(title: str, head: Sequence[str], lines: list[tuple[bool, list[str]]], notes: Sequence[str]) -> str:
+    """For a terminal of 120 columns: the published scores come in a block of their own, beside our P@1."""
+    ours, known = list(range(len(HEAD))), list(range(len(HEAD), len(head)))
+    blocks = [ours] + ([[0, 1, HEAD.index("P@1"), *known]] if known else [])
+    tables = [
+        _block([head[i] for i in kept], [(bold, [cells[i] for i in kept]) for bold, cells in lines]) for kept in blocks
+    ]
+    return "\n\n".join([title, *tables, "\n".join(textwrap.fill(note, 120) for note in notes)]) + "\n"
+
+
+def _block(head: Sequence[str], lines: list[tuple[bool, list[str]]]) -> str:
     widths = [max(len(row[i]) for row in (head, *(cells for _, cells in lines))) for i in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:
@@ -96,8 +106,7 @@ def _text(title: str, head: Sequence[str], lines: list[tuple[bool, list[str]]], 
     body = []
     for is_average, cells in lines:
         body += [line(cells), rule] if is_average else [line(cells)]
-    table = [line(head).rstrip(), rule, *(one.rstrip() for one in body)]
-    return "\n".join([title, "", *table, "", *(textwrap.fill(note, 120) for note in notes), ""])
+    return "\n".join(one.rstrip() for one in (line(head), rule, *body))
 
 
 def _markdown(title: str, head: Sequence[str], lines: list[tuple[bool, list[str]]], notes: Sequence[str]) -> str:
