@@ -13,8 +13,8 @@ def compiled_as_op(fake: Callable, mutates_args: Sequence[str] = ()) -> Callable
     """Decorator: the launcher as it is when called eagerly, an opaque custom op under torch.compile.
 
     The op keeps the compiler out of the launcher (no graph break, nothing specialised on sizes) and declares
-    which arguments are written; `fake` gives the outputs' shapes. Eager calls skip the dispatcher, whose 12 us
-    of Python would be more than the launch itself. Arguments are positional.
+    which arguments are written; `fake` gives the outputs' shapes. Eager calls skip the dispatcher, whose
+    12 us of Python are more than a launch takes. Arguments are positional.
     """
 
     def decorate(launcher: Callable) -> Callable:

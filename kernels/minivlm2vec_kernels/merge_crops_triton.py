@@ -24,8 +24,8 @@ def merge_crops_kernel(
     stride_crop, stride_patch, grids,
     P: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """A row is sub_GN at the end of a line, glb_GN between crops and global view, else the 2 x 2 patches whose
-    top left is patch (2y, 2x) of its crop; the grids, packed as in image_grids.py, say which crop that is."""
+    """A row is sub_GN at the end of a line, glb_GN before the global view, else the 2 x 2 patches whose top
+    left is patch (2y, 2x) of its crop; the packed grids (image_grids.py) say which crop that is."""
     m: tl.constexpr = P // 2
     image = tl.program_id(1)
     h, w, first_crop, first_row = 0, 0, 0, 0
@@ -71,7 +71,7 @@ def _fake_merge_crops(features: Tensor, flat_grids: Sequence[int], sub_GN: Tenso
 
 @compiled_as_op(_fake_merge_crops)
 def merge_crops(features: Tensor, flat_grids: Sequence[int], sub_GN: Tensor, glb_GN: Tensor) -> Tensor:
-    """features [C, P * P, D], dense rows; flat_grids: h, w of each image; separators of 4D values. -> [I, 4D]."""
+    """features [C, P * P, D], dense rows; flat_grids: h, w of each image; separators of 4D. -> [I, 4D]."""
     C, patches, D = features.shape
     P, grids = round(patches**0.5), unflatten(flat_grids)
     crops = sum(h * w + 1 for h, w in grids)
