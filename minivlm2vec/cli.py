@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .mmeb.cli import add_arguments as mmeb_arguments
+from .mmeb.cli import run as run_mmeb
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args) or 0
-    except (ValueError, FileNotFoundError, ImportError, RuntimeError) as e:
+    except (ValueError, OSError, ImportError, RuntimeError) as e:
         print(f"minivlm2vec {args.command}: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -30,6 +32,9 @@ def _parser() -> argparse.ArgumentParser:
     _similarity_arguments(commands.add_parser("similarity", help="score targets against queries"))
     _info_arguments(commands.add_parser("info", help="print a checkpoint's architecture"))
     _new_checkpoint_arguments(commands.add_parser("new-checkpoint", help="write a randomly initialised checkpoint"))
+    mmeb = commands.add_parser("mmeb", help="evaluate on MMEB, or on data in its format")
+    mmeb_arguments(mmeb)
+    mmeb.set_defaults(run=run_mmeb)
     return parser
 
 
