@@ -300,9 +300,9 @@ class Batcher:
         self._settle(pack, self._one_by_one(pack.jobs))
 
     def _settle(self, pack: Pack, results: list[tuple[Job, Any]]) -> None:
+        self._loop.call_soon_threadsafe(self._deliver, results)
         self._launched.remove(pack)
         self._measure(pack)
-        self._loop.call_soon_threadsafe(self._deliver, results)
 
     def _checked(self, jobs: list[Job], vectors: np.ndarray) -> list[tuple[Job, Any]]:
         """Results; a row with NaN or infinity is computed again alone."""

@@ -24,10 +24,17 @@ from PIL import Image
 from ..errors import InputError
 from .errors import APIError, bad_request
 
+Image.init()
 # Read by Pillow itself or by the libraries in its wheels; none of them runs another program, as EPS would.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-REFUSED_ADDRESSES = frozenset({ipaddress.ip_address("168.63.129.16")})  # Azure's metadata, though a public address
-REFUSED_NETWORKS = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")))
+FORMATS = tuple(f for f in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if f in Image.OPEN)
+# Public by their numbers, and yet: Azure's metadata; IETF protocols (a cloud's metadata among them), which older
+# Pythons call global; and IPv6 that carries an IPv4 address to somewhere else (NAT64, 6to4, Teredo).
+REFUSED_NETWORKS = tuple(
+    map(
+        ipaddress.ip_network,
+        ("168.63.129.16/32", "192.0.0.0/24", "64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"),
+    )
+)
 MAX_REDIRECTS = 3
 PORTS = {"http": 80, "https": 443}
 
@@ -67,12 +74,11 @@ def is_public(address: str) -> bool:
     """False for loopback, private, link-local (the clouds' metadata), shared, multicast and reserved addresses, also
     where IPv6 wraps them."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip.ipv4_mapped:
-            ip = ip.ipv4_mapped
-        elif any(ip in network for network in REFUSED_NETWORKS):  # they carry an IPv4 address to somewhere else
-            return False
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved and ip not in REFUSED_ADDRESSES
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
+        ip = ip.ipv4_mapped
+    if any(ip in network for network in REFUSED_NETWORKS):
+        return False
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
 async def resolve(host: str, port: int) -> list[str]:

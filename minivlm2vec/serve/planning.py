@@ -19,8 +19,8 @@ Part = str | Image.Image
 
 
 def plan_text(processor: Processor, text: str, max_length: int | None = None) -> Planned:
-    """A text without images; max_length keeps the first tokens."""
-    return processor.plan(text, max_length=max_length)
+    """A text without images; max_length keeps the first tokens. As `Processor.plan`, but of any length."""
+    return Planned(processor.tokenizer(text)[:max_length], _EMPTY, _EMPTY)
 
 
 def plan_ids(processor: Processor, ids: Sequence[int], max_length: int | None = None) -> Planned:

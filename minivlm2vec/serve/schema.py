@@ -79,7 +79,7 @@ def _messages_kind(value: Any) -> str | None:
 
 Input = Annotated[
     Annotated[str, Tag("text")]
-    | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS), Tag("texts")]
+    | Annotated[list[str], Field(max_length=MAX_INPUTS), Tag("texts")]
     | Annotated[TokenIds, Tag("ids")]
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS), Tag("ids_list")]
     | Annotated[Conversation, Tag("conversation")]

@@ -181,6 +181,8 @@ class Service:
         values = request.input
         if isinstance(values, str):
             return [self._text("input", values)]
+        if not values:
+            raise bad_request("input is an empty list", "input")
         if isinstance(values[0], str):
             return [self._text(f"input[{i}]", text) for i, text in enumerate(self._count(values))]
         if isinstance(values[0], int):
@@ -300,7 +302,8 @@ class Service:
         try:
             planned = self._planned(item, max_length, num_crops)
         except InputError as e:
-            raise bad_request(f"{item.name}: {e.reason}", item.name) from None
+            name = e.name if e.name.startswith(item.name) else item.name
+            raise bad_request(f"{name}: {e.reason}", name) from None
         if len(planned) > limit:
             raise self._too_long(item.name, f"{len(planned)} tokens are more than the {limit} that this server takes")
         return planned
