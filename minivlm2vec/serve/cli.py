@@ -71,6 +71,8 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+    if not 0 <= args.port <= 65535:  # the system would take it modulo 65536
+        raise ValueError(f"--port is {args.port}; a port is 0 to 65535")
     for name in ("max_wait_ms", "drain_delay"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be below 0")
@@ -83,7 +85,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except (OSError, OverflowError) as e:
+    except OSError as e:
         raise ValueError(f"cannot listen on {host}:{port}: {e}") from None
     return listener
 
