@@ -13,7 +13,7 @@ from minivlm2vec_kernels import ops
 
 from .batch import PackedBatch
 from .config import DecoderConfig
-from .linear import Linear
+from .linear import Embedding, Linear
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

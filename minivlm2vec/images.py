@@ -49,23 +49,23 @@ def hd_size(width: int, height: int, num_crops: int, crop_size: int = 336) -> HD
         raise ValueError(f"num_crops is {num_crops}; at least 1 is needed")
     if width < 1 or height < 1:
         raise ValueError(f"an image of {width} x {height} pixels is empty")
-    if width < height:
-        turned = hd_size(height, width, num_crops, crop_size)
-        h, w = turned.grid
-        return HDSize(turned.height, turned.width, (w, h), turned.top, turned.left)
-    ratio = width / height
+    long, short = max(width, height), min(width, height)
+    ratio = long / short
     scale = 1
     while (scale + 1) * math.ceil((scale + 1) / ratio) <= num_crops:
         scale += 1
-    new_width = scale * crop_size
-    new_height = int(new_width / ratio)
-    if new_height == 0:
+    new_long = scale * crop_size
+    new_short = int(new_long / ratio)
+    if new_short == 0:
         raise ValueError(
-            f"the aspect ratio {ratio:.0f} of a {width} x {height} image (or its transpose) is too large: at most "
-            f"{new_width} with num_crops {num_crops}"
+            f"an image of {width} x {height} pixels is too thin: one side is {ratio:.0f} times the other, at most "
+            f"{new_long} times is possible with num_crops {num_crops}"
         )
-    rows = math.ceil(new_height / crop_size)
-    return HDSize(new_width, new_height, (rows, scale), 0, (rows * crop_size - new_height) // 2)
+    across = math.ceil(new_short / crop_size)
+    margin = (across * crop_size - new_short) // 2
+    if width >= height:
+        return HDSize(new_long, new_short, (across, scale), left=0, top=margin)
+    return HDSize(new_short, new_long, (scale, across), left=margin, top=0)
 
 
 def hd_crops(image: Image.Image, num_crops: int, crop_size: int = 336) -> tuple[np.ndarray, Grid]:

@@ -1,4 +1,8 @@
-"""The one linear layer of the model: what a quantised or adapted layer replaces."""
+"""The matrices of the model: the one linear layer, which a quantised or adapted layer replaces, and embeddings.
+
+Neither draws random numbers when it is made: weights come from a checkpoint. (On the meta device torch's own
+initialisation would also import 150 MB of Python that inference never needs.)
+"""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,4 +28,11 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
 
     def reset_parameters(self) -> None:
-        """Weights come from a checkpoint: drawing random ones first would only cost time."""
+        pass
+
+
+class Embedding(nn.Embedding):
+    """A table of rows, looked up by number."""
+
+    def reset_parameters(self) -> None:
+        pass

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tokenizers
 
-from .errors import CheckpointError
+from .errors import CheckpointError, InputError
 
 
 class Tokenizer:
@@ -24,7 +24,11 @@ class Tokenizer:
         self.tokenizer.no_padding()
 
     def __call__(self, text: str) -> list[int]:
-        """Ids of one text, BOS first. "" gives the BOS alone."""
+        """Ids of one text, BOS first. "" gives the BOS alone. Raises InputError where it is not valid Unicode."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise InputError(f"the text is not valid Unicode: character {e.start} is a lone surrogate", name="text") from None
         return self.tokenizer.encode(text).ids
 
     def __len__(self) -> int:

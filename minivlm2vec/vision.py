@@ -11,7 +11,7 @@ from minivlm2vec_kernels import ops
 
 from .batch import Grid
 from .config import VisionConfig
-from .linear import Linear
+from .linear import Embedding, Linear
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -49,9 +49,17 @@ class VisionTower(nn.Module):
         patches = ops.image_patches(
             crops, grids, mean, std, self.config.patch_size, weight.dtype, backend=backend
         )  # [C, P * P, 3 * p * p]
-        chunk = crops_per_chunk or (2 if crops.device.type == "cpu" else 64)
+        chunk = crops_per_chunk or self._crops_per_chunk(patches)
         features = [self._encode(x, backend) for x in patches.split(chunk)]
         return features[0] if len(features) == 1 else torch.cat(features)
+
+    def _crops_per_chunk(self, patches: Tensor) -> int:
+        """64 on a GPU. On a CPU so many that the widest activation stays below 32 MB: larger blocks are mapped
+        anew by the allocator each time, and touching fresh pages costs as much as the arithmetic on them."""
+        if patches.device.type != "cpu":
+            return 64
+        row = self.config.num_positions * self.config.intermediate_size * patches.element_size()
+        return max(1, 32_000_000 // row)
 
     def _encode(self, patches: Tensor, backend: str | None) -> Tensor:
         x = self.embeddings(patches)  # [C, L, D]
@@ -69,14 +77,24 @@ class VisionEmbeddings(nn.Module):
         super().__init__()
         D, p = config.hidden_size, config.patch_size
         self.class_embedding = nn.Parameter(torch.empty(D))
-        self.patch_embedding = nn.Conv2d(3, D, p, stride=p, bias=False)
-        self.position_embedding = nn.Embedding(config.num_positions, D)
+        self.patch_embedding = PatchEmbedding(D, p)
+        self.position_embedding = Embedding(config.num_positions, D)
 
     def forward(self, patches: Tensor) -> Tensor:  # [C, P * P, 3 * p * p] -> [C, L, D]
-        # A convolution whose stride is its kernel is a matrix product over patches.
-        x = nn.functional.linear(patches, self.patch_embedding.weight.flatten(1))
+        x = self.patch_embedding(patches)
         cls = self.class_embedding.expand(len(x), 1, -1)
         return torch.cat([cls, x], dim=1) + self.position_embedding.weight
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution whose stride is its kernel: a matrix product over patches. The weight keeps its shape."""
+
+    def __init__(self, width: int, patch_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, 3, patch_size, patch_size))
+
+    def forward(self, patches: Tensor) -> Tensor:  # [C, P * P, 3 * p * p] -> [C, P * P, D]
+        return nn.functional.linear(patches, self.weight.flatten(1))
 
 
 class VisionLayer(nn.Module):
@@ -118,5 +136,5 @@ class VisionMLP(nn.Module):
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, h: Tensor, backend: str | None) -> Tensor:
-        h = ops.quick_gelu(nn.functional.linear(h, self.fc1.weight), self.fc1.bias, backend=backend)
+        h = ops.linear_quick_gelu(h, self.fc1.weight, self.fc1.bias, backend=backend)
         return self.fc2.add_to(x, h, backend=backend)
