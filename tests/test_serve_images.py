@@ -16,11 +16,12 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 
 from PIL import Image
-from serving import data_uri, picture
 
 from minivlm2vec.errors import InputError
 from minivlm2vec.serve.errors import APIError
 from minivlm2vec.serve.images import RemoteImages, decode_data_uri, is_public, open_image
+
+from .serving import data_uri, picture
 
 
 def test_data_uri():

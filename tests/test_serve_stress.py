@@ -18,13 +18,13 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 
-from serving import call, floats, picture, running, serve_process, user, wait_for
-
 from minivlm2vec import Embedder
 from minivlm2vec.cli import main
 from minivlm2vec.new_checkpoint import new_checkpoint
 from minivlm2vec.serve.app import create_app
 from minivlm2vec.serve.service import Limits, Service
+
+from .serving import call, floats, picture, running, serve_process, user, wait_for
 
 
 @pytest.fixture(scope="module")
