@@ -123,7 +123,7 @@ def _guard(api_keys: Sequence[str]):
     digests = [sha256(key.encode()).digest() for key in api_keys]
     bearer = Depends(HTTPBearer(auto_error=False, description="only where the server was started with --api-key"))
 
-    def check(request: Request, _=bearer) -> None:  # the second for the OpenAPI document alone
+    async def check(request: Request, _=bearer) -> None:  # the second for the OpenAPI document alone
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         given = sha256(key.strip().encode("latin-1")).digest()
         right = [hmac.compare_digest(given, digest) for digest in digests]  # all of them, in constant time
