@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .mmeb.cli import add_arguments as mmeb_arguments
-from .mmeb.cli import run as run_mmeb
+
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,15 +25,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    # The optional parts import what their extras bring only when they run.
+    from .mmeb.cli import add_arguments as mmeb_arguments
+    from .mmeb.cli import run as run_mmeb
+    from .serve.cli import add_arguments as serve_arguments
+
     parser = argparse.ArgumentParser(prog="minivlm2vec", description="Text and images to vectors, with VLM2Vec-Full.")
     parser.add_argument("--version", action="version", version=f"minivlm2vec {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _similarity_arguments(commands.add_parser("similarity", help="score targets against queries"))
-    _info_arguments(commands.add_parser("info", help="print a checkpoint's architecture"))
-    _new_checkpoint_arguments(commands.add_parser("new-checkpoint", help="write a randomly initialised checkpoint"))
+    serve_arguments(commands.add_parser("serve", help="answer OpenAI's embeddings API"))
     mmeb = commands.add_parser("mmeb", help="evaluate on MMEB, or on data in its format")
     mmeb_arguments(mmeb)
     mmeb.set_defaults(run=run_mmeb)
+    _info_arguments(commands.add_parser("info", help="print a checkpoint's architecture"))
+    _new_checkpoint_arguments(commands.add_parser("new-checkpoint", help="write a randomly initialised checkpoint"))
     return parser
 
 

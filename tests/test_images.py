@@ -5,7 +5,6 @@ import io
 
 import numpy as np
 import pytest
-from .golden import synth_image
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -13,6 +12,8 @@ from PIL import Image
 from minivlm2vec.batch import num_image_tokens
 from minivlm2vec.errors import InputError
 from minivlm2vec.images import WHITE, hd_crops, hd_size, open_image, to_rgb
+
+from .golden import synth_image
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
