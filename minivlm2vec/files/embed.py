@@ -45,6 +45,7 @@ class Job:
         fields: where a row keeps its text and images.
         settings: everything that decides the vectors' bits and the file's form. A run goes on, and a file counts as
             finished, only under the same settings.
+        checkpoint: its folder.
     """
 
     args: argparse.Namespace
@@ -121,7 +122,11 @@ def _begin(args: argparse.Namespace, parts: Parts) -> Job:
             raise ValueError(_refusal(parts.folder, old["settings"], job.settings, old["source"], vars(index)))
         for number in parts.finished():
             parts.discard(number)
-    if not args.overwrite and not args.append:
+    if args.append and job.out.exists():
+        from .lance import check_append
+
+        check_append(job.out, job.settings)
+    elif not args.overwrite:
         _check_existing(job)
     if old != manifest:
         parts.begin(manifest)
@@ -163,9 +168,8 @@ def _open_source(args: argparse.Namespace, parts: Parts, *, spool: bool = True) 
 def _settings(args: argparse.Namespace, checkpoint: Path, fields: Fields) -> dict[str, Any]:
     config = VLM2VecConfig.from_json(checkpoint)
     processor = Processor.from_pretrained(checkpoint, config, num_crops=args.num_crops)
-    name = str(checkpoint.absolute()) if Path(args.model).expanduser().is_dir() else args.model
     return {
-        "checkpoint": {"name": name, "fingerprint": fingerprint(checkpoint)},
+        "checkpoint": fingerprint(checkpoint),
         "instruction": _instruction(args),
         "num_crops": processor.num_crops,
         "max_length": args.max_length,
@@ -181,6 +185,13 @@ def _settings(args: argparse.Namespace, checkpoint: Path, fields: Fields) -> dic
         "part_rows": args.part_rows,
         "version": __version__,
     }
+
+
+def _model(job: "Job") -> dict[str, str | None]:
+    """Where `search` finds the checkpoint again."""
+    local = Path(job.args.model).expanduser().is_dir()
+    name = str(job.checkpoint.absolute()) if local else job.args.model
+    return {"name": name, "revision": None if local else job.args.revision}
 
 
 def _instruction(args: argparse.Namespace) -> str:
@@ -241,9 +252,7 @@ def _refusal(path: Path, old: dict, new: dict, old_source: dict, new_source: dic
 
 
 def _short(name: str, value: Any) -> str:
-    if name == "checkpoint" and value:
-        return f"{value['name']} ({value['fingerprint'][:12]})"
-    return repr(value)
+    return value[:12] if name == "checkpoint" and value else repr(value)
 
 
 def _is_complete(job: Job) -> bool:
@@ -352,6 +361,7 @@ def _assemble(job: Job) -> int:
     heads = [job.parts.head(n) for n in job.numbers]
     bad_rows = [bad for head in heads for bad in head.errors]
     meta = {
+        "model": _model(job),
         "settings": job.settings,
         "source": {"name": job.args.source, "num_rows": job.index.num_rows, "fingerprint": job.index.fingerprint},
         "images": digest_of(head.images for head in heads),
