@@ -225,7 +225,9 @@ class _RowReader:
             batch = self._next(start, min(stop, self.bounds[group + 1]))
             pieces.append(batch)
             start += batch.num_rows
-        schema = pyarrow.schema([f for f in self.file.schema_arrow if self.columns is None or f.name in self.columns])
+        schema = self.file.schema_arrow
+        if self.columns is not None:
+            schema = pyarrow.schema([schema.field(name) for name in self.columns])
         return pyarrow.Table.from_batches(pieces, schema)
 
     def _enter(self, group: int) -> None:

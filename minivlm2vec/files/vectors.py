@@ -125,7 +125,7 @@ def open_vectors(path: Path) -> VectorFile:
             return ParquetFile(path)
         else:
             raise ValueError("vectors are in .npy, .safetensors, .parquet or .lance")
-    except (ValueError, KeyError, TypeError, EOFError) as e:
+    except (ValueError, KeyError, TypeError, EOFError, struct.error) as e:
         raise ValueError(f"{path} holds no vectors: {e}") from None
     if array.ndim != 2 or array.dtype not in (np.float32, np.float16):
         raise ValueError(f"{path} holds {array.dtype} {list(array.shape)}; vectors are float32 or float16 [N, D]")
