@@ -5,6 +5,7 @@ a rename.
     kill_at_every_step.py STRIDE FOLDER SUFFIX embed ARGUMENTS…    writes FOLDER/<n>SUFFIX, prints each n
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -15,10 +16,8 @@ import torch._dynamo  # noqa: F401  (building a model imports it: once here, not
 from minivlm2vec.cli import main
 from minivlm2vec.files import embed  # noqa: F401  (imported before the forks, which then start at once)
 
-try:
+with contextlib.suppress(ImportError):
     import pyarrow.parquet  # noqa: F401
-except ImportError:
-    pass
 
 
 def kill_at(step: int) -> None:

@@ -162,7 +162,9 @@ def test_parquet_passes_every_column_through(checkpoint, embedder, tmp_path):
         "tags": [["x", "y"], [], None, ["z"]],
     })  # fmt: skip
     pq.write_table(table, tmp_path / "items.parquet", row_group_size=3)
-    code, err = embed(tmp_path / "items.parquet", tmp_path / "out.parquet", checkpoint, "--part-rows", 2, "--store", "float16")
+    code, err = embed(
+        tmp_path / "items.parquet", tmp_path / "out.parquet", checkpoint, "--part-rows", 2, "--store", "float16"
+    )
     assert code == 3, err
     got = pq.read_table(tmp_path / "out.parquet")
     assert got.drop_columns("embedding").equals(table)
@@ -241,7 +243,7 @@ def test_killed_from_outside_while_it_computes(checkpoint, tmp_path):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
-    finished = len([p for p in parts.glob("part-*.safetensors")])
+    finished = len(list(parts.glob("part-*.safetensors")))
     assert 3 <= finished < 75 and not (tmp_path / "killed.npy").exists()
     code, _, err = run(*argv, "-o", tmp_path / "killed.npy")
     assert code == 0 and f"{finished} of 75 parts are finished" in err
@@ -284,7 +286,8 @@ def interrupted(stop_after, source, out, checkpoint, *more) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "word"),
     [("--num-crops", 2, "num_crops is 4 there and 2 now"), ("--instruction", "Other.", "instruction"),
-     ("--store", "float16", "stored_as"), ("--part-rows", 5, "part_rows is 4 there and 5 now"), ("--model", None, "checkpoint")],
+     ("--store", "float16", "stored_as"), ("--part-rows", 5, "part_rows is 4 there and 5 now"),
+     ("--model", None, "checkpoint")],
 )  # fmt: skip
 def test_refuses_to_go_on_with_other_settings(pictures, checkpoint, tmp_path, stop_after, option, value, word):
     from minivlm2vec.new_checkpoint import new_checkpoint
@@ -435,10 +438,24 @@ def test_a_foreign_file_is_not_overwritten(checkpoint, tmp_path):
 
 
 def test_two_ranks_of_torchrun_make_the_same_file(pictures, checkpoint, tmp_path):
-    argv = ["-m", "minivlm2vec", "embed", str(pictures), "--model", str(checkpoint), "--device", "cpu", "--part-rows", "3"]
+    argv = [
+        "-m",
+        "minivlm2vec",
+        "embed",
+        str(pictures),
+        "--model",
+        str(checkpoint),
+        "--device",
+        "cpu",
+        "--part-rows",
+        "3",
+    ]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     two = subprocess.run(
-        [sys.executable, *torchrun, *argv, "-o", tmp_path / "two.npy"], env=environment(), capture_output=True, text=True
+        [sys.executable, *torchrun, *argv, "-o", tmp_path / "two.npy"],
+        env=environment(),
+        capture_output=True,
+        text=True,
     )
     assert "rank 0 of 2" in two.stderr and (tmp_path / "two.npy").exists(), two.stderr[-3000:]
     one = subprocess.run([sys.executable, *argv, "-o", tmp_path / "one.npy"], env=environment(), capture_output=True)
@@ -464,10 +481,14 @@ def test_memory_is_bounded_by_the_batch_and_not_by_the_input(checkpoint, tmp_pat
             f.writelines(json.dumps({"text": "a", "n": i, "pad": "x" * 4000}) + "\n" for i in range(n))
         command = [sys.executable, "-c", script, "embed", source, "-o", tmp_path / f"{n}.npy", "--model", checkpoint,
                    "--device", "cpu", "--quiet", "--part-rows", "64", "--workers", "1"]  # fmt: skip
-        done = subprocess.run(command, env=environment(MALLOC_ARENA_MAX="1"), capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, env=environment(MALLOC_ARENA_MAX="1"), capture_output=True, text=True, check=True
+        )
         code, peak = map(int, done.stdout.split())
         assert code == 0
         peaks.append(peak * 1024)
     added = 4500 * (4000 + 64 * 4)
-    print(f"peaks {peaks[0] / 1e6:.1f} and {peaks[1] / 1e6:.1f} MB; {added / 1e6:.1f} MB of rows and vectors were added")
+    print(
+        f"peaks {peaks[0] / 1e6:.1f} and {peaks[1] / 1e6:.1f} MB; {added / 1e6:.1f} MB of rows and vectors were added"
+    )
     assert peaks[1] - peaks[0] < added / 4

@@ -24,7 +24,9 @@ def source(tmp_path):
 
 
 def embed(source, out, checkpoint, *more):
-    code, _, err = run("embed", source, "-o", out, "--model", checkpoint, "--device", "cpu", "--quiet", "--part-rows", 8, *more)
+    code, _, err = run(
+        "embed", source, "-o", out, "--model", checkpoint, "--device", "cpu", "--quiet", "--part-rows", 8, *more
+    )
     return code, err
 
 
@@ -42,7 +44,9 @@ def test_search_is_that_of_the_flat_file(source, checkpoint, tmp_path, store):
     assert not left_behind(tmp_path)
     for asked in (["--text", "item 7"], ["--image", tmp_path / "p2.png"], ["--like", 3]):
         lance, flat = (search(tmp_path / name, *asked, "--top", 12) for name in ("out.lance", "out.npy"))
-        assert np.allclose([h["score"] for h in lance], [h["score"] for h in flat], atol=2e-3 if store == "float16" else 1e-5)
+        assert np.allclose(
+            [h["score"] for h in lance], [h["score"] for h in flat], atol=2e-3 if store == "float16" else 1e-5
+        )
         if store == "float32":
             assert [h["row"] for h in lance] == [h["row"] for h in flat]
         assert 4 not in [h["row"] for h in lance]

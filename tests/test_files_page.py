@@ -39,8 +39,8 @@ def collection(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hits(collection):
-    code, _, err = run("search", collection / "out.npy", "--text", NASTY[1], "--image", collection / "plain.jpg", "--top", 20,
-                       "--html", collection / "hits.html")  # fmt: skip
+    query = ["--text", NASTY[1], "--image", collection / "plain.jpg", "--top", 20]
+    code, _, err = run("search", collection / "out.npy", *query, "--html", collection / "hits.html")
     assert code == 0, err
     return collection / "hits.html"
 
@@ -72,8 +72,8 @@ def test_a_page_is_self_contained_and_escapes_what_it_shows(which, request):
     page = Tags(request.getfixturevalue(which))
     names = [tag for tag, _ in page.tags]
     assert names.count("script") == (which == "gallery")  # its own
-    allowed = {"html", "meta", "title", "style", "script", "header", "div", "h1", "h2", "p", "img", "ol", "ul", "li", "span",
-               "b", "meter", "dl", "dt", "dd", "footer", "a", "section", "input", "button"}  # fmt: skip
+    allowed = {"html", "meta", "title", "style", "script", "header", "div", "h1", "h2", "p", "img", "ol", "ul", "li",
+               "span", "b", "meter", "dl", "dt", "dd", "footer", "a", "section", "input", "button"}  # fmt: skip
     assert set(names) <= allowed
     for tag, attributes in page.tags:
         assert not [a for a in attributes if a.startswith("on")], (tag, attributes)
@@ -104,7 +104,11 @@ def test_every_picture_of_the_gallery_links_to_neighbours(gallery):
 
 def test_limit_and_no_rows(collection, checkpoint, tmp_path):
     code, _, err = run("search", collection / "out.npy", "--limit", 3, "--html", tmp_path / "few.html")
-    assert code == 0 and "3 of 12 rows" in err and len([1 for tag, _ in Tags(tmp_path / "few.html").tags if tag == "a"]) == 3
+    assert (
+        code == 0
+        and "3 of 12 rows" in err
+        and len([1 for tag, _ in Tags(tmp_path / "few.html").tags if tag == "a"]) == 3
+    )
     source = write_jsonl(tmp_path / "none.jsonl", [])
     run("embed", source, "-o", tmp_path / "none.npy", "--model", checkpoint, "--device", "cpu", "--quiet")
     assert run("search", tmp_path / "none.npy", "--html", tmp_path / "none.html")[0] == 0

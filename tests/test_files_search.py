@@ -74,7 +74,10 @@ def test_top_k_of_any_size(n, k, size, seed, half):
     expected = brute_force(query, x, k)
     assert len(rows) == min(n, k)
     exact = x.double() @ query.double()
-    assert np.allclose(exact[rows].numpy(), exact[expected].numpy(), atol=1e-6) and scores.tolist() == sorted(scores.tolist())[::-1]
+    assert (
+        np.allclose(exact[rows].numpy(), exact[expected].numpy(), atol=1e-6)
+        and scores.tolist() == sorted(scores.tolist())[::-1]
+    )
 
 
 def test_top_k_refuses_nonsense():
@@ -108,7 +111,9 @@ def search(path, *argv) -> dict:
     return json.loads(out)
 
 
-@pytest.mark.parametrize("name", ["f32.npy", "f16.npy", "f32.safetensors", "f16.safetensors", "f32.parquet", "f16.parquet"])
+@pytest.mark.parametrize(
+    "name", ["f32.npy", "f16.npy", "f32.safetensors", "f16.safetensors", "f32.parquet", "f16.parquet"]
+)
 def test_text_image_and_both(collection, checkpoint, name, monkeypatch):
     monkeypatch.setattr(vectors_module, "CHUNK_BYTES", 1000)  # several chunks
     embedder = Embedder.from_pretrained(checkpoint, device="cpu", show_progress=False)
@@ -147,7 +152,9 @@ def test_like_a_row_needs_no_model(collection):
 
 def test_the_instruction_fits_the_query(collection):
     assert search(collection / "f32.npy", "--text", "x")["query"]["instruction"].startswith("Find me an everyday image")
-    assert search(collection / "f32.npy", "--image", collection / "p1.png")["query"]["instruction"].startswith("Find a day")
+    assert search(collection / "f32.npy", "--image", collection / "p1.png")["query"]["instruction"].startswith(
+        "Find a day"
+    )
 
 
 def test_another_checkpoint_is_refused_unless_forced(collection, tmp_path):
@@ -215,7 +222,7 @@ def test_nearest_neighbours(collection):
     stored = vectors.vectors(list(range(14))).numpy()
     scores = stored @ stored.T
     np.fill_diagonal(scores, -np.inf)
-    (first, found, rows), = nearest(vectors, 3, 14)
+    ((first, found, rows),) = nearest(vectors, 3, 14)
     assert first == 0 and rows.shape == (14, 3)
     for i in range(13):
         assert np.allclose(found[i], np.sort(np.nan_to_num(scores[i], nan=-np.inf))[::-1][:3], atol=1e-5)

@@ -56,7 +56,10 @@ def test_a_batch(checkpoint, tmp_path):
     images[:] = ["a.png", ["a.png", "b.png"], "none.png"]
     batch = {"image": images, "text": np.array(["x", "y", "z"], object), "n": np.arange(3)}
     got = actor(batch)
-    inputs = [{"text": "x", "image": tmp_path / "a.png"}, {"text": "y", "images": [tmp_path / "a.png", tmp_path / "b.png"]}]
+    inputs = [
+        {"text": "x", "image": tmp_path / "a.png"},
+        {"text": "y", "images": [tmp_path / "a.png", tmp_path / "b.png"]},
+    ]
     expected = Embedder.from_pretrained(checkpoint, device="cpu").encode(inputs, prompt="Say.\n")
     assert np.abs(got["embedding"][:2] - expected).max() < TOLERANCE and np.isnan(got["embedding"][2]).all()
     assert got["embedding_error"].tolist()[:2] == ["", ""] and "no such file" in got["embedding_error"][2]
@@ -80,6 +83,8 @@ def test_two_workers_one_of_which_is_killed(checkpoint, tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert [row["n"] for row in found] == list(range(13))
     vectors = np.array([row["embedding"] for row in found], np.float32)
-    expected = Embedder.from_pretrained(checkpoint, device="cpu").encode([{"image": tmp_path / f"p{i}.png"} for i in range(12)])
+    expected = Embedder.from_pretrained(checkpoint, device="cpu").encode(
+        [{"image": tmp_path / f"p{i}.png"} for i in range(12)]
+    )
     assert np.abs(vectors[:12] - expected).max() < TOLERANCE
     assert np.isnan(vectors[12]).all() and "no such file" in found[12]["embedding_error"]

@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -46,6 +44,7 @@ class Job:
         settings: everything that decides the vectors' bits and the file's form. A run goes on, and a file counts as
             finished, only under the same settings.
         checkpoint: its folder.
+        stat: size and time of change of the table before it was read.
     """
 
     args: argparse.Namespace
@@ -56,6 +55,7 @@ class Job:
     fields: Fields
     settings: dict[str, Any]
     checkpoint: Path
+    stat: tuple[int, int]
 
     @property
     def numbers(self) -> range:
@@ -114,8 +114,9 @@ def _begin(args: argparse.Namespace, parts: Parts) -> Job:
     """Reads through the source, and finds or begins the run's folder."""
     old = parts.manifest()
     source, root = _open_source(args, parts)
+    stat = _stat(source)
     index = source.index(args.part_rows)
-    job = _job(args, parts, source, index, root)
+    job = _job(args, parts, source, index, root, stat)
     manifest = {"settings": job.settings, "source": vars(index)}
     if old is not None and old != manifest:
         if not args.overwrite:
@@ -137,14 +138,19 @@ def _join(args: argparse.Namespace, parts: Parts) -> Job:
     """The run that rank 0 has begun."""
     manifest = parts.manifest()
     source, root = _open_source(args, parts, spool=False)
-    return _job(args, parts, source, Index(**manifest["source"]), root)
+    return _job(args, parts, source, Index(**manifest["source"]), root, _stat(source))
 
 
-def _job(args: argparse.Namespace, parts: Parts, source: Any, index: Index, root: Path) -> Job:
+def _job(args: argparse.Namespace, parts: Parts, source: Any, index: Index, root: Path, stat: tuple[int, int]) -> Job:
     fields = Fields.choose(index.columns, args.text_column, args.image_column, root)
     checkpoint = resolve(args.model, revision=args.revision, local_files_only=args.local_files_only)
     settings = _settings(args, checkpoint, fields)
-    return Job(args, Path(args.out), parts, source, index, fields, settings, checkpoint)
+    return Job(args, Path(args.out), parts, source, index, fields, settings, checkpoint, stat)
+
+
+def _stat(source: Any) -> tuple[int, int]:
+    stat = source.path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _open_source(args: argparse.Namespace, parts: Parts, *, spool: bool = True) -> tuple[Any, Path]:
@@ -236,9 +242,7 @@ def _check_existing(job: Job) -> None:
     if meta is None:
         raise ValueError(f"{job.out} exists and does not say what made it; --overwrite replaces it")
     if meta["settings"] != job.settings or meta["source"]["fingerprint"] != job.index.fingerprint:
-        raise ValueError(
-            _refusal(job.out, meta["settings"], job.settings, meta["source"], vars(job.index))
-        )
+        raise ValueError(_refusal(job.out, meta["settings"], job.settings, meta["source"], vars(job.index)))
 
 
 def _refusal(path: Path, old: dict, new: dict, old_source: dict, new_source: dict) -> str:
@@ -358,6 +362,8 @@ def _todo(parts: Parts) -> list[int] | None:
 
 def _assemble(job: Job) -> int:
     """Puts the parts together, moves the file in place, and removes the parts."""
+    if _stat(job.source) != job.stat:
+        raise ValueError(f"{job.args.source} was changed while it was read; begin anew with --overwrite")
     heads = [job.parts.head(n) for n in job.numbers]
     bad_rows = [bad for head in heads for bad in head.errors]
     meta = {
@@ -426,8 +432,9 @@ def errors_path(out: Path) -> Path:
 
 
 def _report(job: Job, num_bad: int) -> int:
-    print(f"wrote {job.out}: {job.index.num_rows:,} vectors of {job.settings['dimension']} {job.args.store}",
+    verb = "appended to" if job.args.append else "wrote"
+    print(f"{verb} {job.out}: {job.index.num_rows:,} vectors of {job.settings['dimension']} {job.args.store}",
           file=sys.stderr)  # fmt: skip
     if num_bad:
-        print(f"{num_bad:,} of them are empty: {shlex.quote(os.fspath(errors_path(job.out)))} says why", file=sys.stderr)
+        print(f"{num_bad:,} of them are empty: {errors_path(job.out)} says why", file=sys.stderr)
     return BAD_ROWS if num_bad else DONE

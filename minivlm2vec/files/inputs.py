@@ -53,7 +53,7 @@ class Fields:
             image = next((c for c in IMAGE_COLUMNS if c in columns), None)
             if columns and text is None and image is None:
                 raise ValueError(
-                    f"which column holds the texts or images? --text-column and --image-column name them; the table has "
+                    f"which column holds the texts or images? Name it (--text-column, --image-column); the table has "
                     f"{', '.join(columns)}"
                 )
         return cls(text, image, root)

@@ -51,13 +51,17 @@ class Dataset:
         self.column = self.meta["settings"]["vector_column"]
         self.shape = (self.table.count_rows(), self.meta["settings"]["dimension"])
 
-    def search(self, vector: Tensor, k: int, *, where: str | None = None, exact: bool = False, nprobes: int = 20) -> list:
+    def search(
+        self, vector: Tensor, k: int, *, where: str | None = None, exact: bool = False, nprobes: int = 20
+    ) -> list:
         """The k nearest rows that fulfil an SQL condition, as `search.Hit`s: through the index where there is one,
         unless `exact`."""
         from .search import Hit
 
         found = self._nearest(vector, k, where=where, exact=exact, nprobes=nprobes)
-        rows = [{c: v for c, v in row.items() if not c.startswith("_") and c != self.column} for row in found.to_pylist()]
+        rows = [
+            {c: v for c, v in row.items() if not c.startswith("_") and c != self.column} for row in found.to_pylist()
+        ]
         scores = [1 - d for d in found["_distance"].to_pylist()]
         return [Hit(rank, row.pop(ROW), s, row) for rank, (row, s) in enumerate(zip(rows, scores, strict=True), 1)]
 

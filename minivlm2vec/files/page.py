@@ -163,14 +163,16 @@ def _gallery_card(number: int, shown: str, picture: Picture, scores: Tensor, row
     near = " ".join(f"{r}:{s:.3f}" for r, s in pairs if s > float("-inf"))
     return (
         f'<li><a class="card" href="#r{number}" data-row="{number}" data-near="{near}">{picture}'
-        f'<div class="about"><div class="caption" title="{html.escape(shown)}">{html.escape(shown)}</div></div></a></li>\n'
+        f'<div class="about"><div class="caption" title="{html.escape(shown)}">{html.escape(shown)}</div></div>'
+        "</a></li>\n"
     )
 
 
 def _gallery_head(vectors: VectorFile, count: int) -> str:
     of = f"{count:,} rows" if count == vectors.shape[0] else f"the first {count:,} of {vectors.shape[0]:,} rows"
     return (
-        f"<header><div><h1>{html.escape(vectors.path.name)}</h1><p>{of}; click one to see its nearest neighbours</p></div>"
+        f"<header><div><h1>{html.escape(vectors.path.name)}</h1><p>{of}; click one to see its nearest neighbours</p>"
+        "</div>"
         '<input type="search" placeholder="Filter by caption" aria-label="Filter by caption"></header>\n'
         '<section id="near" hidden><header><div class="well"></div><div><h2></h2><p></p>'
         '<button type="button">Close</button></div></header><ul class="grid small"></ul></section>\n'
@@ -181,7 +183,9 @@ def _gallery_head(vectors: VectorFile, count: int) -> str:
 def _top(title: str) -> str:
     script = base64.b64encode(hashlib.sha256(_asset("page.js").encode()).digest()).decode()
     style = base64.b64encode(hashlib.sha256(_asset("page.css").encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; script-src 'sha256-{script}'; base-uri 'none'"
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; script-src 'sha256-{script}'; base-uri 'none'"
+    )
     return (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'

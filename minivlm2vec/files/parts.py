@@ -25,7 +25,6 @@ except ImportError:  # not on Windows, where two runs into one OUT go unnoticed
     fcntl = None
 
 
-
 @dataclass(frozen=True)
 class PartHead:
     """What a part file says besides its vectors."""
@@ -51,7 +50,9 @@ class Parts:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Makes the folder, holds its lock, and removes it where no run was begun in it. Raises ValueError where another process does."""
+        """Makes the folder, holds its lock, and removes it where no run was begun in it.
+
+        Raises ValueError where another process holds the lock."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "lock", "w") as f:
             if fcntl is not None:

@@ -21,6 +21,8 @@ from ..processor import Loaded, Planned
 from .inputs import BadRow, Fields, digest_of
 from .sources import Part, Row
 
+_Planning = tuple[int, list[Row], list[Future]]  # a part's number, its rows, their plans
+
 
 @dataclass
 class Result:
@@ -96,7 +98,7 @@ class Pipeline:
 
     def _run(self, parts: Iterable[Part], pool: ThreadPoolExecutor) -> Iterator[Result]:
         packs = self._load_ahead(self._packs(self._plan_ahead(parts, pool)), pool)
-        launched: deque[tuple[_Pack, list[Row], Tensor | None]] = deque()
+        launched: deque[tuple[_Pack, list[Row], _Vectors | None]] = deque()
         for pack in packs:
             rows, items = self._collect(pack)
             launched.append((pack, rows, self._launch(items)))
@@ -106,9 +108,9 @@ class Pipeline:
             yield from self._finish(pack, rows, vectors)
         self.watch.stop()
 
-    def _plan_ahead(self, parts: Iterable[Part], pool: ThreadPoolExecutor) -> Iterator[tuple[int, list[Row], list[Future]]]:
+    def _plan_ahead(self, parts: Iterable[Part], pool: ThreadPoolExecutor) -> Iterator[_Planning]:
         """Parts whose plans are under way; the next part's are begun before one is handed out."""
-        coming: deque[tuple[int, list[Row], list[Future]]] = deque()
+        coming: deque[_Planning] = deque()
         for number, rows in parts:
             coming.append((number, rows, [pool.submit(self._plan, row) for row in rows]))
             if len(coming) > 1:
@@ -122,7 +124,7 @@ class Pipeline:
         except InputError as e:
             return stamp, _bad(row, e)
 
-    def _packs(self, parts: Iterable[tuple[int, list[Row], list[Future]]]) -> Iterator[_Pack]:
+    def _packs(self, parts: Iterable[_Planning]) -> Iterator[_Pack]:
         for number, rows, futures in parts:
             with self.watch.waiting():
                 planned = [f.result() for f in futures]
@@ -163,17 +165,16 @@ class Pipeline:
         good = [(r, x) for r, x in zip(pack.rows, loaded, strict=True) if isinstance(x, Loaded)]
         return [r for r, _ in good], [x for _, x in good]
 
-    def _launch(self, items: Sequence[Loaded]) -> Tensor | None:
+    def _launch(self, items: Sequence[Loaded]) -> "_Vectors | None":
         if not items:
             return None
         with self.watch.computing():
-            return self.embedder.embed(items)
+            return _Vectors(self.embedder.embed(items))
 
-    def _finish(self, pack: _Pack, rows: list[Row], vectors: Tensor | None) -> Iterator[Result]:
+    def _finish(self, pack: _Pack, rows: list[Row], vectors: "_Vectors | None") -> Iterator[Result]:
         result = pack.result
         if vectors is not None:
-            host = vectors.float().cpu().numpy()
-            for row, vector in zip(rows, host, strict=True):
+            for row, vector in zip(rows, vectors.fetch(), strict=True):
                 if np.isfinite(vector).all():
                     result.vectors[row.number - result.first] = vector
                 else:
@@ -186,6 +187,24 @@ class Pipeline:
     def _report(self, result: Result, bad: BadRow) -> None:
         result.errors.append(bad)
         self.on_bad_row(bad)
+
+
+class _Vectors:
+    """Vectors on their way to the host. On a GPU their copy is queued at once: asked for later, it would stand behind
+    the next pack."""
+
+    def __init__(self, vectors: Tensor):
+        self.host, self.done = vectors, None
+        if vectors.device.type == "cuda":
+            self.host = torch.empty(vectors.shape, pin_memory=True).copy_(vectors, non_blocking=True)
+            self.done = torch.cuda.Event()
+            self.done.record()
+
+    def fetch(self) -> np.ndarray:
+        """[B, D] float32; waits for them."""
+        if self.done is not None:
+            self.done.synchronize()
+        return self.host.float().cpu().numpy()
 
 
 class Stopwatch:

@@ -101,7 +101,9 @@ def _dot(vectors: Tensor, query: Tensor) -> Tensor:
     return (vectors.float() * query).sum(dim=1)
 
 
-def nearest(vectors: VectorFile, k: int, rows: int, device: torch.device | str = "cpu") -> Iterator[tuple[int, Tensor, Tensor]]:
+def nearest(
+    vectors: VectorFile, k: int, rows: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[int, Tensor, Tensor]]:
     """For each of the first `rows` rows, its k nearest others among them: yields (first row, scores [n, k], rows
     [n, k]); a score of -inf where there are not so many. float32; holds `rows` scores of 256 queries at a time."""
     for start in range(0, rows, 256):
@@ -157,7 +159,9 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if args.instruction is not None and args.task is not None:
         raise ValueError("--instruction and --task are both given; use one")
     if not asked and not args.html and not args.build_index:
-        raise ValueError("nothing is asked: give --text, --image or --like; or --html alone, for a gallery of everything")
+        raise ValueError(
+            "nothing is asked: give --text, --image or --like; or --html alone, for a gallery of everything"
+        )
     for option, given in (("--where", args.where), ("--build-index", args.build_index), ("--exact", args.exact)):
         if given and not lance:
             raise ValueError(f"{option} needs a Lance dataset (embed … -o OUT.lance)")
@@ -267,17 +271,20 @@ def _as_table(query: Query, hits: list[Hit]) -> str:
     table = [["rank", "score", "row", *names]]
     table += [[str(h.rank), f"{h.score:.4f}", str(h.row), *(printable(h.columns.get(c)) for c in names)] for h in hits]
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    asked = f"instruction: {printable(query.instruction)}\n" if query.instruction else ""
-    return asked + "\n".join(
-        "  ".join(cell.rjust(w) if i < 3 else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        .rstrip() for line in table
-    )  # fmt: skip
+    lines = [f"instruction: {printable(query.instruction, 100)}"] if query.instruction else []
+    for line in table:
+        cells = [
+            cell.rjust(w) if i < 3 else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def printable(value: Any, width: int = 60) -> str:
     """A value on one line, without characters that would steer a terminal."""
-    text = "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=_plain)
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    if not isinstance(value, str):
+        value = "" if value is None else json.dumps(value, ensure_ascii=False, default=_plain)
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in value)
     return text if len(text) <= width else text[: width - 1] + "…"
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 IMAGE_SUFFIXES = frozenset(
-    ".avif .bmp .gif .jfif .jpe .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split()
+    ("avif", "bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "ppm", "tif", "tiff", "webp")
 )  # what Pillow reads and people keep in folders
 MAX_CSV_FIELD = 1 << 24  # characters; bounds what an unclosed quote can swallow
 
@@ -79,7 +79,9 @@ class LineTable:
                 _merge_types(columns, record[1])
         return Index(n, digest.hexdigest(), columns, starts)
 
-    def parts(self, index: Index, numbers: Iterable[int], part_rows: int, columns: list[str] | None = None) -> Iterator[Part]:
+    def parts(
+        self, index: Index, numbers: Iterable[int], part_rows: int, columns: list[str] | None = None
+    ) -> Iterator[Part]:
         """(number, rows) of the wanted parts."""
         with open(self.path, "rb") as f:
             self._header(_Lines(f), {})
@@ -88,10 +90,13 @@ class LineTable:
                 f.seek(offset)
                 records = self._records(_Lines(f, offset, line))
                 first = number * part_rows
-                yield number, [
-                    Row(first + i, line if self.has_lines else None, values, error)
-                    for i, (line, values, error) in enumerate(islice(records, part_rows))
-                ]
+                yield (
+                    number,
+                    [
+                        Row(first + i, line if self.has_lines else None, values, error)
+                        for i, (line, values, error) in enumerate(islice(records, part_rows))
+                    ],
+                )
 
     def _header(self, lines: "_Lines", columns: dict[str, str]) -> None:
         """Reads what precedes the rows, and enters the columns that it names."""
@@ -172,14 +177,18 @@ class Parquet:
         with open(self.path, "rb") as f:
             digest = _digest(f)
         with self._open() as file:
-            return Index(file.metadata.num_rows, digest.hexdigest(), dict.fromkeys(file.schema_arrow.names, "arrow"), [])
+            return Index(
+                file.metadata.num_rows, digest.hexdigest(), dict.fromkeys(file.schema_arrow.names, "arrow"), []
+            )
 
     def schema(self):
         """Its Arrow schema."""
         with self._open() as file:
             return file.schema_arrow
 
-    def parts(self, index: Index, numbers: Iterable[int], part_rows: int, columns: list[str] | None = None) -> Iterator[Part]:
+    def parts(
+        self, index: Index, numbers: Iterable[int], part_rows: int, columns: list[str] | None = None
+    ) -> Iterator[Part]:
         """(number, rows) of the wanted parts, of the named columns."""
         for number, table in self.tables(index, numbers, part_rows, columns):
             first = number * part_rows
@@ -252,7 +261,9 @@ def open_table(path: Path) -> JsonLines | Csv | Parquet:
         return Csv(path)
     if suffix in (".parquet", ".pq"):
         return Parquet(path)
-    raise ValueError(f"{path}: a table ends in .jsonl, .csv, .tsv or .parquet; a folder or - (JSONL on stdin) will do too")
+    raise ValueError(
+        f"{path}: a table ends in .jsonl, .csv, .tsv or .parquet; a folder or - (JSONL on stdin) will do too"
+    )
 
 
 def spool_stdin(target: Path) -> None:
@@ -270,7 +281,7 @@ def spool_folder(folder: Path, target: Path) -> tuple[int, int]:
     images = others = 0
     with open(target, "w", encoding="ascii") as f:
         for path in _walk(folder):
-            if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES:
+            if os.path.splitext(path)[1][1:].lower() in IMAGE_SUFFIXES:
                 f.write(json.dumps({"image": path}) + "\n")  # ASCII: names that are not UTF-8 survive as surrogates
                 images += 1
             else:

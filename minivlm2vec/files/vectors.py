@@ -42,7 +42,8 @@ class VectorFile:
 
 
 class FlatFile(VectorFile):
-    """.npy or .safetensors: the numbers lie in the file as in memory, and are mapped."""
+    """.npy or .safetensors: the numbers lie in the file as in memory, and are mapped (copy-on-write, as torch wants
+    memory that may be written; nothing is)."""
 
     def __init__(self, path: Path, array: np.ndarray, meta: dict[str, Any] | None):
         super().__init__(path, array.shape, meta)
@@ -51,7 +52,7 @@ class FlatFile(VectorFile):
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         step = max(1, CHUNK_BYTES // max(1, self.shape[1] * self.array.itemsize))
         for start in range(0, self.shape[0], step):
-            yield start, _tensor(self.array[start : start + step])
+            yield start, torch.from_numpy(self.array[start : start + step])
 
     def rows(self, numbers: Iterable[int]) -> dict[int, dict[str, Any]]:
         wanted = set(numbers)
@@ -118,7 +119,7 @@ def open_vectors(path: Path) -> VectorFile:
         raise ValueError(f"{path} does not exist")
     try:
         if path.suffix == ".npy":
-            array, meta = np.load(path, mmap_mode="r", allow_pickle=False), _npy_meta(path)
+            array, meta = np.load(path, mmap_mode="c", allow_pickle=False), _npy_meta(path)
         elif path.suffix == ".safetensors":
             array, meta = _map_safetensors(path)
         elif path.suffix == ".parquet":
@@ -157,8 +158,4 @@ def _map_safetensors(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
     meta = json.loads(header.get("__metadata__", {}).get(KEY, "null"))
     if 0 in shape:
         return np.empty(shape, dtype), meta
-    return np.memmap(path, dtype, "r", start, tuple(shape)), meta
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(array))  # a copy: torch warns of memory that it must not write
+    return np.memmap(path, dtype, "c", start, tuple(shape)), meta

@@ -72,7 +72,7 @@ def write_parquet(path: Path, head: Head, pieces: Pieces) -> list[str]:
     pa = import_pyarrow("to write Parquet")
     schema = with_vectors(head)
     element = f"{head.vector_column}.list.element"
-    compression = {c: "zstd" for c in leaf_columns(schema)} | {element: "none"}  # vectors hardly shrink
+    compression = dict.fromkeys(leaf_columns(schema), "zstd") | {element: "none"}  # vectors hardly shrink
     with open(path, "wb") as f:
         with pa.parquet.ParquetWriter(
             f, schema, compression=compression, use_dictionary=[c for c in leaf_columns(schema) if c != element],
