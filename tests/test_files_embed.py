@@ -204,7 +204,7 @@ def test_jsonl_columns_get_types(checkpoint, tmp_path):
 # Interruptions
 
 
-@pytest.mark.parametrize(("suffix", "stride", "fewest"), [(".npy", 1, 20), (".parquet", 3, 5)])
+@pytest.mark.parametrize(("suffix", "stride", "fewest"), [(".npy", 1, 20), (".parquet", 4, 4)])
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_every_step_and_resumed_is_byte_identical(checkpoint, tmp_path, suffix, stride, fewest):
     if suffix == ".parquet":
@@ -232,21 +232,21 @@ def test_killed_at_every_step_and_resumed_is_byte_identical(checkpoint, tmp_path
 
 
 def test_killed_from_outside_while_it_computes(checkpoint, tmp_path):
-    rows = [{"text": f"a rather long text number {i} " * 20} for i in range(600)]
+    rows = [{"text": f"a rather long text number {i} " * 20} for i in range(240)]
     source = write_jsonl(tmp_path / "items.jsonl", rows)
     argv = ["embed", str(source), "--model", str(checkpoint), "--device", "cpu", "--part-rows", "8", "--quiet"]
     command = [sys.executable, "-m", "minivlm2vec", *argv, "-o", str(tmp_path / "killed.npy")]
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
     parts = tmp_path / "killed.npy.parts"
     deadline = time.monotonic() + 60
-    while len(list(parts.glob("part-*"))) < 3 and time.monotonic() < deadline:
+    while len(list(parts.glob("part-*.safetensors"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
     finished = len(list(parts.glob("part-*.safetensors")))
-    assert 3 <= finished < 75 and not (tmp_path / "killed.npy").exists()
+    assert 3 <= finished < 30 and not (tmp_path / "killed.npy").exists()
     code, _, err = run(*argv, "-o", tmp_path / "killed.npy")
-    assert code == 0 and f"{finished} of 75 parts are finished" in err
+    assert code == 0 and f"{finished} of 30 parts are finished" in err
     assert run(*argv, "-o", tmp_path / "whole.npy")[0] == 0
     assert (tmp_path / "killed.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
@@ -469,7 +469,7 @@ def test_two_ranks_of_torchrun_make_the_same_file(pictures, checkpoint, tmp_path
 
 
 def test_memory_is_bounded_by_the_batch_and_not_by_the_input(checkpoint, tmp_path):
-    """Four times the rows, the same peak: what grows is less than a tenth of what the rows' vectors would take."""
+    """Four times the rows, nearly the same peak."""
     script = (
         "import resource, sys; from minivlm2vec.cli import main; code = main(sys.argv[1:]); "
         "print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
@@ -491,4 +491,4 @@ def test_memory_is_bounded_by_the_batch_and_not_by_the_input(checkpoint, tmp_pat
     print(
         f"peaks {peaks[0] / 1e6:.1f} and {peaks[1] / 1e6:.1f} MB; {added / 1e6:.1f} MB of rows and vectors were added"
     )
-    assert peaks[1] - peaks[0] < added / 4
+    assert peaks[1] - peaks[0] < added / 4  # what the allocator keeps, and the index of the parts
