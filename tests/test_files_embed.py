@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from files_data import checkpoint, left_behind, read_jsonl, run, save_pictures, write_jsonl
 from safetensors.numpy import load_file
 
 from minivlm2vec import Embedder, prompts
 from minivlm2vec.files import embed as embed_module
-from minivlm2vec.files.vectors import open_vectors
+from minivlm2vec.files.vectors import open_vectors, read_meta
+
+from .files_data import checkpoint, left_behind, read_jsonl, run, save_pictures, write_jsonl
 
 __all__ = ["checkpoint"]
 TESTS = Path(__file__).parent
@@ -298,12 +299,12 @@ def test_refuses_to_go_on_with_other_settings(pictures, checkpoint, tmp_path, st
     code, err = embed(pictures, out, checkpoint, option, value)
     assert code == 1 and word in err and "--overwrite" in err  # an unfinished run
     assert embed(pictures, out, checkpoint)[0] == 3
-    before = out.read_bytes()
+    before, settings = out.read_bytes(), read_meta(out)["settings"]
     code, err = embed(pictures, out, checkpoint, option, value)
     assert code == 1 and word in err and out.read_bytes() == before  # a finished file
     assert not left_behind(tmp_path)
     code, err = embed(pictures, out, checkpoint, option, value, "--overwrite")
-    assert code == 3 and out.read_bytes() != before
+    assert code == 3 and read_meta(out)["settings"] != settings and not left_behind(tmp_path)
 
 
 def test_a_finished_file_is_left_alone(pictures, checkpoint, tmp_path):

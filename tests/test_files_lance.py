@@ -5,11 +5,12 @@ import re
 
 import numpy as np
 import pytest
-from files_data import checkpoint, left_behind, run, save_pictures, write_jsonl
 
 from minivlm2vec.files import lance as lance_module
 from minivlm2vec.files.search import top_k
 from minivlm2vec.files.vectors import open_vectors
+
+from .files_data import checkpoint, left_behind, run, save_pictures, write_jsonl
 
 pytest.importorskip("lancedb")
 __all__ = ["checkpoint"]

@@ -7,8 +7,9 @@ import shutil
 import subprocess
 
 import pytest
-from files_data import checkpoint, run, save_pictures, write_jsonl
 from PIL import Image
+
+from .files_data import checkpoint, run, save_pictures, write_jsonl
 
 __all__ = ["checkpoint"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -6,7 +6,6 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from files_data import checkpoint, run, save_pictures, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,8 @@ from minivlm2vec import Embedder
 from minivlm2vec.files import vectors as vectors_module
 from minivlm2vec.files.search import nearest, printable, rounding, top_k
 from minivlm2vec.files.vectors import open_vectors
+
+from .files_data import checkpoint, run, save_pictures, write_jsonl
 
 __all__ = ["checkpoint"]
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from files_data import checkpoint, save_pictures
 
 from minivlm2vec import Embedder
 from minivlm2vec.ray import EmbedBatch
+
+from .files_data import checkpoint, save_pictures
 
 __all__ = ["checkpoint"]
 ROOT = Path(__file__).parents[1]
