@@ -24,12 +24,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .files.cli import add_embed_arguments, add_search_arguments
+
     parser = argparse.ArgumentParser(prog="minivlm2vec", description="Text and images to vectors, with VLM2Vec-Full.")
     parser.add_argument("--version", action="version", version=f"minivlm2vec {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _similarity_arguments(commands.add_parser("similarity", help="score targets against queries"))
     _info_arguments(commands.add_parser("info", help="print a checkpoint's architecture"))
     _new_checkpoint_arguments(commands.add_parser("new-checkpoint", help="write a randomly initialised checkpoint"))
+    add_embed_arguments(commands.add_parser("embed", help="folders and tables to files of vectors"))
+    add_search_arguments(commands.add_parser("search", help="find rows by text, image or likeness"))
     return parser
 
 
