@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     # The optional parts import what their extras bring only when they run.
+    from .files.cli import add_embed_arguments, add_search_arguments
     from .mmeb.cli import add_arguments as mmeb_arguments
     from .mmeb.cli import run as run_mmeb
     from .serve.cli import add_arguments as serve_arguments
@@ -34,6 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"minivlm2vec {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _similarity_arguments(commands.add_parser("similarity", help="score targets against queries"))
+    add_embed_arguments(commands.add_parser("embed", help="folders and tables to files of vectors"))
+    add_search_arguments(commands.add_parser("search", help="find rows by text, image or likeness"))
     serve_arguments(commands.add_parser("serve", help="answer OpenAI's embeddings API"))
     mmeb = commands.add_parser("mmeb", help="evaluate on MMEB, or on data in its format")
     mmeb_arguments(mmeb)
