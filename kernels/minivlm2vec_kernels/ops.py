@@ -11,11 +11,12 @@ import os
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .image_grids import Grid, flatten
 
-Grid = tuple[int, int]
 BACKENDS = ("auto", "triton", "torch")
 BACKEND = os.environ.get("MINIVLM2VEC_BACKEND", "auto")
 
@@ -79,26 +80,42 @@ def attention(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps), statistic in float32, cast to x's dtype, then times weight. x [..., D]."""
-    return reference.rms_norm(x, weight, eps)
+    if choose_backend(backend, x, weight) == "torch":
+        return reference.rms_norm(x, weight, eps)
+    from . import rms_norm_triton
+
+    return rms_norm_triton.rms_norm(x, weight, eps)
 
 
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """residual + x, and the RMSNorm of it. x, residual [..., D]. Returns (normed, residual + x)."""
-    return reference.add_rms_norm(x, residual, weight, eps)
+    if choose_backend(backend, x, residual, weight) == "torch":
+        return reference.add_rms_norm(x, residual, weight, eps)
+    from . import rms_norm_triton
+
+    return rms_norm_triton.add_rms_norm(x, residual, weight, eps)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: str | None = None) -> Tensor:
     """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias, in float32. x [..., D]."""
-    return reference.layer_norm(x, weight, bias, eps)
+    if choose_backend(backend, x, weight, bias) == "torch":
+        return reference.layer_norm(x, weight, bias, eps)
+    from . import layer_norm_triton
+
+    return layer_norm_triton.layer_norm(x, weight, bias, eps)
 
 
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """residual + x, and the LayerNorm of it. x, residual [..., D]. Returns (normed, residual + x)."""
-    return reference.add_layer_norm(x, residual, weight, bias, eps)
+    if choose_backend(backend, x, residual, weight, bias) == "torch":
+        return reference.add_layer_norm(x, residual, weight, bias, eps)
+    from . import layer_norm_triton
+
+    return layer_norm_triton.add_layer_norm(x, residual, weight, bias, eps)
 
 
 def linear_add(
@@ -113,21 +130,73 @@ def linear_add(
 
 def silu_mul(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     """silu(gate) * up, where gate is the first half of the last dimension. [..., 2F] -> [..., F]."""
-    return reference.silu_mul(gate_up)
+    if choose_backend(backend, gate_up) == "torch":
+        return reference.silu_mul(gate_up)
+    from . import activation_triton
+
+    return activation_triton.silu_mul(gate_up)
 
 
 def quick_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """y * sigmoid(1.702 y) with y = x + bias (CLIP's activation). x [..., F], bias [F]."""
-    return reference.quick_gelu(x, bias)
+    if choose_backend(backend, x, *([] if bias is None else [bias])) == "torch":
+        return reference.quick_gelu(x, bias)
+    from . import activation_triton
+
+    return activation_triton.quick_gelu(x, bias)
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+def linear_quick_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor, *, fused: bool | None = None, backend: str | None = None
+) -> Tensor:
+    """quick_gelu(x W^T + bias): the first half of CLIP's MLP. x [..., K], weight [N, K], bias [N].
+
+    On Triton `fused` chooses one kernel (True) or torch's product followed by `quick_gelu` (False). None is
+    True for 1024 rows and more of 16-bit numbers: a product of K = 1024 is short, and the fused kernel need
+    only reach 68 % of cuBLAS's speed to win.
+    """
+    if choose_backend(backend, x, weight, bias) == "torch":
+        return reference.linear_quick_gelu(x, weight, bias)
+    from . import linear_triton
+
+    if linear_triton.fuses_quick_gelu(x) if fused is None else fused:
+        return linear_triton.linear_quick_gelu(x, weight, bias)
+    return quick_gelu(F.linear(x, weight), bias, backend="triton")
+
+
+def linear_silu_mul(
+    x: Tensor, gate_up_weight: Tensor, *, fused: bool | None = None, backend: str | None = None
+) -> Tensor:
+    """silu(x W_gate^T) * (x W_up^T): the first half of a SwiGLU MLP.
+
+    x [..., K], gate_up_weight [2F, K], gate first. Returns [..., F].
+
+    On Triton `fused` chooses one kernel (True) or torch's product followed by `silu_mul` (False). None is
+    False: at K = 3072 the fused kernel must reach 89 % of cuBLAS's speed to win, which is yet to be measured.
+    """
+    if choose_backend(backend, x, gate_up_weight) == "torch":
+        return reference.linear_silu_mul(x, gate_up_weight)
+    if not fused:
+        return silu_mul(F.linear(x, gate_up_weight), backend="triton")
+    from . import linear_triton
+
+    return linear_triton.linear_silu_mul(x, gate_up_weight)
+
+
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Rotary position embedding, halves rotated against each other: (a cos - b sin, b cos + a sin).
 
     q [T, N, H], k [T, Nkv, H]; cos, sin [T, H / 2], already scaled, one row a token; cast to q's dtype first.
     When no gradient is needed q and k may be written over; use what is returned.
     """
-    return reference.rope(q, k, cos, sin)
+    if choose_backend(backend, q, k, cos, sin) == "torch":
+        return reference.rope(q, k, cos, sin)
+    from . import rope_triton
+
+    rope_triton.rope_(q, k, cos, sin)
+    return q, k
 
 
 def image_patches(
@@ -148,7 +217,11 @@ def image_patches(
     Returns [C, P * P, 3 * p * p] in `dtype`, C = sum (1 + h * w): the global view, then the crops, image after
     image; pixels of a patch in the order channel, row, column (that of the convolution's weight).
     """
-    return reference.image_patches(crops, grids, mean, std, patch_size, dtype)
+    if choose_backend(backend, crops) == "torch":
+        return reference.image_patches(crops, grids, mean, std, patch_size, dtype)
+    from . import image_patches_triton
+
+    return image_patches_triton.image_patches(crops, flatten(grids), mean, std, patch_size, dtype)
 
 
 def merge_crops(
@@ -161,7 +234,11 @@ def merge_crops(
     ended by sub_GN; then glb_GN; then the global view's m rows of m, each ended by sub_GN.
     Returns [I, 4D], I = sum (h * w + 1) * m^2 + 1 + (h + 1) * m.
     """
-    return reference.merge_crops(features, grids, sub_GN, glb_GN)
+    if choose_backend(backend, features, sub_GN, glb_GN) == "torch":
+        return reference.merge_crops(features, grids, sub_GN, glb_GN)
+    from . import merge_crops_triton
+
+    return merge_crops_triton.merge_crops(features, flatten(grids), sub_GN, glb_GN)
 
 
 def pool_last_token(
@@ -177,4 +254,8 @@ def pool_last_token(
 
     x [T, D]; cu_seqlens [B + 1]. Returns [B, D] float32.
     """
-    return reference.pool_last_token(x, cu_seqlens, norm_weight, eps, normalize=normalize)
+    if choose_backend(backend, x, norm_weight) == "torch":
+        return reference.pool_last_token(x, cu_seqlens, norm_weight, eps, normalize=normalize)
+    from . import pooling_triton
+
+    return pooling_triton.pool_last_token(x, cu_seqlens, norm_weight, eps, normalize)

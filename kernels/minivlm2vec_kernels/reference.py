@@ -97,6 +97,14 @@ def quick_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+def linear_quick_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return quick_gelu(F.linear(x, weight, bias))
+
+
+def linear_silu_mul(x: Tensor, gate_up_weight: Tensor) -> Tensor:
+    return silu_mul(F.linear(x, gate_up_weight))
+
+
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = cos.to(q.dtype)[:, None], sin.to(q.dtype)[:, None]  # [T, 1, H / 2]
     return _rotate(q, cos, sin), _rotate(k, cos, sin)

@@ -1,0 +1,52 @@
+"""What every launcher shares: the op it becomes under torch.compile, its device, its view of rows."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+on_device_of = torch.cuda.device_of  # Triton launches on the current device, which need not be the tensor's
+
+
+def compiled_as_op(fake: Callable, mutates_args: Sequence[str] = ()) -> Callable:
+    """Decorator: the launcher as it is when called eagerly, an opaque custom op under torch.compile.
+
+    The op keeps the compiler out of the launcher (no graph break, nothing specialised on sizes) and declares
+    which arguments are written; `fake` gives the outputs' shapes. Eager calls skip the dispatcher, whose
+    12 us of Python are more than a launch takes. Arguments are positional.
+    """
+
+    def decorate(launcher: Callable) -> Callable:
+        op = torch.library.custom_op(
+            f"minivlm2vec::{launcher.__name__}", launcher, mutates_args=tuple(mutates_args)
+        )
+        op.register_fake(fake)
+
+        @functools.wraps(launcher)
+        def call(*args):
+            return op(*args) if torch.compiler.is_compiling() else launcher(*args)
+
+        call.op = op
+        return call
+
+    return decorate
+
+
+def as_rows(x: Tensor, name: str) -> Tensor:
+    """x [..., D] as [R, D]. Rows may lie any distance apart, but each must be dense."""
+    if x.dim() == 0 or (x.shape[-1] > 1 and x.stride(-1) != 1):
+        raise ValueError(
+            f"{name}: the last dimension must have stride 1, got shape {tuple(x.shape)}, strides {x.stride()}"
+        )
+    return x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+
+
+def check_shape(x: Tensor, shape: Sequence[int], name: str) -> None:
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

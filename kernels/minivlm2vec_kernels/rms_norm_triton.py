@@ -1,0 +1,104 @@
+"""RMSNorm, and residual add + RMSNorm in one pass over memory.
+
+Shapes: R rows, D width; a program takes BM whole rows of BD = the next power of two of D columns.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import as_rows, check_shape, compiled_as_op, on_device_of
+
+# BD -> (BM, warps). 32 elements a thread, so four 16-byte loads of bf16 in flight for each, up to BD = 8192.
+SETTINGS = {
+    64: (32, 4),
+    128: (16, 4),
+    256: (16, 4),
+    512: (8, 4),
+    1024: (4, 4),
+    2048: (2, 4),
+    4096: (1, 4),
+    8192: (1, 8),
+    16384: (1, 16),
+    32768: (1, 16),
+}
+
+
+@triton.jit
+def rms_norm_kernel(
+    x, residual, weight, out, total,
+    R, D, stride_x, stride_residual, eps,
+    ADD: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """s = x (+ residual) in x's dtype; out = (s / sqrt(mean(s^2) + eps) in x's dtype) * weight; total = s."""
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
+    cols = tl.arange(0, BD)  # [BD]
+    inside = (rows < R)[:, None] & (cols < D)[None, :]  # [BM, BD]
+    w = tl.load(weight + cols, mask=cols < D, other=0.0, eviction_policy="evict_last").to(tl.float32)  # [BD]
+
+    s = tl.load(x + rows[:, None] * stride_x + cols[None, :], mask=inside, other=0.0)  # [BM, BD]
+    dtype = s.dtype
+    s = s.to(tl.float32)
+    if ADD:
+        r = tl.load(residual + rows[:, None] * stride_residual + cols[None, :], mask=inside, other=0.0)
+        s = (s + r.to(tl.float32)).to(dtype)
+        tl.store(total + rows[:, None] * D + cols[None, :], s, mask=inside)
+        s = s.to(tl.float32)
+
+    scale = tl.rsqrt(tl.sum(s * s, axis=1) / D + tl.cast(eps, tl.float32))  # [BM]
+    y = (s * scale[:, None]).to(dtype).to(tl.float32) * w[None, :]
+    tl.store(out + rows[:, None] * D + cols[None, :], y.to(out.dtype.element_ty), mask=inside)
+
+
+def _fake_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+
+
+def _fake_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _fake_rms_norm(x, weight, eps), x.new_empty(x.shape)
+
+
+@compiled_as_op(_fake_rms_norm)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., D] with dense rows, weight [D]. Returns a contiguous tensor of x's shape."""
+    out = _fake_rms_norm(x, weight, eps)
+    _launch(x, None, weight, out, None, eps)
+    return out
+
+
+@compiled_as_op(_fake_add_rms_norm)
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x, residual [..., D] of one dtype. Returns (normed, residual + x), both contiguous."""
+    check_shape(residual, x.shape, "residual")
+    if residual.dtype != x.dtype:
+        raise ValueError(f"residual is {residual.dtype}, x is {x.dtype}")
+    out, total = _fake_add_rms_norm(x, residual, weight, eps)
+    _launch(x, residual, weight, out, total, eps)
+    return out, total
+
+
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, total: Tensor | None, eps: float
+) -> None:
+    x = as_rows(x, "x")
+    residual = None if residual is None else as_rows(residual, "residual")
+    R, D = x.shape
+    check_shape(weight, (D,), "weight")
+    if R == 0:
+        return
+    BD, BM, warps = settings(D)
+    with on_device_of(x):
+        rms_norm_kernel[(triton.cdiv(R, BM),)](
+            x, residual, weight.contiguous(), out, total,
+            R, D, x.stride(0), 0 if residual is None else residual.stride(0), eps,
+            ADD=residual is not None, BM=BM, BD=BD, num_warps=warps,
+        )  # fmt: skip
+
+
+def settings(D: int) -> tuple[int, int, int]:
+    """(BD, BM, warps) for rows of D elements."""
+    BD = max(triton.next_power_of_2(D), min(SETTINGS))
+    if BD not in SETTINGS:
+        raise ValueError(f"rows of {D} elements are wider than the {max(SETTINGS)} that fit in one program")
+    return BD, *SETTINGS[BD]

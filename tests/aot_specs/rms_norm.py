@@ -1,0 +1,24 @@
+"""rms_norm_triton.py: the decoder's width, a narrow one, and a width that is no power of two."""
+
+from minivlm2vec_kernels import rms_norm_triton
+from tests.aot import Spec
+
+TYPES = dict.fromkeys(("x", "weight", "out"), "*bf16") | {
+    "R": "i32", "D": "i32", "stride_x": "i32", "stride_residual": "i32", "eps": "fp32"
+}  # fmt: skip
+
+
+def specs() -> list[Spec]:
+    return [_spec(D, add) for D in (64, 1024, 3072, 8192) for add in (False, True)]
+
+
+def _spec(D: int, add: bool) -> Spec:
+    BD, BM, warps = rms_norm_triton.settings(D)
+    optional = ("residual", "total")
+    types = TYPES | (dict.fromkeys(optional, "*bf16") if add else {})
+    constants = {"ADD": add, "BM": BM, "BD": BD} | ({} if add else dict.fromkeys(optional))
+    name = f"D{D}{' add' if add else ''}"
+    return Spec(
+        "rms_norm_triton.rms_norm_kernel", name, types, constants, warps, unaligned=frozenset({"R"}),
+        quick=D == 3072 and add,
+    )  # fmt: skip
