@@ -72,6 +72,12 @@ def attention(
         raise ValueError("cu_seqlens_q and max_seqlen_q go together")
     if cu_seqlens_q is None and q.shape[0] != k.shape[0]:
         raise ValueError(f"{q.shape[0]} queries but {k.shape[0]} keys: cu_seqlens_q is needed")
+    if choose_backend(backend, q, k, v) == "triton":
+        from . import attention_triton
+
+        return attention_triton.attention(
+            q, k, v, cu_seqlens, max_seqlen, causal, scale, cu_seqlens_q, max_seqlen_q
+        )
     return reference.attention(
         q, k, v, cu_seqlens, max_seqlen,
         causal=causal, scale=scale, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,

@@ -1,0 +1,324 @@
+"""Exact attention over packed sequences of any lengths, forward only: out = softmax(scale * q k^T) v.
+
+Shapes: T packed tokens (Tq queries, Tk keys), B sequences, N query heads, Nkv key-value heads, H = H0 + H1
+        head dim; Lq, Lk queries and keys of one sequence; BM queries of a tile, BN keys of a block.
+
+One program computes BM queries of one head of one sequence. It walks over the keys in blocks and keeps for
+every query the largest score m, the sum l of exponentials and their weighted sum of values acc (Milakov and
+Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135), with exponentials to base 2:
+
+    s = log2(e) scale q k^T      m' = max(m, rowmax(s))      p = 2^(s - m')      a = 2^(m - m')
+    l' = a l + rowsum(p)         acc' = a acc + p v          and at the end out = acc / l
+
+What fits it to this model's shapes:
+  - A head dim is a power of two or the sum of two, so 96 is a dot of 64 and a dot of 32. Triton's blocks are
+    powers of two, and padding to 128 would cost a third more tensor work, registers and shared memory.
+  - Causal query tiles are aligned to the sequence's end: the ragged tile is then the one with the fewest
+    keys. Tiles with the most keys start first.
+  - Keys up to the diagonal (or the last whole block) take a loop without masks, the rest a loop with them.
+    Sequences that fit in one block of keys take no loop at all.
+  - 577 = 9 * 64 + 1: up to TAIL queries or keys left over by whole tiles take one of TAIL, not a whole one.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import compiled_as_op, on_device_of
+
+LOG2_E = 1.4426950408889634
+TAIL = 16  # the smallest side of a tl.dot
+
+
+# ------------------------------------------------------------------------------------------------- the kernel
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def attention_kernel(
+    q, k, v, out, cu_seqlens_q, cu_seqlens_k,
+    scale_log2, heads, group, tiles,
+    stride_qt, stride_qn, stride_kt, stride_kn, stride_vt, stride_vn, stride_ot, stride_on,
+    H0: tl.constexpr, H1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
+    CAUSAL: tl.constexpr, ONE_BLOCK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence, head, tile), tile fastest; of `tiles` as many as the longest sequence has.
+
+    q [Tq, N, H]; k, v [Tk, Nkv, H]; out [Tq, N, H]; cu_seqlens [B + 1] int32; scale_log2 = scale * log2(e);
+    group = N / Nkv. TMA: keys and values through tensor descriptors (sm_90), which need 16-byte alignment.
+    """
+    program = tl.program_id(0)
+    tile, head, sequence = program % tiles, program // tiles % heads, program // tiles // heads
+    head_kv = (head // group).to(tl.int64)
+    q_start, Lq = _sequence(cu_seqlens_q, sequence)
+    k_start, Lk = _sequence(cu_seqlens_k, sequence)
+    if tile * BM >= Lq:
+        return
+    q += q_start * stride_qt + head.to(tl.int64) * stride_qn
+    k += k_start * stride_kt + head_kv * stride_kn
+    v += k_start * stride_vt + head_kv * stride_vn
+    out += q_start * stride_ot + head * stride_on
+
+    k0, k1, v0, v1 = k, k + H0, v, v + H0
+    if TMA:  # one descriptor a sequence: beyond its last key it reads zeros, so that loads need no masks
+        k0 = tl.make_tensor_descriptor(k, [Lk, H0], [stride_kt, 1], [BN, H0])
+        v0 = tl.make_tensor_descriptor(v, [Lk, H0], [stride_vt, 1], [BN, H0])
+        if H1 > 0:
+            k1 = tl.make_tensor_descriptor(k + H0, [Lk, H1], [stride_kt, 1], [BN, H1])
+            v1 = tl.make_tensor_descriptor(v + H0, [Lk, H1], [stride_vt, 1], [BN, H1])
+
+    if CAUSAL:
+        row = Lq - (tile + 1) * BM  # negative in the ragged tile; rows before 0 are not stored
+    else:
+        row = tile * BM
+    if not CAUSAL and BM > TAIL and Lq - row <= TAIL:
+        _attend(q, k, v, out, k0, k1, v0, v1, row, Lq, Lk, scale_log2,
+                stride_qt, stride_kt, stride_vt, stride_ot,
+                H0, H1, TAIL, BN, TAIL, CAUSAL, ONE_BLOCK, TMA)  # fmt: skip
+    else:
+        _attend(q, k, v, out, k0, k1, v0, v1, row, Lq, Lk, scale_log2,
+                stride_qt, stride_kt, stride_vt, stride_ot,
+                H0, H1, BM, BN, TAIL, CAUSAL, ONE_BLOCK, TMA)  # fmt: skip
+
+
+@triton.jit
+def _sequence(cu_seqlens, i):
+    """Sequence i's start, in 64 bits because strides are multiplied with it, and its length."""
+    start, end = tl.load(cu_seqlens + i), tl.load(cu_seqlens + i + 1)
+    return start.to(tl.int64), end - start
+
+
+@triton.jit
+def _attend(
+    q, k, v, out, k0, k1, v0, v1, row, Lq, Lk, scale_log2, stride_qt, stride_kt, stride_vt, stride_ot,
+    H0: tl.constexpr, H1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
+    CAUSAL: tl.constexpr, ONE_BLOCK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Queries row .. row + BM of one sequence and head. k0, k1, v0, v1: where key blocks of BN come from."""
+    q0 = _rows(q, row, Lq, stride_qt, BM, H0, True, False)  # [BM, H0]
+    q1 = q0
+    if H1 > 0:
+        q1 = _rows(q + H0, row, Lq, stride_qt, BM, H1, True, False)  # [BM, H1]
+    m = tl.full([BM], -1.0e30, tl.float32)  # finite, so that m - m' is never inf - inf
+    l = tl.zeros([BM], tl.float32)
+    acc0 = tl.zeros([BM, H0], tl.float32)
+    acc1 = tl.zeros([BM, H1 if H1 > 0 else 1], tl.float32)
+
+    rows = row + tl.arange(0, BM)  # [BM]
+    if CAUSAL:  # the last query sees the last key
+        last = rows + (Lk - Lq)
+        end = tl.minimum(row + BM, Lq) + (Lk - Lq)
+        whole = tl.maximum((tl.maximum(row, 0) + (Lk - Lq) + 1) // BN * BN, 0)
+        tail = end
+    else:
+        last = tl.zeros_like(rows) + (Lk - 1)
+        end = Lk
+        whole = Lk // BN * BN
+        tail = tl.where(end - whole > TAIL, end, whole)
+
+    if ONE_BLOCK:  # straight-line code takes less than half of the loops' registers
+        acc0, acc1, l, m = _step(acc0, acc1, l, m, q0, q1, k0, k1, v0, v1, 0, Lk, last, scale_log2,
+                                 stride_kt, stride_vt, H0, H1, BN, True, TMA)  # fmt: skip
+    else:
+        for col in tl.range(0, whole, BN):
+            acc0, acc1, l, m = _step(acc0, acc1, l, m, q0, q1, k0, k1, v0, v1, col, Lk, last, scale_log2,
+                                     stride_kt, stride_vt, H0, H1, BN, False, TMA)  # fmt: skip
+        for col in tl.range(whole, tail, BN):
+            acc0, acc1, l, m = _step(acc0, acc1, l, m, q0, q1, k0, k1, v0, v1, col, Lk, last, scale_log2,
+                                     stride_kt, stride_vt, H0, H1, BN, True, TMA)  # fmt: skip
+        if not CAUSAL:
+            for col in tl.range(tail, end, TAIL):  # once or not at all
+                acc0, acc1, l, m = _step(acc0, acc1, l, m, q0, q1, k, k + H0, v, v + H0, col, Lk, last,
+                                         scale_log2, stride_kt, stride_vt,
+                                         H0, H1, TAIL, True, False)  # fmt: skip
+
+    norm = 1.0 / tl.where(l > 0, l, 1.0)  # a query that sees no key gets zeros
+    _store(out, acc0 * norm[:, None], row, Lq, stride_ot, BM, H0)
+    if H1 > 0:
+        _store(out + H0, acc1 * norm[:, None], row, Lq, stride_ot, BM, H1)
+
+
+@triton.jit
+def _step(
+    acc0, acc1, l, m, q0, q1, k0, k1, v0, v1, col, Lk, last, scale_log2, stride_kt, stride_vt,
+    H0: tl.constexpr, H1: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Adds keys col .. col + BN to the running softmax. MASKED: query i sees no key beyond last[i]."""
+    key0 = _rows(k0, col, Lk, stride_kt, BN, H0, MASKED, TMA)  # [BN, H0]
+    s = tl.dot(q0, key0.T, input_precision="ieee")  # [BM, BN]
+    if H1 > 0:
+        key1 = _rows(k1, col, Lk, stride_kt, BN, H1, MASKED, TMA)  # [BN, H1]
+        s = tl.dot(q1, key1.T, s, input_precision="ieee")
+    if MASKED:
+        s = tl.where(col + tl.arange(0, BN)[None, :] <= last[:, None], s, float("-inf"))
+
+    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+    p = tl.math.exp2(s * scale_log2 - m_new[:, None])  # [BM, BN]; one multiply-add and one exp2 an element
+    alpha = tl.math.exp2(m - m_new)
+    l = l * alpha + tl.sum(p, 1)
+
+    value0 = _rows(v0, col, Lk, stride_vt, BN, H0, MASKED, TMA)  # [BN, H0]
+    p = p.to(value0.dtype)
+    acc0 = tl.dot(p, value0, acc0 * alpha[:, None], input_precision="ieee")  # [BM, H0]
+    if H1 > 0:
+        value1 = _rows(v1, col, Lk, stride_vt, BN, H1, MASKED, TMA)  # [BN, H1]
+        acc1 = tl.dot(p, value1, acc1 * alpha[:, None], input_precision="ieee")  # [BM, H1]
+    return acc0, acc1, l, m_new
+
+
+@triton.jit
+def _rows(
+    source, row, end, stride, BR: tl.constexpr, BC: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr
+):  # fmt: skip
+    """Rows row .. row + BR from a descriptor or a pointer; zeros for those outside 0 .. end.  [BR, BC]"""
+    if TMA:
+        return source.load([row, 0])
+    else:
+        rows = tl.arange(0, BR)
+        pointers = (
+            source + tl.cast(row, tl.int64) * stride + rows[:, None] * stride + tl.arange(0, BC)[None, :]
+        )
+        if MASKED:
+            return tl.load(pointers, mask=((row + rows >= 0) & (row + rows < end))[:, None], other=0.0)
+        else:
+            return tl.load(pointers)
+
+
+@triton.jit
+def _store(out, x, row, end, stride, BR: tl.constexpr, BC: tl.constexpr):
+    rows = tl.arange(0, BR)
+    pointers = out + tl.cast(row, tl.int64) * stride + rows[:, None] * stride + tl.arange(0, BC)[None, :]
+    tl.store(pointers, x.to(out.dtype.element_ty), mask=((row + rows >= 0) & (row + rows < end))[:, None])
+
+
+# ----------------------------------------------------------------------------------------------- its settings
+
+
+class Tile(NamedTuple):
+    BM: int
+    BN: int
+    warps: int
+    stages: int
+    tma: bool = False
+
+
+# (queries, keys) of the longest sequence, up to which a row holds -> tile. Settled by what the compiler makes
+# of them (tests/aot_table.json) and by the share of useful work; `python -m bench.bench_attention --sweep`
+# times them beside others. No descriptors for short sequences: making one takes about as long as the rest.
+ANY = 2**31
+SHORT = {
+    (32, 32): Tile(32, 32, 2, 1),  # one block of keys; 96 registers, so 10 programs a multiprocessor
+    (64, 64): Tile(64, 64, 4, 1),
+    (16, ANY): Tile(16, 64, 4, 2),  # the last token of long sequences
+}
+TILES = {  # (causal, descriptors)
+    (True, True): SHORT | {(1024, ANY): Tile(64, 64, 4, 2, True), (ANY, ANY): Tile(128, 64, 8, 3, True)},
+    (True, False): SHORT | {(1024, ANY): Tile(64, 64, 4, 2), (ANY, ANY): Tile(128, 64, 8, 2)},
+    (False, True): SHORT | {(ANY, ANY): Tile(64, 64, 4, 2, True)},
+    (False, False): SHORT | {(ANY, ANY): Tile(64, 64, 4, 2)},
+}
+FP32_TILE = Tile(32, 16, 8, 1)  # dots without tensor cores; larger tiles spill
+
+
+def choose_tile(max_seqlen_q: int, max_seqlen_k: int, causal: bool, tma: bool, dtype: torch.dtype) -> Tile:
+    if dtype == torch.float32:
+        return FP32_TILE
+    rows = TILES[causal, tma].items()
+    return next(tile for (q, k), tile in rows if max_seqlen_q <= q and max_seqlen_k <= k)
+
+
+def split_head_dim(H: int) -> tuple[int, int]:
+    """H as one power of two of at least 16, or as the sum of two: 64 -> (64, 0), 96 -> (64, 32)."""
+    H0 = 1 << (H.bit_length() - 1)
+    H1 = H - H0
+    if not 16 <= H0 <= 128 or (H1 and (H1 < 16 or H1 & (H1 - 1))):
+        raise ValueError(
+            f"head dim {H}: must be 16, 32, 64 or 128, or the sum of two of them (48, 80, 96, ...)"
+        )
+    return H0, H1
+
+
+# ----------------------------------------------------------------------------------------------- its launcher
+
+
+def _fake_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float | None,
+    cu_seqlens_q: Tensor | None, max_seqlen_q: int | None,
+) -> Tensor:  # fmt: skip
+    return q.new_empty(q.shape)
+
+
+@compiled_as_op(_fake_attention)
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float | None,
+    cu_seqlens_q: Tensor | None, max_seqlen_q: int | None,
+) -> Tensor:  # fmt: skip
+    """See `ops.attention`. Never waits for the device; `max_seqlen` too small leaves rows unwritten."""
+    if cu_seqlens_q is None or max_seqlen_q is None:
+        cu_seqlens_q, max_seqlen_q = cu_seqlens, max_seqlen
+    tile = choose_tile(max_seqlen_q, max_seqlen, causal, supports_tma(q, k, v), q.dtype)
+    return launch(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q, causal, scale, tile)
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, max_seqlen_k: int, cu_seqlens_q: Tensor,
+    max_seqlen_q: int, causal: bool, scale: float | None, tile: Tile,
+) -> Tensor:  # fmt: skip
+    """`attention` with a given tile, for tests and for the bench's sweep."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    _check(q, k, v, cu_seqlens_k, cu_seqlens_q, scale)
+    out = q.new_empty(q.shape)
+    N, H0, H1 = q.shape[1], *split_head_dim(q.shape[2])
+    programs = (len(cu_seqlens_q) - 1) * N * triton.cdiv(max_seqlen_q, tile.BM)
+    if out.numel() == 0 or programs == 0:
+        return out
+    if tile.tma:
+        triton.set_allocator(_descriptor_memory)  # a context variable, so each thread has its own
+    with on_device_of(q):
+        attention_kernel[(programs,)](
+            q, k, v, out, cu_seqlens_q, cu_seqlens_k,
+            scale * LOG2_E, N, N // k.shape[1], triton.cdiv(max_seqlen_q, tile.BM),
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
+            H0=H0, H1=H1, BM=tile.BM, BN=tile.BN, TAIL=TAIL,
+            CAUSAL=causal, ONE_BLOCK=max_seqlen_k <= tile.BN, TMA=tile.tma,
+            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
+def supports_tma(*tensors: Tensor) -> bool:
+    """Descriptors are used on sm_90, for 16-bit tensors whose every row of every head is 16-byte aligned."""
+    if not tensors[0].is_cuda or torch.cuda.get_device_capability(tensors[0].device)[0] != 9:
+        return False
+    return all(is_aligned(t) for t in tensors)
+
+
+def is_aligned(t: Tensor) -> bool:
+    return t.data_ptr() % 16 == 0 and all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:2])
+
+
+def _descriptor_memory(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")  # the caching allocator aligns to 512
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, cu_seqlens_q: Tensor, scale: float) -> None:
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"q must be float16, bfloat16 or float32, got {q.dtype}")
+    if v.shape != k.shape or q.shape[2] != k.shape[2]:
+        raise ValueError(f"k {tuple(k.shape)}, v {tuple(v.shape)}, q {tuple(q.shape)} do not go together")
+    for name, x in [("q", q), ("k", k), ("v", v)]:
+        if x.stride(2) != 1:
+            raise ValueError(f"{name}: the last dimension must have stride 1, got strides {x.stride()}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}")
+    for name, cu in [("cu_seqlens", cu_seqlens_k), ("cu_seqlens_q", cu_seqlens_q)]:
+        if cu.dtype != torch.int32 or not cu.is_contiguous() or cu.device != q.device:
+            raise ValueError(
+                f"{name} must be dense int32 on {q.device}, got {cu.dtype}, {cu.stride()}, {cu.device}"
+            )
+    if len(cu_seqlens_k) != len(cu_seqlens_q):
+        raise ValueError(f"cu_seqlens has {len(cu_seqlens_k)} entries, cu_seqlens_q {len(cu_seqlens_q)}")
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
