@@ -65,6 +65,9 @@ def attention(
 
     `cu_seqlens_q`, `max_seqlen_q`: where the queries are fewer than the keys (the last tokens of each sequence).
     Queries are aligned to the end of their keys: with `causal`, query i of Lq sees keys 0 .. Lk - Lq + i.
+
+    Padding for CUDA graphs: a sequence may be empty, and a query without any key gets zeros. Rows beyond the last
+    sequence are allowed; they have no influence, and what is returned in their place is unspecified.
     """
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key-value heads")
