@@ -11,9 +11,9 @@ from minivlm2vec_kernels import ops
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b, and the form that ends every block: residual + y.
+    """y = x W^T + b, and the forms in which the model needs it.
 
-    Whoever changes how a matrix is stored or multiplied (fp8, LoRA) replaces these two methods.
+    Whoever changes how a matrix is stored or multiplied (fp8, LoRA) replaces all of these methods.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
@@ -22,6 +22,10 @@ class Linear(nn.Linear):
     def add_to(self, residual: Tensor, x: Tensor, *, backend: str | None = None) -> Tensor:
         """residual + x W^T + b; `residual` is written over when no gradient is needed."""
         return ops.linear_add(x, self.weight, residual, self.bias, backend=backend)
+
+    def silu_mul(self, x: Tensor, *, backend: str | None = None) -> Tensor:
+        """silu(gate) * up, where gate is the first half of the outputs (no bias)."""
+        return ops.linear_silu_mul(x, self.weight, backend=backend)
 
     def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
         """Outputs start to stop alone: x W[start:stop]^T (+ b)."""

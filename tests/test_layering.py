@@ -25,7 +25,12 @@ CORE = {
     "model": {"batch", "config", "decoder", "projector", "vision"},
     "weights": {"config", "errors", "model"},
     "prompts": set(),
-    "embedder": {"errors", "model", "processor", "prompts", "weights"},
+    "prefix": {"batch"},
+    "graphs": {"batch", "decoder", "model"},
+    "quantize": {"linear", "model"},
+    "embedder": {
+        "batch", "errors", "graphs", "model", "prefix", "processor", "prompts", "quantize", "weights",
+    },
 }
 THIRD_PARTY = {"torch", "numpy", "PIL", "einops", "safetensors", "tokenizers", "huggingface_hub", "minivlm2vec_kernels"}
 

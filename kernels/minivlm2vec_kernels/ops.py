@@ -197,7 +197,8 @@ def rope(
 ) -> tuple[Tensor, Tensor]:
     """Rotary position embedding, halves rotated against each other: (a cos - b sin, b cos + a sin).
 
-    q [T, N, H], k [T, Nkv, H]; cos, sin [T, H / 2], already scaled, one row a token; cast to q's dtype first.
+    q [T, N, H], k [T, Nkv, H], either of them without heads where only the other is to be turned; cos, sin
+    [T, H / 2], already scaled, one row a token; cast to q's dtype first.
     When no gradient is needed q and k may be written over; use what is returned.
     """
     if choose_backend(backend, q, k, cos, sin) == "torch":

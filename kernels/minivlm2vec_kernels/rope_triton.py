@@ -91,8 +91,8 @@ def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def settings(N: int, Nkv: int, H: int) -> tuple[int, int, int, int]:
-    """(BN, BNKV, BH, warps) for a token of N + Nkv heads."""
-    BN, BNKV, BH = triton.next_power_of_2(N), triton.next_power_of_2(Nkv), triton.next_power_of_2(H // 2)
+    """(BN, BNKV, BH, warps) for a token of N + Nkv heads. Either may be 0: a block holds at least one, masked."""
+    BN, BNKV, BH = (triton.next_power_of_2(max(n, 1)) for n in (N, Nkv, H // 2))
     elements = 2 * BH * (BN + BNKV)
     warps = next((w for limit, w in SETTINGS.items() if elements <= limit), 16)
     return BN, BNKV, BH, warps
