@@ -1,0 +1,1 @@
+"""Timings of every kernel against its baselines; see README.md here."""

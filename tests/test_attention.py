@@ -92,11 +92,12 @@ def test_every_tile_with_pointers_and_with_descriptors(tile, causal, generator, 
 
 
 @pytest.mark.parametrize("tma", [False, True])
-@pytest.mark.parametrize("rest", [0, 1, 15, 16, 17, 63])
-def test_rests_beside_whole_blocks(rest, tma, generator, assert_error_at_most):
-    """Both sides of the choice between a block of TAIL and a whole one, for queries and for keys."""
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("rest", [0, 1, 15, 16, 17, 62, 63])
+def test_rests_beside_whole_blocks(rest, causal, tma, generator, assert_error_at_most):
+    """Both sides of each choice: a block of TAIL or a whole one, a masked block or an unmasked one."""
     inputs = packed([128 + rest], 1, 1, 64, torch.float16, generator)
-    check(assert_error_at_most, *inputs, False, LOOPS._replace(tma=tma))
+    check(assert_error_at_most, *inputs, causal, LOOPS._replace(tma=tma))
 
 
 @pytest.mark.parametrize("N, Nkv", [(4, 1), (4, 2), (3, 3)])

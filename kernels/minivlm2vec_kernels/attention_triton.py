@@ -215,11 +215,11 @@ SHORT = {
 }
 TILES = {  # (causal, descriptors)
     (True, True): SHORT | {(1024, ANY): Tile(64, 64, 4, 2, True), (ANY, ANY): Tile(128, 64, 8, 3, True)},
-    (True, False): SHORT | {(1024, ANY): Tile(64, 64, 4, 2), (ANY, ANY): Tile(128, 64, 8, 2)},
+    (True, False): SHORT | {(1024, ANY): Tile(64, 32, 4, 3), (ANY, ANY): Tile(128, 64, 8, 2)},
     (False, True): SHORT | {(ANY, ANY): Tile(64, 64, 4, 2, True)},
-    (False, False): SHORT | {(ANY, ANY): Tile(64, 64, 4, 2)},
+    (False, False): SHORT | {(ANY, ANY): Tile(64, 32, 4, 2)},
 }
-FP32_TILE = Tile(32, 16, 8, 1)  # dots without tensor cores; larger tiles spill
+FP32_TILE = Tile(16, 16, 4, 1)  # dots without tensor cores; larger tiles spill
 
 
 def choose_tile(max_seqlen_q: int, max_seqlen_k: int, causal: bool, tma: bool, dtype: torch.dtype) -> Tile:

@@ -20,7 +20,7 @@ def specs() -> list[Spec]:
 
 def _spec(H: int, causal: bool, tile: Tile, group: int = 1, dtype: str = "bf16", quick: bool = False) -> Spec:
     H0, H1 = attention.split_head_dim(H)
-    one_block = tile.stages == 1 and tile is not FP32_TILE
+    one_block = tile.stages == 1 and dtype == "bf16"
     strides = [f"stride_{x}{dim}" for x in "qkvo" for dim in "tn"]
     types = dict.fromkeys(["q", "k", "v", "out"], f"*{dtype}")
     types |= dict.fromkeys(["cu_seqlens_q", "cu_seqlens_k"], "*i32")

@@ -1,0 +1,57 @@
+"""silu_mul at the decoder's MLP, bias + quick_gelu at the tower's."""
+
+from collections.abc import Iterator
+
+import torch
+
+from bench.common import Case, Work, compiled, entry, upcast
+from bench.shapes import FF, VF, decoder_rows, dtype_of, randn, tower_rows
+from minivlm2vec_kernels import ops, reference
+
+
+def cases(device: torch.device, sweep: bool = False) -> Iterator[Case]:
+    size = dtype_of(device).itemsize
+    for rows in decoder_rows(device):
+        moved = 3 * rows * FF * size
+        yield case("silu_mul", rows, FF, moved, device, sweep, lambda rows=rows: (rows, 2 * FF))
+    for rows in tower_rows(device):
+        moved = (2 * rows + 1) * VF * size
+        yield case("quick_gelu", rows, VF, moved, device, sweep, lambda rows=rows: (rows, VF))
+
+
+def case(kernel, rows, features, moved, device, sweep, shape) -> Case:
+    build = lambda: work(kernel, shape(), device, sweep)  # noqa: E731
+    return Case(kernel, f"{rows} x {features}", dtype_of(device), 0, moved, build)
+
+
+def work(kernel: str, shape: tuple[int, int], device: torch.device, sweep: bool) -> Work:
+    x = randn(*shape, device=device)
+    tensors = (x,) if kernel == "silu_mul" else (x, randn(shape[1], device=device))
+    op, plain = getattr(ops, kernel), getattr(reference, kernel)
+    providers = {"torch": lambda: plain(*tensors)}
+    if device.type == "cuda":
+        providers["triton"] = lambda: op(*tensors, backend="triton")
+        if sweep:
+            providers |= candidates(kernel, providers["triton"])
+        else:
+            function = compiled(plain)
+            providers["torch.compile"] = lambda: function(*tensors)
+    return Work(providers, lambda: plain(*upcast(*tensors)))
+
+
+def sweep(device: torch.device) -> Iterator[Case]:
+    return cases(device, sweep=True)
+
+
+def candidates(kernel: str, op) -> dict:
+    from minivlm2vec_kernels import activation_triton
+
+    def with_settings(setting):
+        def call():
+            with entry(activation_triton.SETTINGS, kernel, setting):
+                return op()
+
+        return call
+
+    settings = [(BF, warps) for BF in (1024, 2048, 4096) for warps in (2, 4, 8)]
+    return {f"BF{BF} w{warps}": with_settings((BF, warps)) for BF, warps in settings}

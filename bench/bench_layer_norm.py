@@ -1,0 +1,58 @@
+"""layer_norm and add_layer_norm at the tower's width."""
+
+from collections.abc import Iterator
+
+import torch
+
+from bench.common import Case, Work, compiled, entry, upcast
+from bench.shapes import V, dtype_of, randn, tower_rows
+from minivlm2vec_kernels import ops, reference
+
+EPS = 1e-5
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    for rows in tower_rows(device):
+        yield case("layer_norm", rows, device)
+        yield case("add_layer_norm", rows, device)
+
+
+def case(kernel: str, rows: int, device: torch.device, sweep: bool = False) -> Case:
+    dtype = dtype_of(device)
+    passes = 2 if kernel == "layer_norm" else 4  # over the rows
+    build = lambda: work(kernel, rows, device, sweep)  # noqa: E731
+    return Case(kernel, f"{rows} x {V}", dtype, 0, (passes * rows + 2) * V * dtype.itemsize, build)
+
+
+def work(kernel: str, rows: int, device: torch.device, sweep: bool) -> Work:
+    x, residual, weight, bias = (randn(n, V, device=device) for n in (rows, rows, 1, 1))
+    tensors = (x, weight[0], bias[0]) if kernel == "layer_norm" else (x, residual, weight[0], bias[0])
+    op, plain = getattr(ops, kernel), getattr(reference, kernel)
+    providers = {"torch": lambda: plain(*tensors, EPS)}
+    if device.type == "cuda":
+        providers["triton"] = lambda: op(*tensors, EPS, backend="triton")
+        if sweep:
+            providers |= candidates(providers["triton"])
+        else:
+            function = compiled(plain)
+            providers["torch.compile"] = lambda: function(*tensors, EPS)
+    return Work(providers, lambda: plain(*upcast(*tensors), EPS))
+
+
+def sweep(device: torch.device) -> Iterator[Case]:
+    for rows in tower_rows(device):
+        yield case("add_layer_norm", rows, device, sweep=True)
+
+
+def candidates(op) -> dict:
+    from minivlm2vec_kernels import layer_norm_triton
+
+    def with_settings(setting):
+        def call():
+            with entry(layer_norm_triton.SETTINGS, 1024, setting):
+                return op()
+
+        return call
+
+    settings = [(BM, warps) for BM in (1, 2, 4, 8) for warps in (1, 2, 4, 8)]
+    return {f"BM{BM} w{warps}": with_settings((BM, warps)) for BM, warps in settings}

@@ -1,0 +1,385 @@
+"""How a case is checked, timed and written down. A bench file only says what to run.
+
+A bench file `bench_x.py` has `cases(device)` and may have `sweep(device)`, both yielding `Case`s. A case
+builds its tensors when its turn comes and names its providers: callables without arguments, on those tensors.
+"triton" is ours, "torch" the reference; the others are further baselines. All are checked before any is
+timed: no time is reported for an output whose error against float32 is more than twice the reference's.
+"""
+
+import csv
+import datetime
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).with_name("results")
+OURS, REFERENCE = "triton", "torch"
+WARM_UPS, REPETITIONS, SECONDS = 25, 100, 1.0  # of each provider: so many runs, or so many seconds of them
+FEWEST = 10  # runs that a median, a 10th and a 90th percentile need in any case
+FLUSH_BYTES = 256 << 20  # several times the L2 of any card
+SLEEP_CYCLES = 200_000  # about 0.1 ms
+
+Outputs = Tensor | tuple[Tensor, ...]
+Provider = Callable[[], Outputs]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The first call of each provider is checked: an op in place may change what later calls see."""
+
+    providers: dict[str, Provider]
+    exact: Provider  # the reference in float32 on the upcast tensors
+
+
+@dataclass(frozen=True)
+class Case:
+    kernel: str
+    name: str  # the shape, in words
+    dtype: torch.dtype
+    flops: float  # useful ones
+    bytes: float  # that have to move: each input and each output once
+    build: Callable[[], Work]
+    memory_bound: bool = True  # the L2 cache is flushed before each run
+
+
+@dataclass
+class Row:
+    """One line of the csv: what was run on what, and what came out. Empty: does not apply."""
+
+    date: str
+    gpu: str
+    driver: str
+    torch: str
+    triton: str
+    cudnn: str
+    commit: str
+    sm_mhz: str  # at the end of the case
+    kernel: str
+    case: str
+    dtype: str
+    provider: str
+    ms: float  # median
+    ms_p10: float
+    ms_p90: float
+    runs: int
+    tflops: float | str
+    pct_matmul: float | str
+    gbs: float
+    pct_copy: float | str
+    ratio: float | str  # time of the best other provider / time of this one
+    peak_mib: float | str  # allocated during a run, beyond what was there before
+    error: float  # largest absolute error against float32
+    error_torch: float  # of the reference
+    matmul_peak: float | str  # TFLOP/s of 8192^3, mean of before and after this session of runs
+    copy_peak: float | str  # GB/s of a copy of 1 GiB, read and written, likewise
+
+
+class Session:
+    """The cases of one run of the bench, between two measurements of the card's peaks."""
+
+    def __init__(self, device: torch.device, budget: float = float("inf")):
+        self.device, self.end = device, time.monotonic() + budget
+        self.rows: list[Row] = []
+        self.skipped: list[str] = []
+        self.machine = describe_machine(device)
+        self.before = peaks(device)
+
+    def run(self, cases: Iterable[Case]) -> None:
+        for case in cases:
+            if time.monotonic() > self.end:
+                self.skipped.append(f"{case.kernel} {case.name}")
+                continue
+            rows = self._rows(case)
+            self.rows += rows
+            print_rows(rows)
+
+    def _rows(self, case: Case) -> list[Row]:
+        work = case.build()
+        errors = check(work, case)
+        providers = {name: work.providers[name] for name in errors if errors[name][1]}
+        memory = {name: peak_memory(fn, self.device) for name, fn in providers.items()}
+        times = time_interleaved(providers, self.device, flush=case.memory_bound)
+        clock = sm_clock() if self.device.type == "cuda" else ""
+        medians = {name: percentile(t, 50) for name, t in times.items()}
+        rows = []
+        for name, t in times.items():
+            others = [ms for other, ms in medians.items() if other != name]
+            rows.append(
+                Row(
+                    **self.machine,
+                    sm_mhz=clock,
+                    kernel=case.kernel,
+                    case=case.name,
+                    dtype=str(case.dtype).removeprefix("torch."),
+                    provider=name,
+                    ms=medians[name],
+                    ms_p10=percentile(t, 10),
+                    ms_p90=percentile(t, 90),
+                    runs=len(t),
+                    tflops=case.flops / medians[name] / 1e9 if case.flops else "",
+                    pct_matmul="",
+                    gbs=case.bytes / medians[name] / 1e6,
+                    pct_copy="",
+                    ratio=min(others) / medians[name] if others else "",
+                    peak_mib=memory[name],
+                    error=errors[name][0],
+                    error_torch=errors[REFERENCE][0] if REFERENCE in errors else "",
+                    matmul_peak="",
+                    copy_peak="",
+                )
+            )
+        return rows
+
+    def finish(self) -> list[Row]:
+        """Measures the peaks again and fills in what depends on them."""
+        after = peaks(self.device)
+        if after is None:
+            return self.rows
+        matmul, copy = ((a + b) / 2 for a, b in zip(self.before, after, strict=True))
+        print(
+            f"\nmatmul 8192^3: {self.before[0]:.0f} TFLOP/s before, {after[0]:.0f} after; "
+            f"copy: {self.before[1]:.0f} GB/s before, {after[1]:.0f} after"
+        )
+        for row in self.rows:
+            row.matmul_peak, row.copy_peak = matmul, copy
+            row.pct_matmul = 100 * row.tflops / matmul if row.tflops != "" else ""
+            row.pct_copy = 100 * row.gbs / copy
+        return self.rows
+
+
+# Checking
+
+
+def check(work: Work, case: Case) -> dict[str, tuple[float, bool]]:
+    """Largest error of each provider against float32, and whether it may be timed.
+
+    The limit is twice the reference's error, and at least a millionth of the largest value, as the reference
+    may be exact. The reference and our kernel must run; a baseline that cannot is named and left out.
+    """
+    exact = as_tuple(work.exact())
+    errors = {}
+    for name, provider in work.providers.items():
+        try:
+            errors[name] = largest_error(provider(), exact)
+        except Exception as error:
+            if name in (OURS, REFERENCE):
+                raise
+            print(f"{case.kernel} {case.name}: no {name}: {type(error).__name__}: {first_line(error)}")
+    limit = max(2 * errors.get(REFERENCE, 0.0), 1e-6 * largest(exact))
+    for name, error in errors.items():
+        if not error <= limit:
+            print(f"{case.kernel} {case.name}: {name} is wrong by {error:.2e}, limit {limit:.2e}: not timed")
+    return {name: (error, error <= limit) for name, error in errors.items()}
+
+
+def largest_error(outputs: Outputs, exact: tuple[Tensor, ...]) -> float:
+    outputs = as_tuple(outputs)
+    return max(
+        (a.float() - b.float()).abs().max().item() if a.numel() else 0.0
+        for a, b in zip(outputs, exact, strict=True)
+    )
+
+
+def largest(outputs: tuple[Tensor, ...]) -> float:
+    return max(x.abs().max().item() if x.numel() else 0.0 for x in outputs)
+
+
+def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0][:200]
+
+
+def upcast(*tensors: Tensor) -> list[Tensor]:
+    return [t.float() if t.is_floating_point() else t for t in tensors]
+
+
+def compiled(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
+    """torch.compile for the one shape of a case; anew for each, so that none runs out of recompiles."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
+
+
+# Timing
+
+
+def time_interleaved(
+    providers: dict[str, Provider], device: torch.device, *, flush: bool
+) -> dict[str, list[float]]:
+    """Milliseconds of each run of each provider, by turns, so that drifting clocks hit all alike."""
+    timer = cuda_timer(device, flush) if device.type == "cuda" else cpu_time
+    for _ in range(WARM_UPS if device.type == "cuda" else 1):
+        for provider in providers.values():
+            provider()
+    times: dict[str, list[float]] = {name: [] for name in providers}
+    start = time.monotonic()
+    for run in range(REPETITIONS):
+        pending = {name: timer(provider) for name, provider in providers.items()}
+        for name, read in pending.items():
+            times[name].append(read())
+        if run + 1 >= FEWEST and time.monotonic() - start > SECONDS * len(providers):
+            break
+    return times
+
+
+def cuda_timer(device: torch.device, flush: bool) -> Callable[[Provider], Callable[[], float]]:
+    """A function that queues one timed run and returns a function that waits for its time."""
+    buffer = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def queue(provider: Provider) -> Callable[[], float]:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if flush:
+            buffer.zero_()  # out go the inputs from L2
+        torch.cuda._sleep(SLEEP_CYCLES)  # meanwhile the host queues the run: its own time must not show
+        start.record()
+        provider()
+        end.record()
+
+        def read() -> float:
+            end.synchronize()
+            return start.elapsed_time(end)
+
+        return read
+
+    return queue
+
+
+def cpu_time(provider: Provider) -> Callable[[], float]:
+    start = time.perf_counter()
+    provider()
+    ms = (time.perf_counter() - start) * 1e3
+    return lambda: ms
+
+
+def percentile(values: list[float], percent: float) -> float:
+    """Linear between the two nearest."""
+    return torch.tensor(values, dtype=torch.float64).quantile(percent / 100).item()
+
+
+def peak_memory(provider: Provider, device: torch.device) -> float | str:
+    if device.type != "cuda":
+        return ""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    provider()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def peaks(device: torch.device) -> tuple[float, float] | None:
+    """TFLOP/s of a bf16 product of 8192^3 random numbers, and GB/s (read and written) of a copy of 1 GiB."""
+    if device.type != "cuda":
+        return None
+    n = 8192
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    providers = {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}
+    ms = {k: percentile(v, 50) for k, v in time_interleaved(providers, device, flush=False).items()}
+    return 2 * n**3 / ms["matmul"] / 1e9, 2 * source.numel() / ms["copy"] / 1e6
+
+
+# Writing down
+
+
+def describe_machine(device: torch.device) -> dict[str, str]:
+    cuda = device.type == "cuda"
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
+        "gpu": torch.cuda.get_device_name(device) if cuda else f"CPU {platform.machine()}",
+        "driver": nvidia_smi("driver_version") if cuda else "",
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        "cudnn": str(torch.backends.cudnn.version() or "") if cuda else "",
+        "commit": commit(),
+    }
+
+
+def triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return ""
+    return triton.__version__
+
+
+def commit() -> str:
+    """Of the working tree, with a + if it has changes; empty outside git."""
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
+
+
+def nvidia_smi(query: str) -> str:
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
+
+
+def sm_clock() -> str:
+    return nvidia_smi("clocks.sm")
+
+
+def print_rows(rows: list[Row]) -> None:
+    for row in sorted(rows, key=lambda r: r.ms):
+        ratio = f"{row.ratio:5.2f}x" if row.ratio != "" else ""
+        rate = f"{row.tflops:7.1f} TFLOP/s" if row.tflops != "" else f"{row.gbs:7.0f} GB/s"
+        print(
+            f"{row.kernel:21s} {row.case:22s} {row.provider:26s} {row.ms:9.4f} ms "
+            f"({row.ms_p10:.4f}-{row.ms_p90:.4f}) {rate} {ratio}",
+            flush=True,
+        )
+
+
+def csv_path(gpu: str, suffix: str = "") -> Path:
+    name = "cpu" if gpu.startswith("CPU") else re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    return RESULTS / f"{name}{suffix}.csv"
+
+
+def append_rows(rows: list[Row], path: Path) -> None:
+    columns = [f.name for f in fields(Row)]
+    path.parent.mkdir(exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(columns)
+        for row in rows:
+            writer.writerow([rounded(getattr(row, c)) for c in columns])
+
+
+def rounded(value: object) -> object:
+    return f"{value:.5g}" if isinstance(value, float) else value
+
+
+def read_rows(path: Path) -> Iterator[dict[str, str]]:
+    with path.open(newline="") as file:
+        yield from csv.DictReader(file)
+
+
+@contextmanager
+def entry(table: dict, key: object, value: object) -> Iterator[None]:
+    """Puts a candidate into a kernel's table of launch settings for the length of a call."""
+    before = table[key]
+    table[key] = value
+    try:
+        yield
+    finally:
+        table[key] = before

@@ -1,0 +1,77 @@
+"""Run the benches: python -m bench.run --all
+
+    python -m bench.run --only rms_norm --only linear   some bench files (the x of bench_x.py)
+    python -m bench.run --sweep --only linear           all candidate launch settings instead of all providers
+    python -m bench.run --all --budget 400              start no case after 400 seconds
+
+On a CUDA device results are appended to bench/results/<gpu>.csv. Without one, the references run on small CPU
+cases, and nothing is written unless --save is given.
+"""
+
+import argparse
+import importlib
+import pkgutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "kernels")) if p not in sys.path]
+
+import torch  # noqa: E402
+
+from bench import common  # noqa: E402
+
+
+def main() -> int:
+    names = bench_names()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="every bench file")
+    parser.add_argument(
+        "--only", action="append", default=[], choices=names, help="this one; may be repeated"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="start no case after so many seconds"
+    )
+    parser.add_argument("--sweep", action="store_true", help="time all candidate launch settings")
+    parser.add_argument("--save", action="store_true", help="without a GPU: append to bench/results/cpu.csv")
+    args = parser.parse_args()
+    if args.all == bool(args.only):
+        parser.error("give either --all or --only")
+    chosen = names if args.all else args.only
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        print("No CUDA device: torch references on small CPU cases, which say nothing about the kernels.")
+        if args.sweep:
+            parser.error("--sweep needs a CUDA device")
+    run_all(chosen, device, args)
+    return 0
+
+
+def bench_names() -> list[str]:
+    found = (m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]))
+    return sorted(name.removeprefix("bench_") for name in found if name.startswith("bench_"))
+
+
+@torch.no_grad()
+def run_all(names: list[str], device: torch.device, args: argparse.Namespace) -> None:
+    session = common.Session(device, args.budget)
+    try:
+        for name in names:
+            module = importlib.import_module(f"bench.bench_{name}")
+            if not args.sweep:
+                session.run(module.cases(device))
+            elif hasattr(module, "sweep"):
+                session.run(module.sweep(device))
+    finally:  # an interrupted run keeps what it has measured
+        rows = session.finish()
+        if session.skipped:
+            print(f"Out of budget, not run: {', '.join(session.skipped)}")
+        if rows and (device.type == "cuda" or args.save):
+            path = common.csv_path(rows[0].gpu, "-sweep" if args.sweep else "")
+            common.append_rows(rows, path)
+            print(f"{len(rows)} rows appended to {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
