@@ -49,9 +49,17 @@ class VisionTower(nn.Module):
         patches = ops.image_patches(
             crops, grids, mean, std, self.config.patch_size, weight.dtype, backend=backend
         )  # [C, P * P, 3 * p * p]
-        chunk = crops_per_chunk or (2 if crops.device.type == "cpu" else 64)
+        chunk = crops_per_chunk or self._crops_per_chunk(patches)
         features = [self._encode(x, backend) for x in patches.split(chunk)]
         return features[0] if len(features) == 1 else torch.cat(features)
+
+    def _crops_per_chunk(self, patches: Tensor) -> int:
+        """64 on a GPU. On a CPU so many that the widest activation stays below 32 MB: larger blocks are mapped
+        anew by the allocator each time, and touching fresh pages costs as much as the arithmetic on them."""
+        if patches.device.type != "cpu":
+            return 64
+        row = self.config.num_positions * self.config.intermediate_size * patches.element_size()
+        return max(1, 32_000_000 // row)
 
     def _encode(self, patches: Tensor, backend: str | None) -> Tensor:
         x = self.embeddings(patches)  # [C, L, D]
@@ -128,5 +136,5 @@ class VisionMLP(nn.Module):
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, h: Tensor, backend: str | None) -> Tensor:
-        h = ops.quick_gelu(nn.functional.linear(h, self.fc1.weight), self.fc1.bias, backend=backend)
+        h = ops.linear_quick_gelu(h, self.fc1.weight, self.fc1.bias, backend=backend)
         return self.fc2.add_to(x, h, backend=backend)
