@@ -42,13 +42,14 @@ def bucket_of(batch: PackedBatch, longest: int) -> Bucket | None:
     than `longest` (whose rotations are others), shared prefixes, or nothing at all.
 
     Tokens: 32, 64, 128, then multiples of 128, the height of a matrix product's tile, so that padding adds no tile
-    that was not there in part. Sequences and the greatest length: powers of two.
+    that was not there in part. Sequences and the greatest length: powers of two (sequences at most
+    as many as tokens).
     """
     T, B, L = batch.num_tokens, batch.num_sequences, batch.max_seqlen
     if not 0 < T <= MAX_TOKENS or longest < L or isinstance(batch, SharedBatch):
         return None
     tokens = max(32, _power_of_two(T)) if T <= 128 else -(-T // 128) * 128
-    return Bucket(tokens, min(_power_of_two(B), tokens), min(max(32, _power_of_two(L)), tokens))
+    return Bucket(tokens, min(_power_of_two(B), tokens), max(32, _power_of_two(L)))
 
 
 def _power_of_two(n: int) -> int:

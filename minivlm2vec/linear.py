@@ -27,6 +27,10 @@ class Linear(nn.Linear):
         """silu(gate) * up, where gate is the first half of the outputs (no bias)."""
         return ops.linear_silu_mul(x, self.weight, backend=backend)
 
+    def quick_gelu(self, x: Tensor, *, backend: str | None = None) -> Tensor:
+        """quick_gelu(x W^T + b)."""
+        return ops.linear_quick_gelu(x, self.weight, self.bias, backend=backend)
+
     def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
         """Outputs start to stop alone: x W[start:stop]^T (+ b)."""
         return F.linear(x, self.weight[start:stop], None if self.bias is None else self.bias[start:stop])

@@ -76,6 +76,9 @@ class Fp8Linear(Linear):
     def silu_mul(self, x: Tensor, *, backend: str | None = None) -> Tensor:
         return ops.silu_mul(self(x), backend=backend)
 
+    def quick_gelu(self, x: Tensor, *, backend: str | None = None) -> Tensor:
+        return ops.quick_gelu(self(x), backend=backend)
+
     def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
         bias = None if self.bias is None else self.bias[start:stop]
         return self._product(x, self.weight[start:stop], self.scale[start:stop], bias)
