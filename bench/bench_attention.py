@@ -186,14 +186,17 @@ def sdpa_providers(p: Problem, x: Inputs) -> dict[str, Provider]:
 
 
 def varlen_provider(p: Problem, x: Inputs) -> Provider:
-    """FlashAttention 2 inside torch. How one asks for a causal mask changed after torch 2.10."""
+    """FlashAttention 2 inside torch."""
     from torch.nn.attention.varlen import varlen_attn
 
+    options = causal_option(varlen_attn) if p.causal else {}
+    return partial(varlen_attn, x.q, x.k, x.v, x.cu_q, x.cu_k, x.max_q, x.max_k, **options)
+
+
+def causal_option(varlen_attn) -> dict:
+    """How one asks for a causal mask changed after torch 2.10."""
     windows = "window_size" in inspect.signature(varlen_attn).parameters
-    causal = {"window_size": (-1, 0)} if windows else {"is_causal": True}
-    return partial(
-        varlen_attn, x.q, x.k, x.v, x.cu_q, x.cu_k, x.max_q, x.max_k, **(causal if p.causal else {})
-    )
+    return {"window_size": (-1, 0)} if windows else {"is_causal": True}
 
 
 def fa3_provider(p: Problem, x: Inputs) -> Provider:

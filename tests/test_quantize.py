@@ -127,7 +127,7 @@ def test_vectors_are_near_those_of_bfloat16(folder):
 def test_errors(folder):
     with pytest.raises(ValueError, match="precision is 'bf16' or 'fp8', got 'int4'"):
         load(folder, precision="int4")
-    with pytest.raises(ValueError, match="bfloat16 models, got torch.float32"):
+    with pytest.raises(ValueError, match=r"bfloat16 models, got torch\.float32"):
         Embedder.from_pretrained(folder, device="cpu", precision="fp8", show_progress=False)
 
 
