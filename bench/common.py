@@ -48,6 +48,9 @@ class Case:
     bytes: float  # that have to move: each input and each output once
     build: Callable[[], Work]
     memory_bound: bool = True  # the L2 cache is flushed before each run
+    check: Callable[[Work, "Case"], dict[str, tuple[float, bool]]] | None = None  # instead of `check` below
+    warm_ups: int | None = None  # instead of WARM_UPS
+    items: dict[str, int] | None = None  # how many tokens, images, crops a run takes: for rates a second
 
 
 @dataclass
@@ -80,6 +83,9 @@ class Row:
     error_torch: float  # of the reference
     matmul_peak: float | str  # TFLOP/s of 8192^3, mean of before and after this session of runs
     copy_peak: float | str  # GB/s of a copy of 1 GiB, read and written, likewise
+    tokens_s: float | str = ""
+    images_s: float | str = ""
+    crops_s: float | str = ""
 
 
 class Session:
@@ -103,10 +109,10 @@ class Session:
 
     def _rows(self, case: Case) -> list[Row]:
         work = case.build()
-        errors = check(work, case)
+        errors = (case.check or check)(work, case)
         providers = {name: work.providers[name] for name in errors if errors[name][1]}
         memory = {name: peak_memory(fn, self.device) for name, fn in providers.items()}
-        times = time_interleaved(providers, self.device, flush=case.memory_bound)
+        times = time_interleaved(providers, self.device, flush=case.memory_bound, warm_ups=case.warm_ups)
         clock = sm_clock() if self.device.type == "cuda" else ""
         medians = {name: percentile(t, 50) for name, t in times.items()}
         rows = []
@@ -134,6 +140,7 @@ class Session:
                     error_torch=errors[REFERENCE][0] if REFERENCE in errors else "",
                     matmul_peak="",
                     copy_peak="",
+                    **{f"{item}_s": n / medians[name] * 1e3 for item, n in (case.items or {}).items()},
                 )
             )
         return rows
@@ -183,8 +190,7 @@ def check(work: Work, case: Case) -> dict[str, tuple[float, bool]]:
 def largest_error(outputs: Outputs, exact: tuple[Tensor, ...]) -> float:
     outputs = as_tuple(outputs)
     return max(
-        (a.float() - b.float()).abs().max().item() if a.numel() else 0.0
-        for a, b in zip(outputs, exact, strict=True)
+        (a.float() - b.float()).abs().max().item() if a.numel() else 0.0 for a, b in zip(outputs, exact, strict=True)
     )
 
 
@@ -214,11 +220,11 @@ def compiled(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
 
 
 def time_interleaved(
-    providers: dict[str, Provider], device: torch.device, *, flush: bool
+    providers: dict[str, Provider], device: torch.device, *, flush: bool, warm_ups: int | None = None
 ) -> dict[str, list[float]]:
     """Milliseconds of each run of each provider, by turns, so that drifting clocks hit all alike."""
     timer = cuda_timer(device, flush) if device.type == "cuda" else cpu_time
-    for _ in range(WARM_UPS if device.type == "cuda" else 1):
+    for _ in range((warm_ups or WARM_UPS) if device.type == "cuda" else 1):
         for provider in providers.values():
             provider()
     times: dict[str, list[float]] = {name: [] for name in providers}
@@ -340,6 +346,11 @@ def sm_clock() -> str:
 def print_rows(rows: list[Row]) -> None:
     for row in sorted(rows, key=lambda r: r.ms):
         ratio = f"{row.ratio:5.2f}x" if row.ratio != "" else ""
+        for item in ("tokens", "images", "crops"):
+            if (rate := getattr(row, f"{item}_s")) != "":
+                ratio += f", {rate:,.0f} {item}/s"
+        if row.peak_mib != "" and row.tokens_s != "":
+            ratio += f", {row.peak_mib:,.0f} MiB"
         rate = f"{row.tflops:7.1f} TFLOP/s" if row.tflops != "" else f"{row.gbs:7.0f} GB/s"
         print(
             f"{row.kernel:21s} {row.case:22s} {row.provider:26s} {row.ms:9.4f} ms "

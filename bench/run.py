@@ -26,12 +26,9 @@ def main() -> int:
     names = bench_names()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="every bench file")
-    parser.add_argument(
-        "--only", action="append", default=[], choices=names, help="this one; may be repeated"
-    )
-    parser.add_argument(
-        "--budget", type=float, default=float("inf"), help="start no case after so many seconds"
-    )
+    parser.add_argument("--only", action="append", default=[], choices=names, help="this one; may be repeated")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="start no case after so many seconds")
+    parser.add_argument("--case", default="", help="only cases whose kernel and name hold this, e.g. 'model b'")
     parser.add_argument("--sweep", action="store_true", help="time all candidate launch settings")
     parser.add_argument("--save", action="store_true", help="without a GPU: append to bench/results/cpu.csv")
     args = parser.parse_args()
@@ -50,7 +47,8 @@ def main() -> int:
 
 def bench_names() -> list[str]:
     found = (m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]))
-    return sorted(name.removeprefix("bench_") for name in found if name.startswith("bench_"))
+    own_commands = {"bench_encode", "bench_load"}  # of whole programs on a CPU
+    return sorted(x.removeprefix("bench_") for x in found if x.startswith("bench_") and x not in own_commands)
 
 
 @torch.no_grad()
@@ -59,10 +57,9 @@ def run_all(names: list[str], device: torch.device, args: argparse.Namespace) ->
     try:
         for name in names:
             module = importlib.import_module(f"bench.bench_{name}")
-            if not args.sweep:
-                session.run(module.cases(device))
-            elif hasattr(module, "sweep"):
-                session.run(module.sweep(device))
+            cases = getattr(module, "sweep" if args.sweep else "cases", None)
+            if cases:
+                session.run(c for c in cases(device) if args.case in f"{c.kernel} {c.name}")
     finally:  # an interrupted run keeps what it has measured
         rows = session.finish()
         if session.skipped:

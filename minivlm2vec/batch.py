@@ -57,6 +57,25 @@ class PackedBatch:
         return replace(self, **{k: f(v) for k, v in tensors.items() if isinstance(v, Tensor)})
 
 
+@dataclass(frozen=True)
+class SharedBatch(PackedBatch):
+    """A PackedBatch whose sequences' common beginnings are there once: R rows stand for T tokens, R < T.
+
+    `lengths` and `cu_seqlens` are those of the whole sequences; `input_ids`, `position_ids` [R] and `image_index`
+    are about rows. Right for causal attention alone, in which a token's state depends on what precedes it.
+
+    Fields:
+        key_index: [T] int64, the row that stands for each token: row key_index[t] holds what token t would.
+        cu_seqlens_q: [B + 1] int32; rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] are sequence b's own, its last
+            ones, at least one. Its other tokens' rows are those of other sequences.
+        row_lengths: how many they are, on the host.
+    """
+
+    key_index: Tensor
+    cu_seqlens_q: Tensor
+    row_lengths: tuple[int, ...]
+
+
 def num_image_tokens(grid: Grid, merged_per_side: int) -> int:
     """Tokens of an image: merged patches of the crops and the global view, one separator between them, and one
     at the end of each row. 757 for a (2, 2) grid with 12 merged patches per side."""

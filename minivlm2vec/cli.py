@@ -10,7 +10,6 @@ from typing import Any
 from . import __version__
 
 
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand. Returns its exit code: 0 done, 1 a user's error (named on stderr), 2 wrong arguments."""
     args = _parser().parse_args(argv)

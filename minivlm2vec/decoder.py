@@ -1,36 +1,48 @@
 """The decoder: Phi-3 on packed sequences.
 
-T packed tokens, B sequences, D width, N query heads, Nkv key-value heads, H head dim, F width of the MLP.
+T packed tokens, R rows (as many as tokens, fewer where prefixes are shared), B sequences, D width, N query heads,
+Nkv key-value heads, H head dim, F width of the MLP.
 """
 
+import functools
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from minivlm2vec_kernels import ops
 
-from .batch import PackedBatch
+from .batch import PackedBatch, SharedBatch
 from .config import DecoderConfig
 from .linear import Embedding, Linear
 
 
 @dataclass(frozen=True)
 class Packing:
-    """What every layer needs to know of the batch: where sequences lie, and the rotations of their tokens."""
+    """What every layer needs to know of the batch: where sequences lie, and the rotations of their tokens.
+
+    The last three are for shared prefixes, see `SharedBatch`; without them, R = T and rows are tokens.
+    """
 
     cu_seqlens: Tensor  # [B + 1] int32
     max_seqlen: int
-    cos: Tensor  # [T, H / 2]
+    cos: Tensor  # [R, H / 2]
     sin: Tensor
     causal: bool = True
     backend: str | None = None
+    cu_seqlens_q: Tensor | None = None  # [B + 1] int32
+    max_seqlen_q: int | None = None
+    key_index: Tensor | None = None  # [T]
 
     @property
     def last(self) -> Tensor:
-        """[B] the place of each sequence's last token."""
-        return self.cu_seqlens[1:] - 1
+        """[B] the row of each sequence's last token."""
+        return (self.cu_seqlens if self.cu_seqlens_q is None else self.cu_seqlens_q)[1:] - 1
+
+    def per_token(self, x: Tensor) -> Tensor:
+        """[R, ...] -> [T, ...]: each token's row."""
+        return x if self.key_index is None else x.index_select(0, self.key_index)
 
 
 class Decoder(nn.Module):
@@ -44,17 +56,27 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def packing(self, batch: PackedBatch, *, causal: bool = True, backend: str | None = None) -> Packing:
-        cos, sin = rope_tables(batch, self.config)
-        dtype = self.embed_tokens.weight.dtype
-        return Packing(batch.cu_seqlens, batch.max_seqlen, cos.to(dtype), sin.to(dtype), causal, backend)
+        """Raises ValueError where prefixes are shared but attention is not causal."""
+        cos, sin = (x.to(self.embed_tokens.weight.dtype) for x in rope_tables(batch, self.config))
+        packing = Packing(batch.cu_seqlens, batch.max_seqlen, cos, sin, causal, backend)
+        if not isinstance(batch, SharedBatch):
+            return packing
+        if not causal:
+            raise ValueError("sequences share prefixes, which only causal attention allows; pack them without")
+        return replace(
+            packing,
+            cu_seqlens_q=batch.cu_seqlens_q,
+            max_seqlen_q=max(batch.row_lengths),
+            key_index=batch.key_index,
+        )
 
     def forward(
         self, x: Tensor, packing: Packing, *, last_only: bool = False, keep: Collection[int] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """x [T, D], which may be written over -> hidden states after the last layer, before the final norm.
+        """x [R, D], which may be written over -> hidden states after the last layer, before the final norm.
 
         last_only: the last layer is computed for the last token of each sequence alone; [B, D] is returned.
-        keep: layers whose output [T, D] is also returned, under their number (0 is the first).
+        keep: layers whose output [R, D] is also returned, under their number (0 is the first).
         """
         kept = {}
         for number, layer in enumerate(self.layers):
@@ -75,11 +97,11 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:  # [T, D] -> [T, D]
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:  # [R, D] -> [R, D]
         x = self.self_attn(x, self.input_layernorm(x, packing.backend), packing)
         return self.mlp(x, self.post_attention_layernorm(x, packing.backend), packing.backend)
 
-    def forward_last(self, x: Tensor, packing: Packing) -> Tensor:  # [T, D] -> [B, D]
+    def forward_last(self, x: Tensor, packing: Packing) -> Tensor:  # [R, D] -> [B, D]
         """The same for the last token of each sequence: of the others only keys and values are needed."""
         x = self.self_attn.forward_last(x, self.input_layernorm(x, packing.backend), packing)
         return self.mlp(x, self.post_attention_layernorm(x, packing.backend), packing.backend)
@@ -96,14 +118,17 @@ class Attention(nn.Module):
         self.o_proj = Linear(D, D, bias=False)
 
     def forward(self, x: Tensor, h: Tensor, p: Packing) -> Tensor:
-        """x [T, D] residual stream, h [T, D] its norm -> x + attention."""
+        """x [R, D] residual stream, h [R, D] its norm -> x + attention."""
         q, k, v = self._heads(self.qkv_proj(h), self.heads)
         q, k = ops.rope(q, k, p.cos, p.sin, backend=p.backend)
-        y = ops.attention(q, k, v, p.cu_seqlens, p.max_seqlen, causal=p.causal, backend=p.backend)
+        y = ops.attention(
+            q, p.per_token(k), p.per_token(v), p.cu_seqlens, p.max_seqlen,
+            causal=p.causal, cu_seqlens_q=p.cu_seqlens_q, max_seqlen_q=p.max_seqlen_q, backend=p.backend,
+        )  # fmt: skip
         return self.o_proj.add_to(x, y.flatten(1), backend=p.backend)
 
     def forward_last(self, x: Tensor, h: Tensor, p: Packing) -> Tensor:
-        """x, h [T, D] -> [B, D]: queries of the last tokens, keys and values of all."""
+        """x, h [R, D] -> [B, D]: queries of the last tokens, keys and values of all."""
         last, (N, Nkv, _) = p.last, self.heads
         q = self.qkv_proj.rows(h[last], 0, N * self.head_dim)
         kv = self.qkv_proj.rows(h, N * self.head_dim, None)
@@ -112,12 +137,12 @@ class Attention(nn.Module):
         k, _ = ops.rope(k, k[:, :0], p.cos, p.sin, backend=p.backend)
         one_each = torch.arange(len(last) + 1, dtype=torch.int32, device=x.device)
         y = ops.attention(
-            q, k, v, p.cu_seqlens, p.max_seqlen,
+            q, p.per_token(k), p.per_token(v), p.cu_seqlens, p.max_seqlen,
             causal=p.causal, cu_seqlens_q=one_each, max_seqlen_q=1, backend=p.backend,
         )  # fmt: skip
         return self.o_proj.add_to(x[last], y.flatten(1), backend=p.backend)
 
-    def _heads(self, qkv: Tensor, heads: tuple[int, ...]) -> tuple[Tensor, ...]:  # views [T, n, H]
+    def _heads(self, qkv: Tensor, heads: tuple[int, ...]) -> tuple[Tensor, ...]:  # views [R, n, H]
         return qkv.unflatten(1, (-1, self.head_dim)).split(heads, dim=1)
 
 
@@ -129,8 +154,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(F, D, bias=False)
 
     def forward(self, x: Tensor, h: Tensor, backend: str | None) -> Tensor:
-        """x [T, D] residual stream, h [T, D] its norm -> x + down(silu(gate h) * up h)."""
-        return self.down_proj.add_to(x, ops.silu_mul(self.gate_up_proj(h), backend=backend), backend=backend)
+        """x [R, D] residual stream, h [R, D] its norm -> x + down(silu(gate h) * up h)."""
+        return self.down_proj.add_to(x, self.gate_up_proj.silu_mul(h, backend=backend), backend=backend)
 
 
 class RMSNorm(nn.Module):
@@ -144,32 +169,39 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(batch: PackedBatch, config: DecoderConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, H / 2] float32 of every token's rotation, times the attention factor.
+    """cos and sin [R, H / 2] float32 of every row's rotation, times the attention factor.
 
-    Frequency i of H / 2 is 1 / (factor_i * theta^(2 i / H)). LongRoPE has two sets of factors; a sequence longer
-    than `original_max_position_embeddings` takes the long one. The choice is made for each sequence by its own
-    length. (The original makes it once for a padded batch, by the longest row, so that there a long neighbour
-    changes a short text's vector; ours equals the original run one input at a time.)
+    LongRoPE has two sets of frequencies; a sequence longer than `original_max_position_embeddings` takes the long
+    one. The choice is made for each sequence by its own length. (The original makes it once for a padded batch, by
+    the longest row, so that there a long neighbour changes a short text's vector; ours equals the original run one
+    input at a time.)
     """
-    H, device = config.head_dim, batch.position_ids.device
-    base = config.rope_theta ** (torch.arange(0, H, 2, dtype=torch.int64, device=device).float() / H)
-    positions = batch.position_ids.float()[:, None]
-    scaling, limit = config.rope_scaling, config.original_max_position_embeddings
-    if scaling is None:
-        angles = positions * (1.0 / base)
+    short, long = inverse_frequencies(config, batch.position_ids.device)
+    limit = config.original_max_position_embeddings
+    is_long = [n > limit for n in batch.lengths]
+    if not any(is_long):
+        frequencies = short
+    elif all(is_long):
+        frequencies = long
     else:
-        short, long = (
-            1.0 / (torch.tensor(f, dtype=torch.float32, device=device) * base)
-            for f in (scaling.short_factor, scaling.long_factor)
-        )
-        is_long = [n > limit for n in batch.lengths]
-        if not any(is_long):
-            angles = positions * short
-        elif all(is_long):
-            angles = positions * long
-        else:
-            lengths = batch.cu_seqlens.diff()
-            choice = torch.repeat_interleave(lengths > limit, lengths, output_size=batch.num_tokens)
-            angles = positions * torch.where(choice[:, None], long, short)
-    factor = config.rope_attention_factor
-    return angles.cos() * factor, angles.sin() * factor
+        rows = batch.cu_seqlens_q if isinstance(batch, SharedBatch) else batch.cu_seqlens
+        choice = batch.cu_seqlens.diff() > limit
+        choice = torch.repeat_interleave(choice, rows.diff(), output_size=len(batch.position_ids))
+        frequencies = torch.where(choice[:, None], long, short)
+    return rotations(batch.position_ids, frequencies, config)
+
+
+def rotations(position_ids: Tensor, frequencies: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin [R, H / 2] float32 of position_ids [R] * frequencies [H / 2] or [R, H / 2], times the factor."""
+    angles = position_ids.float()[:, None] * frequencies
+    return angles.cos() * config.rope_attention_factor, angles.sin() * config.rope_attention_factor
+
+
+@functools.lru_cache(maxsize=16)  # copying them to a device waits for it, which no batch but the first should
+def inverse_frequencies(config: DecoderConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Those of short and of long sequences, [H / 2] float32 each. Frequency i is 1 / (factor_i * theta^(2 i / H))."""
+    H, scaling = config.head_dim, config.rope_scaling
+    base = config.rope_theta ** (torch.arange(0, H, 2, dtype=torch.int64, device="cpu").float() / H)
+    factors = (1.0,) if scaling is None else (scaling.short_factor, scaling.long_factor)
+    sets = [(1.0 / (torch.tensor(f, dtype=torch.float32, device="cpu") * base)).to(device) for f in factors]
+    return sets[0], sets[-1]

@@ -4,7 +4,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,12 +12,18 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from . import prompts
+from .batch import PackedBatch
 from .errors import InputError
+from .graphs import GraphedModel
 from .model import Pooling, VLM2Vec, pool_last_token
+from .prefix import WEIGHT_BOUND_ROWS, share_prefixes
 from .prepack import can_prepack
 from .prepack import prepack as packed
 from .processor import Loaded, Planned, Processor
+from .quantize import quantize_fp8
 from .weights import load_model, resolve
+
+T = TypeVar("T")
 
 
 class Embedder:
@@ -32,6 +38,7 @@ class Embedder:
         model, processor: see `from_pretrained`.
         pool: how the hidden states become a vector, see `VLM2Vec.forward`.
         num_workers: threads that decode and cut images while the model computes; default: the cores, at most 16.
+        share_prefixes, cuda_graphs: see `from_pretrained`.
         name: what the checkpoint is called.
     """
 
@@ -42,12 +49,16 @@ class Embedder:
         *,
         pool: Pooling = pool_last_token,
         num_workers: int | None = None,
+        share_prefixes: bool = True,
+        cuda_graphs: bool = False,
         name: str = "",
     ):
         self.model = model
         self.processor = processor
         self.pool = pool
         self.num_workers = num_workers or min(16, os.cpu_count() or 1)
+        self.share_prefixes = share_prefixes
+        self.graphs = GraphedModel(model) if cuda_graphs else None
         self.name = name
 
     @classmethod
@@ -61,6 +72,9 @@ class Embedder:
         revision: str | None = None,
         local_files_only: bool = False,
         backend: str | None = None,
+        precision: str = "bf16",
+        share_prefixes: bool = True,
+        cuda_graphs: bool = False,
         fast_decode: bool = False,
         exif_transpose: bool = False,
         prepack: bool | None = None,
@@ -76,6 +90,13 @@ class Embedder:
             revision: a branch, tag or commit on the Hub.
             local_files_only: never ask the network.
             backend: "auto", "triton" or "torch" for the kernels; default MINIVLM2VEC_BACKEND, else auto.
+            precision: "bf16": every product in `dtype`, nothing is traded. "fp8": the decoder's large matrices and
+                their inputs in 8 bits, see `quantize.quantize_fp8`: faster, other vectors (bfloat16 models only).
+            share_prefixes: texts of one pack that begin alike compute what they have in common once, where that
+                pays: the same vectors, up to rounding. See `prefix`.
+            cuda_graphs: batches of up to 2048 tokens are replayed as CUDA graphs: the same vectors, without the cost
+                of launching kernels. Needs Triton kernels on a CUDA device; the first batch of each shape takes
+                longer, and modules of the model must not be replaced afterwards. Off until it is measured.
             fast_decode: decode JPEGs at a reduced scale: faster, not bit for bit what the original sees.
             exif_transpose: honour the EXIF orientation, which the original ignores.
             prepack: bring weights into the CPU's own layout (see prepack.py): faster, for inference alone. Default:
@@ -84,6 +105,10 @@ class Embedder:
 
         Raises CheckpointError (a ValueError) naming the file or tensor at fault.
         """
+        if precision not in ("bf16", "fp8"):
+            raise ValueError(f"precision is 'bf16' or 'fp8', got {precision!r}")
+        if precision == "fp8" and prepack:
+            raise ValueError("precision='fp8' and prepack=True exclude each other")
         folder = resolve(name_or_path, revision=revision, local_files_only=local_files_only)
         model = load_model(
             folder,
@@ -92,12 +117,15 @@ class Embedder:
             backend=backend,
             show_progress=show_progress,
         )
-        if can_prepack(model.decoder.norm.weight.device, model.decoder.norm.weight.dtype) if prepack is None else prepack:
-            model = packed(model)
+        if precision == "fp8":
+            quantize_fp8(model)
+        elif can_prepack(model) if prepack is None else prepack:
+            packed(model)
         processor = Processor.from_pretrained(
             folder, model.config, num_crops=num_crops, fast_decode=fast_decode, exif_transpose=exif_transpose
         )
-        return cls(model, processor, name=str(name_or_path))
+        options = {"share_prefixes": share_prefixes, "cuda_graphs": cuda_graphs}
+        return cls(model, processor, **options, name=str(name_or_path))
 
     @property
     def device(self) -> torch.device:
@@ -146,9 +174,9 @@ class Embedder:
             plans = self._plan_all(inputs, options, pool)
             batches = pack_by_length([len(p) for p in plans], batch_tokens)
             vectors = self._run(plans, batches, normalize, pool, bar.update)
-        out = torch.empty(len(inputs), self.dimension if not vectors else vectors[0].shape[1], device=self.device)
-        for batch, v in zip(batches, vectors, strict=True):
-            out[torch.tensor(batch, device=out.device)] = v.float()
+        out = torch.cat(vectors).float() if vectors else torch.empty(0, self.dimension, device=self.device)
+        order = torch.tensor([i for batch in batches for i in batch], dtype=torch.int64)
+        out = out[order.argsort().to(out.device)]
         _check_finite(out, plans)
         return out.cpu().numpy() if convert_to == "numpy" else out
 
@@ -186,13 +214,21 @@ class Embedder:
         """Decodes and cuts a planned input's images; may run in any thread."""
         return self.processor.load(planned)
 
+    def prepare(self, items: Sequence[Loaded]) -> PackedBatch:
+        """Lays loaded inputs out as one pack, on the host; may run in any thread."""
+        batch, device = self.processor.pack(items), self.device.type
+        if self.share_prefixes:
+            longest = self.model.config.decoder.original_max_position_embeddings
+            batch = share_prefixes(batch, longest, weight_bound_rows=WEIGHT_BOUND_ROWS.get(device, 256))
+        return batch.pin_memory() if device == "cuda" else batch
+
     @torch.inference_mode()
-    def embed(self, items: Sequence[Loaded], *, normalize: bool = True) -> Tensor:
-        """Vectors [B, D] float32, on the model's device, of loaded inputs as one pack."""
-        batch = self.processor.pack(items)
-        if self.device.type == "cuda":
-            batch = batch.pin_memory()
-        return self.model(batch.to(self.device, non_blocking=True), pool=self.pool, normalize=normalize)
+    def embed(self, items: Sequence[Loaded] | PackedBatch, *, normalize: bool = True) -> Tensor:
+        """Vectors [B, D] float32, on the model's device, of loaded inputs as one pack, or of what `prepare` made of
+        them. On CUDA it returns before they are computed: reading them waits."""
+        batch = items if isinstance(items, PackedBatch) else self.prepare(items)
+        model = self.graphs or self.model
+        return model(batch.to(self.device, non_blocking=True), pool=self.pool, normalize=normalize)
 
     def _plan_all(self, inputs: Sequence[Any], options: dict, pool: ThreadPoolExecutor) -> list[Planned]:
         def plan(numbered: tuple[int, Any]) -> Planned:
@@ -212,12 +248,14 @@ class Embedder:
         pool: ThreadPoolExecutor,
         done: Callable[[int], Any],
     ) -> list[Tensor]:
-        """Vectors of each batch. Images of later batches are decoded while one computes."""
+        """Vectors of each batch. While one computes, the next is packed and images of later ones are decoded; on
+        CUDA nothing waits for the device before the last."""
         vectors: list[Tensor] = []
         loading = _load_ahead(plans, batches, self.load, pool, ahead=2 * self.num_workers)
+        prepared = ((batch, self.prepare(items)) for batch, items in loading)
         try:
-            for batch, items in loading:
-                vectors.append(self.embed(items, normalize=normalize))
+            for batch, packed in _one_ahead(prepared):
+                vectors.append(self.embed(packed, normalize=normalize))
                 done(len(batch))
         except InputError as e:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -266,6 +304,15 @@ def _load_ahead(
             except InputError as e:
                 raise e.at(i) from None
         yield batch, items
+
+
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items; the next is computed in a thread while the caller is busy with one."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
 
 
 def _check_options(batch_tokens: int, max_length: int | None, num_crops: int | None, convert_to: str) -> None:

@@ -11,9 +11,9 @@ from minivlm2vec_kernels import ops
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b, and the form that ends every block: residual + y.
+    """y = x W^T + b, and the forms in which the model needs it.
 
-    Whoever changes how a matrix is stored or multiplied (fp8, LoRA, prepack.py) replaces these methods.
+    Whoever changes how a matrix is stored or multiplied (fp8, LoRA, prepack.py) replaces all of these methods.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
@@ -23,8 +23,12 @@ class Linear(nn.Linear):
         """residual + x W^T + b; `residual` is written over when no gradient is needed."""
         return ops.linear_add(x, self.weight, residual, self.bias, backend=backend)
 
+    def silu_mul(self, x: Tensor, *, backend: str | None = None) -> Tensor:
+        """silu(gate) * up, where gate is the first half of the outputs (no bias)."""
+        return ops.linear_silu_mul(x, self.weight, backend=backend)
+
     def quick_gelu(self, x: Tensor, *, backend: str | None = None) -> Tensor:
-        """quick_gelu(x W^T + b): the first half of CLIP's MLP."""
+        """quick_gelu(x W^T + b)."""
         return ops.linear_quick_gelu(x, self.weight, self.bias, backend=backend)
 
     def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:

@@ -14,7 +14,7 @@ from minivlm2vec_kernels.ops import pool_last_token
 
 from .batch import PackedBatch
 from .config import VLM2VecConfig
-from .decoder import Decoder
+from .decoder import Decoder, Packing
 from .projector import Projector
 from .vision import VisionTower
 
@@ -54,14 +54,17 @@ class VLM2Vec(nn.Module):
         Returns [B, D] float32 (what `pool` returns).
         """
         packing = self.decoder.packing(batch, causal=causal, backend=self.backend)
+        return self.decode(self.embed(batch), packing, pool=pool, normalize=normalize)
+
+    def decode(self, x: Tensor, packing: Packing, *, pool: Pooling = pool_last_token, normalize: bool = True) -> Tensor:
+        """Input embeddings x [R, D], which may be written over -> vectors; `forward` without its beginning."""
         last_only = pool is pool_last_token
-        x, _ = self.decoder(self.embed(batch), packing, last_only=last_only)
-        cu_seqlens, options = packing.cu_seqlens, {}
-        if last_only:
-            cu_seqlens = torch.arange(len(x) + 1, dtype=torch.int32, device=x.device)
-            options["backend"] = self.backend
+        x, _ = self.decoder(x, packing, last_only=last_only)
         norm = self.decoder.norm
-        return pool(x, cu_seqlens, norm.weight, norm.eps, normalize=normalize, **options)
+        if not last_only:
+            return pool(packing.per_token(x), packing.cu_seqlens, norm.weight, norm.eps, normalize=normalize)
+        one_each = torch.arange(len(x) + 1, dtype=torch.int32, device=x.device)
+        return pool(x, one_each, norm.weight, norm.eps, normalize=normalize, backend=self.backend)
 
     def hidden_states(self, batch: PackedBatch, layers: Collection[int], *, causal: bool = True) -> dict[int, Tensor]:
         """Hidden states [T, D] after the chosen decoder layers (0 is the first; the last is before the final
@@ -70,10 +73,10 @@ class VLM2Vec(nn.Module):
         wanted = {layer: range(n)[layer] for layer in layers}
         packing = self.decoder.packing(batch, causal=causal, backend=self.backend)
         _, kept = self.decoder(self.embed(batch), packing, keep=set(wanted.values()))
-        return {layer: kept[number] for layer, number in wanted.items()}
+        return {layer: packing.per_token(kept[number]) for layer, number in wanted.items()}
 
     def embed(self, batch: PackedBatch) -> Tensor:
-        """[T, D]: token embeddings, image tokens in their places."""
+        """[T, D], a row each where prefixes are shared [R, D]: token embeddings, image tokens in their places."""
         x = self.decoder.embed_tokens(batch.input_ids)
         if not batch.grids:
             return x

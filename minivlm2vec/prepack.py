@@ -8,12 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minivlm2vec_kernels import ops
+
 from .linear import Linear
 from .model import VLM2Vec
 
 
-def can_prepack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch has oneDNN's packed product for the device and dtype."""
+def can_prepack(model: VLM2Vec) -> bool:
+    """Whether this torch has oneDNN's packed product for the model's device and dtype."""
+    weight = model.decoder.norm.weight
+    return supports(weight.device, weight.dtype)
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -21,6 +28,11 @@ def can_prepack(device: torch.device, dtype: torch.dtype) -> bool:
 
 def prepack(model: VLM2Vec) -> VLM2Vec:
     """Replaces every Linear of the model by a PackedLinear, one after the other, each freeing what it replaces."""
+    weight = model.decoder.norm.weight
+    if not can_prepack(model):
+        raise ValueError(
+            f"prepack is for float32 and bfloat16 on a CPU with oneDNN, got {weight.dtype} on {weight.device}"
+        )
     for name, layer in list(model.named_modules()):
         if type(layer) is Linear:
             parent, _, leaf = name.rpartition(".")
@@ -37,7 +49,9 @@ class PackedLinear(nn.Module):
         sizes = parts or (layer.out_features,)
         biases = [None] * len(sizes) if layer.bias is None else layer.bias.detach().split(sizes)
         weights = layer.weight.detach().split(sizes)
-        self.packs = [(torch.ops.mkldnn._reorder_linear_weight(w, None), b) for w, b in zip(weights, biases, strict=True)]
+        self.packs = [
+            (torch.ops.mkldnn._reorder_linear_weight(w, None), b) for w, b in zip(weights, biases, strict=True)
+        ]
         self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,6 +64,9 @@ class PackedLinear(nn.Module):
         weight, bias = self.packs[0]
         _refuse_gradient(x, residual)
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+
+    def silu_mul(self, x: Tensor, *, backend: str | None = None) -> Tensor:
+        return ops.silu_mul(self(x), backend=backend)
 
     def quick_gelu(self, x: Tensor, *, backend: str | None = None) -> Tensor:
         return F.silu(self(x).mul_(1.702), inplace=True).mul_(1 / 1.702)

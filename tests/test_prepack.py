@@ -7,20 +7,20 @@ from PIL import Image
 from minivlm2vec import Embedder
 from minivlm2vec.linear import Linear
 from minivlm2vec.new_checkpoint import new_checkpoint
-from minivlm2vec.prepack import PackedLinear, can_prepack
+from minivlm2vec.prepack import PackedLinear, supports
 
 from .golden import Case, synth_image, tokenizer_file
 from .helpers import close, randomize
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(not can_prepack(CPU, torch.float32), reason="this torch has no oneDNN")
+pytestmark = pytest.mark.skipif(not supports(CPU, torch.float32), reason="this torch has no oneDNN")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
 def test_every_method_equals_the_plain_layer(dtype, bias):
-    if not can_prepack(CPU, dtype):
+    if not supports(CPU, dtype):
         pytest.skip(f"no {dtype} here")
     plain = randomize(Linear(96, 160, bias=bias)).to(dtype)
     packed = PackedLinear(plain, (64, 96))
@@ -32,6 +32,7 @@ def test_every_method_equals_the_plain_layer(dtype, bias):
         close("forward", layer(x), plain(x), atol)
         close("strided", layer(strided), plain(strided), atol)
         close("add_to", layer.add_to(residual.clone(), x), plain.add_to(residual.clone(), x), atol)
+        close("silu_mul", layer.silu_mul(x), plain.silu_mul(x), atol) if not bias else None
         close("first rows", layer.rows(x, 0, 64), plain.rows(x, 0, 64), atol)
         close("last rows", layer.rows(x, 64, None), plain.rows(x, 64, None), atol)
         if bias:
@@ -40,7 +41,9 @@ def test_every_method_equals_the_plain_layer(dtype, bias):
 
 def test_the_whole_model(tmp_path):
     folder = new_checkpoint(tmp_path / "m", seed=4)
-    packed, plain = (Embedder.from_pretrained(folder, device="cpu", prepack=p, show_progress=False) for p in (True, False))
+    packed, plain = (
+        Embedder.from_pretrained(folder, device="cpu", prepack=p, show_progress=False) for p in (True, False)
+    )
     assert not [m for m in packed.model.modules() if type(m) is Linear]
     inputs = ["a", "b" * 700, {"text": "what?", "image": Image.fromarray(synth_image(70, 50, 1))}]
     close("vectors", packed.encode(inputs, convert_to="torch"), plain.encode(inputs, convert_to="torch"), 2e-6)
@@ -64,6 +67,14 @@ def test_packed_layers_refuse_to_train(tmp_path):
         e.model(e.processor(["a"]))
 
 
+def test_what_cannot_be_packed_is_an_error(tmp_path):
+    folder = new_checkpoint(tmp_path / "m", dtype="float16")
+    with pytest.raises(ValueError, match="got torch.float16 on cpu"):
+        Embedder.from_pretrained(folder, device="cpu", prepack=True, show_progress=False)
+    e = Embedder.from_pretrained(folder, device="cpu", show_progress=False)
+    assert [m for m in e.model.modules() if type(m) is Linear]
+
+
 def test_what_can_be_packed():
-    assert not can_prepack(torch.device("cuda"), torch.float32)
-    assert not can_prepack(CPU, torch.float16)
+    assert not supports(torch.device("cuda"), torch.float32)
+    assert not supports(CPU, torch.float16)

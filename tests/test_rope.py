@@ -6,7 +6,7 @@ import torch
 from minivlm2vec_kernels import ops, reference
 from tests.kernel_cases import DTYPES, captured, compiled
 
-HEADS = [(32, 32), (8, 2), (6, 3), (1, 1)]  # query, key-value
+HEADS = [(32, 32), (8, 2), (6, 3), (1, 1), (8, 0), (0, 2)]  # query, key-value
 HEAD_DIMS = [32, 48, 64, 80, 96, 128]
 ATOL = {
     torch.float32: 1e-6,

@@ -65,6 +65,9 @@ def attention(
 
     `cu_seqlens_q`, `max_seqlen_q`: where the queries are fewer than the keys (the last tokens of each sequence).
     Queries are aligned to the end of their keys: with `causal`, query i of Lq sees keys 0 .. Lk - Lq + i.
+
+    Padding for CUDA graphs: a sequence may be empty, and a query without any key gets zeros. Rows beyond the last
+    sequence are allowed; they have no influence, and what is returned in their place is unspecified.
     """
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key-value heads")
@@ -75,9 +78,7 @@ def attention(
     if choose_backend(backend, q, k, v) == "triton":
         from . import attention_triton
 
-        return attention_triton.attention(
-            q, k, v, cu_seqlens, max_seqlen, causal, scale, cu_seqlens_q, max_seqlen_q
-        )
+        return attention_triton.attention(q, k, v, cu_seqlens, max_seqlen, causal, scale, cu_seqlens_q, max_seqlen_q)
     return reference.attention(
         q, k, v, cu_seqlens, max_seqlen,
         causal=causal, scale=scale, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
@@ -189,12 +190,11 @@ def linear_silu_mul(
     return linear_triton.linear_silu_mul(x, gate_up_weight)
 
 
-def rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Rotary position embedding, halves rotated against each other: (a cos - b sin, b cos + a sin).
 
-    q [T, N, H], k [T, Nkv, H]; cos, sin [T, H / 2], already scaled, one row a token; cast to q's dtype first.
+    q [T, N, H], k [T, Nkv, H], either of them without heads where only the other is to be turned; cos, sin
+    [T, H / 2], already scaled, one row a token; cast to q's dtype first.
     When no gradient is needed q and k may be written over; use what is returned.
     """
     if choose_backend(backend, q, k, cos, sin) == "torch":

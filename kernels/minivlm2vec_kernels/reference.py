@@ -26,19 +26,20 @@ def attention(
     cu_seqlens_q: Tensor | None = None,  # [B + 1]
     max_seqlen_q: int | None = None,
 ) -> Tensor:  # [Tq, N, H]
-    if q.shape[0] == 0:
-        return torch.empty_like(q)
     k_len = cu_seqlens.diff().tolist()
     q_len = k_len if cu_seqlens_q is None else cu_seqlens_q.diff().tolist()
+    padding = q.new_zeros(q.shape[0] - sum(q_len), *q.shape[1:])  # rows that belong to no sequence
+    q, k, v = q[: sum(q_len)], k[: sum(k_len)], v[: sum(k_len)]
     if len(set(k_len)) == 1 and len(set(q_len)) == 1:  # one batched call: the image tower, equal texts
-        return _equal_lengths(q, k, v, len(k_len), causal, scale)
+        out = _equal_lengths(q, k, v, len(k_len), causal, scale)
+        return torch.cat([out, padding]) if len(padding) else out
     parts = zip(q.split(q_len), k.split(k_len), v.split(k_len), strict=True)
-    return torch.cat([_equal_lengths(qs, ks, vs, 1, causal, scale) for qs, ks, vs in parts])
+    return torch.cat([*(_equal_lengths(qs, ks, vs, 1, causal, scale) for qs, ks, vs in parts), padding])
 
 
 def _equal_lengths(q: Tensor, k: Tensor, v: Tensor, batch: int, causal: bool, scale: float | None) -> Tensor:
-    if q.shape[0] == 0:
-        return torch.empty_like(q)
+    if q.shape[0] == 0 or k.shape[0] == 0:
+        return torch.zeros_like(q)  # a query that sees no key
     qs, ks, vs = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))  # [B, N, L, H]
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and not causal and q.shape[1] == k.shape[1]:
         return _by_products(qs, ks, vs, scale)

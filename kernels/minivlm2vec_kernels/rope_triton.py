@@ -41,20 +41,10 @@ def rope_kernel(
     token = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BH)  # [BH]
     dtype = q.dtype.element_ty
-    c = (
-        tl.load(cos + token * stride_cos + dims, mask=dims < HALF, other=0.0)
-        .to(dtype)
-        .to(tl.float32)[None, :]
-    )
-    s = (
-        tl.load(sin + token * stride_sin + dims, mask=dims < HALF, other=0.0)
-        .to(dtype)
-        .to(tl.float32)[None, :]
-    )
+    c = tl.load(cos + token * stride_cos + dims, mask=dims < HALF, other=0.0).to(dtype).to(tl.float32)[None, :]
+    s = tl.load(sin + token * stride_sin + dims, mask=dims < HALF, other=0.0).to(dtype).to(tl.float32)[None, :]
 
-    q_at, q_inside, qa, qb = _load_halves(
-        q + token * stride_q_token, tl.arange(0, BN), dims, stride_q_head, N, HALF
-    )
+    q_at, q_inside, qa, qb = _load_halves(q + token * stride_q_token, tl.arange(0, BN), dims, stride_q_head, N, HALF)
     k_at, k_inside, ka, kb = _load_halves(
         k + token * stride_k_token, tl.arange(0, BNKV), dims, stride_k_head, Nkv, HALF
     )
@@ -91,8 +81,8 @@ def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def settings(N: int, Nkv: int, H: int) -> tuple[int, int, int, int]:
-    """(BN, BNKV, BH, warps) for a token of N + Nkv heads."""
-    BN, BNKV, BH = triton.next_power_of_2(N), triton.next_power_of_2(Nkv), triton.next_power_of_2(H // 2)
+    """(BN, BNKV, BH, warps) for a token of N + Nkv heads. Either may be 0: a block holds at least one, masked."""
+    BN, BNKV, BH = (triton.next_power_of_2(max(n, 1)) for n in (N, Nkv, H // 2))
     elements = 2 * BH * (BN + BNKV)
     warps = next((w for limit, w in SETTINGS.items() if elements <= limit), 16)
     return BN, BNKV, BH, warps
