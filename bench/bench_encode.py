@@ -103,7 +103,7 @@ def prepare(repeat: int) -> None:
     for num_crops in (4, 16):
         exact, fast = (Processor(_InMemory(), config, num_crops=num_crops, fast_decode=f) for f in (False, True))
         plan = exact.plan({"image": data})
-        h, w = plan.grids[0]
+        _, w = plan.grids[0]
         size = (w * 336, int(w * 336 / (4 / 3)))
 
         def pillow(size=size):

@@ -33,10 +33,11 @@ def prepack(model: VLM2Vec) -> VLM2Vec:
         raise ValueError(
             f"prepack is for float32 and bfloat16 on a CPU with oneDNN, got {weight.dtype} on {weight.device}"
         )
-    for name, layer in list(model.named_modules()):
-        if type(layer) is Linear:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, PackedLinear(layer, _parts(model, name)))
+    # Names alone: a list of the layers would keep every plain weight until the end.
+    for name in [n for n, m in model.named_modules() if type(m) is Linear]:
+        parent, _, leaf = name.rpartition(".")
+        packed = PackedLinear(model.get_submodule(name), _parts(model, name))
+        setattr(model.get_submodule(parent), leaf, packed)
     return model
 
 
