@@ -195,7 +195,7 @@ def largest_error(outputs: Outputs, exact: tuple[Tensor, ...]) -> float:
 
 
 def largest(outputs: tuple[Tensor, ...]) -> float:
-    return max(x.abs().max().item() if x.numel() else 0.0 for x in outputs)
+    return max(x.float().abs().max().item() if x.numel() else 0.0 for x in outputs)
 
 
 def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:

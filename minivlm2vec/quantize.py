@@ -18,7 +18,6 @@ from minivlm2vec_kernels import ops
 from .linear import Linear
 from .model import VLM2Vec
 
-E4M3_MAX = 448.0
 # Left as they are. down_proj: its inputs have a few very large channels in Phi-3, which a common scale of the row
 # would drown the others for. First and last layer: their errors pass through all others, or through none to be
 # averaged. Tower and projector: a fifth of the work of an image, in matrices of half the width.
@@ -66,35 +65,30 @@ class Fp8Linear(Linear):
         self.out_features, self.in_features = linear.weight.shape
         if self.out_features % 16 or self.in_features % 16:
             raise ValueError(f"an fp8 product needs multiples of 16, got a matrix {list(linear.weight.shape)}")
-        weight, scale = quantize_rows(linear.weight.detach())
+        weight, scale = ops.quantize_rows(linear.weight.detach())
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.bias = linear.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._product(x, self.weight, self.scale, self.bias)
+    def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
+        return self._product(x, self.weight, self.scale, self.bias, backend)
 
     def add_to(self, residual: Tensor, x: Tensor, *, backend: str | None = None) -> Tensor:
-        return residual.add_(self(x))
+        return residual.add_(self(x, backend))
 
     def silu_mul(self, x: Tensor, *, backend: str | None = None) -> Tensor:
-        return ops.silu_mul(self(x), backend=backend)
+        return ops.silu_mul(self(x, backend), backend=backend)
 
     def quick_gelu(self, x: Tensor, *, backend: str | None = None) -> Tensor:
-        return ops.quick_gelu(self(x), backend=backend)
+        return ops.quick_gelu(self(x, backend), backend=backend)
 
     def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
         bias = None if self.bias is None else self.bias[start:stop]
         return self._product(x, self.weight[start:stop], self.scale[start:stop], bias)
 
-    def _product(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:  # [..., K] -> [..., N]
-        rows, row_scale = quantize_rows(x.reshape(-1, self.in_features))
+    def _product(
+        self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, backend: str | None = None
+    ) -> Tensor:  # [..., K] -> [..., N]
+        rows, row_scale = ops.quantize_rows(x.reshape(-1, self.in_features), backend=backend)
         y = torch._scaled_mm(rows, weight.t(), row_scale[:, None], scale[None], bias=bias, out_dtype=x.dtype)
         return y.view(*x.shape[:-1], -1)
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[T, K] -> e4m3 [T, K] and the scale [T] float32 that each row is to be multiplied by. A row of zeros has the
-    smallest scale, not 0."""
-    scale = x.abs().amax(dim=1).float().clamp_min(1e-12) / E4M3_MAX
-    return (x.float() / scale[:, None]).to(torch.float8_e4m3fn), scale

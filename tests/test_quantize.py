@@ -1,19 +1,15 @@
-"""fp8: the rule of rounding, the product of torch against the same product in float32, and which layers it takes."""
+"""fp8: the product of torch against the same product in float32, and which layers it takes."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from minivlm2vec import Embedder
 from minivlm2vec.linear import Linear
 from minivlm2vec.new_checkpoint import new_checkpoint
-from minivlm2vec.quantize import Fp8Linear, quantize_fp8, quantize_rows
+from minivlm2vec.quantize import Fp8Linear, quantize_fp8
+from minivlm2vec_kernels import quantize_rows
 
 from .helpers import randomize
-
-E4M3 = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
-E4M3 = E4M3[E4M3.isfinite()].unique()  # every number there is
 
 
 def linear(n=48, k=64, bias=False, seed=0) -> Linear:
@@ -25,27 +21,6 @@ def in_float32(layer: Linear, x: torch.Tensor) -> torch.Tensor:
     (w, sw), (a, sa) = quantize_rows(layer.weight), quantize_rows(x)
     y = (a.float() @ w.float().T) * sa[:, None] * sw
     return y if layer.bias is None else y + layer.bias.float()
-
-
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10**6), rows=st.integers(1, 9), exponent=st.integers(-20, 20))
-def test_rows_are_rounded_to_the_nearest_number(seed, rows, exponent):
-    x = torch.randn(rows, 32, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
-    q, scale = quantize_rows(x)
-    assert q.dtype == torch.float8_e4m3fn and scale.shape == (rows,)
-    exact = x / scale[:, None]
-    nearest = (exact[..., None] - E4M3).abs().amin(-1)
-    assert ((q.float() - exact).abs() <= nearest + 1e-4).all()
-    assert (q.float().abs().amax(1) == 448).all(), "a row's largest number takes the largest there is"
-
-
-def test_zeros_and_huge_rows():
-    x = torch.zeros(3, 16, dtype=torch.bfloat16)
-    x[1], x[2, 3] = 3.0e38, 1e-30
-    q, scale = quantize_rows(x)
-    assert (q[0].float() == 0).all() and scale.isfinite().all() and (scale > 0).all()
-    back = q.float() * scale[:, None]
-    assert torch.allclose(back[1], x[1].float(), rtol=1e-6)
 
 
 def test_rows_do_not_see_each_other():

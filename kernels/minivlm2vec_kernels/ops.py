@@ -190,6 +190,19 @@ def linear_silu_mul(
     return linear_triton.linear_silu_mul(x, gate_up_weight)
 
 
+def quantize_rows(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Rows as 8-bit floating point (e4m3), and what each is to be multiplied by: x ~ q * scale[..., None].
+
+    scale = max(max |x|, 1e-12) / 448 of each row; 448 is the greatest e4m3 number. x [..., K].
+    Returns (q [..., K] float8_e4m3fn, scale [...] float32), contiguous. Triton needs capability 8.9 for it.
+    """
+    if choose_backend(backend, x) == "torch":
+        return reference.quantize_rows(x)
+    from . import quantize_rows_triton
+
+    return quantize_rows_triton.quantize_rows(x)
+
+
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Rotary position embedding, halves rotated against each other: (a cos - b sin, b cos + a sin).
 

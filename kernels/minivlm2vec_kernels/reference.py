@@ -118,6 +118,11 @@ def linear_silu_mul(x: Tensor, gate_up_weight: Tensor) -> Tensor:
     return silu_mul(F.linear(x, gate_up_weight))
 
 
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = x.abs().amax(-1).float().clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    return (x.float() / scale[..., None]).to(torch.float8_e4m3fn), scale
+
+
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = cos.to(q.dtype)[:, None], sin.to(q.dtype)[:, None]  # [T, 1, H / 2]
     return _rotate(q, cos, sin), _rotate(k, cos, sin)

@@ -1,0 +1,67 @@
+"""Rows to 8-bit floating point, each with a scale of its own, in one pass over memory.
+
+Shapes: R rows, K columns; a program takes BM whole rows of BK = the next power of two of K columns.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import as_rows, compiled_as_op, on_device_of
+
+# BK -> (BM, warps). 32 elements a thread, so four 16-byte loads of bf16 in flight for each, up to BK = 8192.
+SETTINGS = {
+    64: (32, 4),
+    128: (16, 4),
+    256: (16, 4),
+    512: (8, 4),
+    1024: (4, 4),
+    2048: (2, 4),
+    4096: (1, 4),
+    8192: (1, 8),
+    16384: (1, 16),
+    32768: (1, 16),
+}
+E4M3_MAX = tl.constexpr(448.0)
+
+
+@triton.jit
+def quantize_rows_kernel(x, out, scale, R, K, stride_x, BM: tl.constexpr, BK: tl.constexpr):
+    """scale = max(max |x|, 1e-12) / 448 of each row; out = x / scale, rounded to the nearest e4m3."""
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
+    cols = tl.arange(0, BK)  # [BK]
+    inside = (rows < R)[:, None] & (cols < K)[None, :]  # [BM, BK]
+    v = tl.load(x + rows[:, None] * stride_x + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    s = tl.div_rn(tl.maximum(tl.max(tl.abs(v), axis=1), 1e-12), E4M3_MAX)  # [BM]
+    tl.store(scale + rows, s, mask=rows < R)
+    q = tl.div_rn(v, tl.broadcast_to(s[:, None], (BM, BK))).to(out.dtype.element_ty)
+    tl.store(out + rows[:, None] * K + cols[None, :], q, mask=inside)
+
+
+def _fake_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@compiled_as_op(_fake_quantize_rows)
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., K] with dense rows. Returns e4m3 [..., K], contiguous, and scales [...] float32."""
+    out, scale = _fake_quantize_rows(x)
+    x = as_rows(x, "x")
+    R, K = x.shape
+    BK, BM, warps = settings(K)
+    if R == 0:
+        return out, scale
+    with on_device_of(x):
+        quantize_rows_kernel[(triton.cdiv(R, BM),)](
+            x, out, scale, R, K, x.stride(0), BM=BM, BK=BK, num_warps=warps
+        )  # fmt: skip
+    return out, scale
+
+
+def settings(K: int) -> tuple[int, int, int]:
+    """(BK, BM, warps) for rows of K elements."""
+    BK = max(triton.next_power_of_2(K), min(SETTINGS))
+    if BK not in SETTINGS:
+        raise ValueError(f"rows of {K} elements are wider than the {max(SETTINGS)} that fit in one program")
+    return BK, *SETTINGS[BK]
