@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
-from minivlm2vec_kernels import ops
 from minivlm2vec_kernels.ops import pool_last_token
 
 from .batch import PackedBatch
@@ -95,4 +94,4 @@ class VLM2Vec(nn.Module):
         return tokens
 
 
-__all__ = ["Pooling", "VLM2Vec", "ops", "pool_last_token"]
+__all__ = ["Pooling", "VLM2Vec", "pool_last_token"]
