@@ -47,10 +47,7 @@ DECODER = {
 GPU_PROBLEMS = (
     *(Problem(name, lengths, N, H, causal=True) for name, lengths in DECODER.items()),
     Problem("last tokens of 32x777", (777,) * 32, N, H, causal=True, last_only=True),
-    *(
-        Problem(f"{crops} crops x {CROP}", (CROP,) * crops, 16, 64, causal=False)
-        for crops in (5, 40, 160, 272)
-    ),
+    *(Problem(f"{crops} crops x {CROP}", (CROP,) * crops, 16, 64, causal=False) for crops in (5, 40, 160, 272)),
 )
 CPU_PROBLEMS = (
     Problem("4x30", (30,) * 4, 2, H, causal=True),
@@ -264,7 +261,5 @@ def tile_providers(p: Problem, x: Inputs) -> dict[str, Provider]:
     for tile in tiles:
         name = f"{tile.BM}x{tile.BN} w{tile.warps} s{tile.stages} {'tma' if tile.tma else 'pointers'}"
         name += " (as triton)" if tile == chosen else ""
-        calls[name] = partial(
-            kernel.launch, x.q, x.k, x.v, x.cu_k, x.max_k, x.cu_q, x.max_q, p.causal, None, tile
-        )
+        calls[name] = partial(kernel.launch, x.q, x.k, x.v, x.cu_k, x.max_k, x.cu_q, x.max_q, p.causal, None, tile)
     return calls

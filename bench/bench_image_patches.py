@@ -26,7 +26,5 @@ def work(grids: list[tuple[int, int]], device: torch.device) -> Work:
     mean, std, dtype = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device), dtype_of(device)
     providers = {"torch": lambda: reference.image_patches(crops, grids, mean, std, PATCH, dtype)}
     if device.type == "cuda":
-        providers["triton"] = lambda: ops.image_patches(
-            crops, grids, mean, std, PATCH, dtype, backend="triton"
-        )
+        providers["triton"] = lambda: ops.image_patches(crops, grids, mean, std, PATCH, dtype, backend="triton")
     return Work(providers, lambda: reference.image_patches(crops, grids, mean, std, PATCH, torch.float32))

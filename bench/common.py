@@ -190,8 +190,7 @@ def check(work: Work, case: Case) -> dict[str, tuple[float, bool]]:
 def largest_error(outputs: Outputs, exact: tuple[Tensor, ...]) -> float:
     outputs = as_tuple(outputs)
     return max(
-        (a.float() - b.float()).abs().max().item() if a.numel() else 0.0
-        for a, b in zip(outputs, exact, strict=True)
+        (a.float() - b.float()).abs().max().item() if a.numel() else 0.0 for a, b in zip(outputs, exact, strict=True)
     )
 
 

@@ -22,9 +22,7 @@ def main() -> int:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--results", type=Path, default=common.RESULTS)
     args = parser.parse_args()
-    files = [
-        f for f in sorted(args.results.glob("*.csv")) if f.stem != "cpu" and not f.stem.endswith("-sweep")
-    ]
+    files = [f for f in sorted(args.results.glob("*.csv")) if f.stem != "cpu" and not f.stem.endswith("-sweep")]
     tables = [table(latest(common.read_rows(file))) for file in files]
     write_between_markers(args.readme, "\n\n".join(tables) or "Not measured on a GPU yet.")
     for file in files:
@@ -97,9 +95,7 @@ def plot(cases: list[CaseRows], path: Path) -> None:
     from matplotlib import pyplot
 
     bars = [
-        (f"{row['kernel']}, {row['case']}", float(row["ratio"]))
-        for row in map(ours, cases)
-        if row and row["ratio"]
+        (f"{row['kernel']}, {row['case']}", float(row["ratio"])) for row in map(ours, cases) if row and row["ratio"]
     ]
     figure, axes = pyplot.subplots(figsize=(9, 1 + 0.25 * len(bars)), layout="constrained")
     drawn = axes.barh([name for name, _ in bars], [ratio for _, ratio in bars], color="#4477aa")

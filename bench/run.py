@@ -26,12 +26,8 @@ def main() -> int:
     names = bench_names()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="every bench file")
-    parser.add_argument(
-        "--only", action="append", default=[], choices=names, help="this one; may be repeated"
-    )
-    parser.add_argument(
-        "--budget", type=float, default=float("inf"), help="start no case after so many seconds"
-    )
+    parser.add_argument("--only", action="append", default=[], choices=names, help="this one; may be repeated")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="start no case after so many seconds")
     parser.add_argument("--case", default="", help="only cases whose kernel and name hold this, e.g. 'model b'")
     parser.add_argument("--sweep", action="store_true", help="time all candidate launch settings")
     parser.add_argument("--save", action="store_true", help="without a GPU: append to bench/results/cpu.csv")

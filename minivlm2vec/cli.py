@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args) or 0
-    except (ValueError, FileNotFoundError, ImportError, RuntimeError) as e:
+    except (ValueError, OSError, ImportError, RuntimeError) as e:
         print(f"minivlm2vec {args.command}: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -24,10 +24,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    # The optional parts import what their extras bring only when they run.
+    from .files.cli import add_embed_arguments, add_search_arguments
+    from .mmeb.cli import add_arguments as mmeb_arguments
+    from .mmeb.cli import run as run_mmeb
+    from .serve.cli import add_arguments as serve_arguments
+
     parser = argparse.ArgumentParser(prog="minivlm2vec", description="Text and images to vectors, with VLM2Vec-Full.")
     parser.add_argument("--version", action="version", version=f"minivlm2vec {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _similarity_arguments(commands.add_parser("similarity", help="score targets against queries"))
+    add_embed_arguments(commands.add_parser("embed", help="folders and tables to files of vectors"))
+    add_search_arguments(commands.add_parser("search", help="find rows by text, image or likeness"))
+    serve_arguments(commands.add_parser("serve", help="answer OpenAI's embeddings API"))
+    mmeb = commands.add_parser("mmeb", help="evaluate on MMEB, or on data in its format")
+    mmeb_arguments(mmeb)
+    mmeb.set_defaults(run=run_mmeb)
     _info_arguments(commands.add_parser("info", help="print a checkpoint's architecture"))
     _new_checkpoint_arguments(commands.add_parser("new-checkpoint", help="write a randomly initialised checkpoint"))
     return parser

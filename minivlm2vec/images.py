@@ -25,6 +25,7 @@ from .batch import Grid
 from .errors import InputError
 
 MAX_PIXELS = 2 * 89_478_485  # what Pillow calls a decompression bomb
+REFUSED_FORMATS = {"EPS"}  # decoded by running another program, Ghostscript, on the file
 WHITE = 255
 _LOAD_LOCKS = [threading.Lock() for _ in range(64)]
 
@@ -179,7 +180,8 @@ def _from_file(source: Any, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image has its own limit
-            return Image.open(source)
+            Image.init()
+            return Image.open(source, formats=sorted(set(Image.OPEN) - REFUSED_FORMATS))
     except FileNotFoundError:
         raise InputError("no such file", name=name) from None
     except IsADirectoryError:

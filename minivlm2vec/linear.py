@@ -13,7 +13,7 @@ from minivlm2vec_kernels import ops
 class Linear(nn.Linear):
     """y = x W^T + b, and the forms in which the model needs it.
 
-    Whoever changes how a matrix is stored or multiplied (fp8, LoRA) replaces all of these methods.
+    Whoever changes how a matrix is stored or multiplied (fp8, LoRA, prepack.py) replaces all of these methods.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):

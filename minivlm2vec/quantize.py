@@ -38,12 +38,16 @@ def quantize_fp8(model: VLM2Vec, *, keep: Sequence[str] = KEEP) -> VLM2Vec:
     if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 9):
         capability = ".".join(map(str, torch.cuda.get_device_capability(weight.device)))
         raise ValueError(f"precision 'fp8' needs a device of capability 8.9 or more, got {capability}")
+    if not any(type(module) is Linear for module in model.modules()):
+        raise ValueError("the model has no plain linear layer left to convert; load it with prepack=False")
     last = str(len(model.decoder.layers) - 1)
     patterns = [p.replace(".first.", ".0.").replace(".last.", f".{last}.") for p in keep]
-    for name, module in list(model.named_modules()):
-        if type(module) is Linear and not any(fnmatchcase(name, p) for p in patterns):
+    # Names alone: a list of the modules would keep every bfloat16 weight until the end.
+    names = [name for name, module in model.named_modules() if type(module) is Linear]
+    for name in names:
+        if not any(fnmatchcase(name, p) for p in patterns):
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, Fp8Linear(module))
+            setattr(model.get_submodule(parent), leaf, Fp8Linear(model.get_submodule(name)))
     return model
 
 

@@ -28,7 +28,9 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as e:
-            raise InputError(f"the text is not valid Unicode: character {e.start} is a lone surrogate", name="text") from None
+            raise InputError(
+                f"the text is not valid Unicode: character {e.start} is a lone surrogate", name="text"
+            ) from None
         return self.tokenizer.encode(text).ids
 
     def __len__(self) -> int:

@@ -136,5 +136,4 @@ class VisionMLP(nn.Module):
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, h: Tensor, backend: str | None) -> Tensor:
-        h = ops.linear_quick_gelu(h, self.fc1.weight, self.fc1.bias, backend=backend)
-        return self.fc2.add_to(x, h, backend=backend)
+        return self.fc2.add_to(x, self.fc1.quick_gelu(h, backend=backend), backend=backend)

@@ -65,9 +65,7 @@ def all_specs(only: str = "", quick: bool = False) -> list[Spec]:
     modules = sorted(m.name for m in pkgutil.iter_modules(aot_specs.__path__))
     specs = [s for m in modules for s in importlib.import_module(f"tests.aot_specs.{m}").specs()]
     keys = [s.key(0) for s in specs]
-    assert len(set(keys)) == len(keys), (
-        f"two specs of one name: {sorted(k for k in keys if keys.count(k) > 1)}"
-    )
+    assert len(set(keys)) == len(keys), f"two specs of one name: {sorted(k for k in keys if keys.count(k) > 1)}"
     return [s for s in specs if only in s.kernel and (s.quick or not quick)]
 
 
@@ -94,13 +92,9 @@ def compile_kernel(spec: Spec, arch: int):
     kernel = getattr(importlib.import_module(f"minivlm2vec_kernels.{module}"), name)
     given = spec.types.keys() | spec.constants.keys()
     if given != set(kernel.arg_names):
-        raise ValueError(
-            f"{spec.key(arch)}: arguments differ from the kernel's: {given ^ set(kernel.arg_names)}"
-        )
+        raise ValueError(f"{spec.key(arch)}: arguments differ from the kernel's: {given ^ set(kernel.arg_names)}")
     signature = {a: spec.types.get(a, "constexpr") for a in kernel.arg_names}
-    aligned = [
-        i for i, a in enumerate(kernel.arg_names) if _may_align(signature[a]) and a not in spec.unaligned
-    ]
+    aligned = [i for i, a in enumerate(kernel.arg_names) if _may_align(signature[a]) and a not in spec.unaligned]
     source = triton.compiler.ASTSource(
         fn=kernel,
         signature=signature,

@@ -62,9 +62,7 @@ def check_error(out: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor
     """
     assert out.shape == same_dtype.shape == exact.shape, (out.shape, same_dtype.shape, exact.shape)
     assert out.dtype == same_dtype.dtype, (out.dtype, same_dtype.dtype)
-    assert torch.isfinite(out).all(), (
-        f"{(~torch.isfinite(out)).sum()} of {out.numel()} elements are not finite"
-    )
+    assert torch.isfinite(out).all(), f"{(~torch.isfinite(out)).sum()} of {out.numel()} elements are not finite"
     ours, torchs = largest_error(out, exact), largest_error(same_dtype, exact)
     print(f"error {ours:.2e}, torch {torchs:.2e}, atol {atol:.0e} ({str(out.dtype)[6:]}, {tuple(out.shape)})")
     assert ours <= 2 * torchs + atol, f"error {ours:.3e} > 2 x torch's {torchs:.3e} + {atol:.0e}"

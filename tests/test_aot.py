@@ -42,9 +42,7 @@ def test_table_is_what_write_table_writes(tmp_path, monkeypatch):
     copy.write_text(aot.TABLE.read_text())
     monkeypatch.setattr(aot, "TABLE", copy)
     aot.write_table(before.get(aot.triton_version(), {}), only="")
-    assert json.loads(copy.read_text()) == before | {
-        aot.triton_version(): before.get(aot.triton_version(), {})
-    }
+    assert json.loads(copy.read_text()) == before | {aot.triton_version(): before.get(aot.triton_version(), {})}
 
 
 SPEC = aot.Spec("x.y", "c", {}, {}, archs=(90,), wgmma=True)

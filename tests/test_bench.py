@@ -128,9 +128,7 @@ def test_report_shows_the_latest_run_of_each_case(tmp_path):
     later = {"date": "2030-01-02 10:00"}
     common.append_rows([row("triton", 1.0, **later), row("torch", 2.0, **later)], path)
     table = report.table(report.latest(common.read_rows(path)))
-    assert table.splitlines()[-1] == (
-        "| op | 4 x 4 | 1 | 1 to 1 | 1500 GB/s | 50 % of copy | torch, 2 ms | 2.00x |"
-    )
+    assert table.splitlines()[-1] == ("| op | 4 x 4 | 1 | 1 to 1 | 1500 GB/s | 50 % of copy | torch, 2 ms | 2.00x |")
     assert "9.5" not in table and "gone" not in table
 
 

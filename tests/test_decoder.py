@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from .helpers import close, copy_parameters, randomize
 
 from minivlm2vec.batch import PackedBatch, cumulative
 from minivlm2vec.config import DecoderConfig, RopeScaling
 from minivlm2vec.decoder import Decoder
+
+from .helpers import close, copy_parameters, randomize
 
 transformers = pytest.importorskip("transformers")
 

@@ -6,15 +6,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from .golden import ALL, FIXTURES, SHARED, Case, exists, sample, tokenizer_file
-from minivlm2vec_kernels import ops
 
 from minivlm2vec import Embedder
 from minivlm2vec.batch import PackedBatch, num_image_tokens
 from minivlm2vec.decoder import rope_tables
-from minivlm2vec.images import hd_crops, hd_size
+from minivlm2vec.images import hd_size
 from minivlm2vec.new_checkpoint import new_checkpoint, random_tensor, tensor_shapes
 from minivlm2vec.tokenizer import Tokenizer
+from minivlm2vec_kernels import ops
+
+from .golden import ALL, FIXTURES, SHARED, Case, exists, sample, tokenizer_file
 
 CASES = [pytest.param(v, n, id=f"{v}-{n}") for v in ALL for n in ALL[v]]
 HEADS = {"small": 4, "gqa": 2}

@@ -18,9 +18,7 @@ pytestmark = pytest.mark.usefixtures("poison_empty")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("grids", "S", "p"), [*((g, 16, 4) for g in GRIDS), ([(2, 1)], 28, 14), ([(2, 1)], 21, 7)]
-)
+@pytest.mark.parametrize(("grids", "S", "p"), [*((g, 16, 4) for g in GRIDS), ([(2, 1)], 28, 14), ([(2, 1)], 21, 7)])
 def test_image_patches(grids, S, p, dtype, device, generator, assert_error_at_most):
     crops, mean, std = inputs(grids, S, device, generator)
     out = ops.image_patches(crops, grids, mean, std, p, dtype, backend="triton")

@@ -5,7 +5,6 @@ import io
 
 import numpy as np
 import pytest
-from .golden import synth_image
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -13,6 +12,8 @@ from PIL import Image
 from minivlm2vec.batch import num_image_tokens
 from minivlm2vec.errors import InputError
 from minivlm2vec.images import WHITE, hd_crops, hd_size, open_image, to_rgb
+
+from .golden import synth_image
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -46,9 +47,7 @@ def canvas_of(crops: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    width=st.integers(1, 300), height=st.integers(1, 300), num_crops=st.integers(1, 16), seed=st.integers(0, 99)
-)
+@given(width=st.integers(1, 300), height=st.integers(1, 300), num_crops=st.integers(1, 16), seed=st.integers(0, 99))
 def test_crops_are_the_originals_to_the_bit(width, height, num_crops, seed):
     assume(max(width / height, height / width) <= 56)
     image = photo(width, height, seed)
@@ -172,6 +171,14 @@ def test_what_cannot_be_opened_says_why(kind):
     with pytest.raises(InputError, match=message) as e:
         open_image(source)
     assert e.value.name in str(e.value)
+
+
+def test_postscript_is_refused():
+    """Pillow would hand it to Ghostscript."""
+    data = encoded(photo(), "EPS")
+    assert data.startswith(b"%!PS")
+    with pytest.raises(InputError, match="not an image in a known format"):
+        open_image(data)
 
 
 def test_an_empty_file_is_named(tmp_path):

@@ -24,12 +24,22 @@ CORE = {
     "decoder": {"batch", "config", "linear"},
     "model": {"batch", "config", "decoder", "projector", "vision"},
     "weights": {"config", "errors", "model"},
+    "prepack": {"linear", "model"},
     "prompts": set(),
     "prefix": {"batch"},
     "graphs": {"batch", "decoder", "model"},
     "quantize": {"linear", "model"},
     "embedder": {
-        "batch", "errors", "graphs", "model", "prefix", "processor", "prompts", "quantize", "weights",
+        "batch",
+        "errors",
+        "graphs",
+        "model",
+        "prefix",
+        "prepack",
+        "processor",
+        "prompts",
+        "quantize",
+        "weights",
     },
 }
 THIRD_PARTY = {"torch", "numpy", "PIL", "einops", "safetensors", "tokenizers", "huggingface_hub", "minivlm2vec_kernels"}
@@ -85,7 +95,9 @@ def test_kernels_never_import_the_package():
 def test_importing_the_core_imports_no_triton():
     code = "import sys, minivlm2vec; assert 'triton' not in sys.modules or 'torch._dynamo' in sys.modules; print(1)"
     path = f"{ROOT}:{ROOT / 'kernels'}"
-    out = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": path, "PATH": ""}, capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": path, "PATH": ""}, capture_output=True, text=True
+    )
     assert out.stdout.strip() == "1", out.stderr
 
 

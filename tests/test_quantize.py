@@ -65,7 +65,9 @@ def folder(tmp_path_factory):
 
 
 def load(folder, **options) -> Embedder:
-    return Embedder.from_pretrained(folder, device="cpu", dtype=torch.bfloat16, show_progress=False, **options)
+    return Embedder.from_pretrained(
+        folder, device="cpu", dtype=torch.bfloat16, prepack=False, show_progress=False, **options
+    )
 
 
 def fp8_names(model) -> set[str]:
@@ -103,7 +105,7 @@ def test_errors(folder):
     with pytest.raises(ValueError, match="precision is 'bf16' or 'fp8', got 'int4'"):
         load(folder, precision="int4")
     with pytest.raises(ValueError, match=r"bfloat16 models, got torch\.float32"):
-        Embedder.from_pretrained(folder, device="cpu", precision="fp8", show_progress=False)
+        Embedder.from_pretrained(folder, device="cpu", precision="fp8", prepack=False, show_progress=False)
 
 
 @pytest.mark.gpu

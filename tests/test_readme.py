@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import minivlm2vec_kernels
 import numpy as np
 import pytest
 import torch
@@ -11,6 +10,7 @@ from PIL import Image
 
 import minivlm2vec
 import minivlm2vec.projector
+import minivlm2vec_kernels
 from minivlm2vec import Embedder
 from minivlm2vec.new_checkpoint import new_checkpoint
 

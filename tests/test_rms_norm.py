@@ -101,9 +101,7 @@ def test_beyond_2_31_elements(device):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
 def test_on_a_device_that_is_not_current(generator):
     x, _, weight = (t.to("cuda:1") for t in inputs(17, 64, torch.float32, "cuda", generator))
-    torch.testing.assert_close(
-        ops.rms_norm(x, weight, EPS, backend="triton"), reference.rms_norm(x, weight, EPS)
-    )
+    torch.testing.assert_close(ops.rms_norm(x, weight, EPS, backend="triton"), reference.rms_norm(x, weight, EPS))
 
 
 def inputs(rows, width, dtype, device, generator):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from .helpers import close, copy_parameters, randomize
 
 from minivlm2vec.config import VisionConfig
 from minivlm2vec.vision import VisionTower
+
+from .helpers import close, copy_parameters, randomize
 
 transformers = pytest.importorskip("transformers")
 

@@ -1,6 +1,7 @@
 """Loading: strict, by prefix rules, and with an error of its own for everything that can be wrong with a folder."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -251,7 +252,8 @@ def test_the_hub_is_asked_for_safetensors_and_json_alone(monkeypatch, tmp_path):
     assert all(p.endswith(("safetensors", ".json")) for p in asked["allow_patterns"])
 
 
-def test_loading_does_not_hold_a_second_copy(tmp_path):
+@pytest.mark.parametrize("step", ["", "prepack(model)"], ids=["loaded", "packed"])
+def test_loading_does_not_hold_a_second_copy(tmp_path, step):
     """Peak resident memory while loading grows by the model's size and little more (see bench_load for full size)."""
     folder = new_checkpoint(tmp_path / "m", preset="small", dtype="bfloat16")
     code = (
@@ -259,12 +261,17 @@ def test_loading_does_not_hold_a_second_copy(tmp_path):
         "from minivlm2vec.weights import load_model\n"
         "read = lambda key: int(re.search(key + r':\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
         "before = read('VmRSS')\n"
+        "from minivlm2vec.prepack import prepack\n"
         "model = load_model(sys.argv[1])\n"
-        "print(before, read('VmHWM'), sum(p.numel() * p.element_size() for p in model.parameters()))\n"
+        "size = sum(p.numel() * p.element_size() for p in model.parameters())\n"
+        f"{step}\n"
+        "print(before, read('VmHWM'), size)\n"
     )
     if sys.platform != "linux":
         pytest.skip("reads /proc")
-    out = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    root = Path(__file__).parents[1]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    out = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True, env=env)
     before, peak, size = map(int, out.stdout.split())
     largest = 2 * 32064 * 384
     print(f"before {before / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB, model {size / 1e6:.0f} MB")

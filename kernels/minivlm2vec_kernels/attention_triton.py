@@ -177,9 +177,7 @@ def _rows(
         return source.load([row, 0])
     else:
         rows = tl.arange(0, BR)
-        pointers = (
-            source + tl.cast(row, tl.int64) * stride + rows[:, None] * stride + tl.arange(0, BC)[None, :]
-        )
+        pointers = source + tl.cast(row, tl.int64) * stride + rows[:, None] * stride + tl.arange(0, BC)[None, :]
         if MASKED:
             return tl.load(pointers, mask=((row + rows >= 0) & (row + rows < end))[:, None], other=0.0)
         else:
@@ -234,9 +232,7 @@ def split_head_dim(H: int) -> tuple[int, int]:
     H0 = 1 << (H.bit_length() - 1)
     H1 = H - H0
     if not 16 <= H0 <= 128 or (H1 and (H1 < 16 or H1 & (H1 - 1))):
-        raise ValueError(
-            f"head dim {H}: must be 16, 32, 64 or 128, or the sum of two of them (48, 80, 96, ...)"
-        )
+        raise ValueError(f"head dim {H}: must be 16, 32, 64 or 128, or the sum of two of them (48, 80, 96, ...)")
     return H0, H1
 
 
@@ -315,9 +311,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, cu_seqlens_q: 
             raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}")
     for name, cu in [("cu_seqlens", cu_seqlens_k), ("cu_seqlens_q", cu_seqlens_q)]:
         if cu.dtype != torch.int32 or not cu.is_contiguous() or cu.device != q.device:
-            raise ValueError(
-                f"{name} must be dense int32 on {q.device}, got {cu.dtype}, {cu.stride()}, {cu.device}"
-            )
+            raise ValueError(f"{name} must be dense int32 on {q.device}, got {cu.dtype}, {cu.stride()}, {cu.device}")
     if len(cu_seqlens_k) != len(cu_seqlens_q):
         raise ValueError(f"cu_seqlens has {len(cu_seqlens_k)} entries, cu_seqlens_q {len(cu_seqlens_q)}")
     if not scale > 0:

@@ -68,9 +68,7 @@ def image_patches_kernel(
     patch_y = tl.program_id(0) // blocks % P
     view = tl.program_id(0) // blocks // P  # 0: the global view
     if view <= h * w:
-        o = tl.program_id(0) % blocks * BO + tl.arange(
-            0, BO
-        )  # [BO], in the order patch, channel, row, column
+        o = tl.program_id(0) % blocks * BO + tl.arange(0, BO)  # [BO], in the order patch, channel, row, column
         inside = o < line
         channel = o // (p * p) % 3
         y = patch_y * p + o // p % p
@@ -79,9 +77,7 @@ def image_patches_kernel(
             pixels = crops + (before + view - 1).to(tl.int64) * (S * S * 3)
             value = tl.load(pixels + (y * S + x) * 3 + channel, mask=inside, other=0).to(tl.float32)
         else:
-            value = _global_view(
-                crops + before.to(tl.int64) * (S * S * 3), y, x, channel, inside, h, w, S, BO
-            )
+            value = _global_view(crops + before.to(tl.int64) * (S * S * 3), y, x, channel, inside, h, w, S, BO)
         m = tl.load(mean + channel, mask=inside, other=0.0)
         s = tl.load(std + channel, mask=inside, other=1.0)
         place = ((first_view + view).to(tl.int64) * P + patch_y) * line + o
@@ -112,9 +108,7 @@ def image_patches(
     out = _fake_image_patches(crops, flat_grids, mean, std, patch_size, dtype)
     crop = view = 0
     for images in launches(grids):
-        _launch(
-            crops[crop:], images, mean.float().contiguous(), std.float().contiguous(), out[view:], patch_size
-        )
+        _launch(crops[crop:], images, mean.float().contiguous(), std.float().contiguous(), out[view:], patch_size)
         crop += sum(h * w for h, w in images)
         view += sum(1 + h * w for h, w in images)
     return out

@@ -18,9 +18,7 @@ def compiled_as_op(fake: Callable, mutates_args: Sequence[str] = ()) -> Callable
     """
 
     def decorate(launcher: Callable) -> Callable:
-        op = torch.library.custom_op(
-            f"minivlm2vec::{launcher.__name__}", launcher, mutates_args=tuple(mutates_args)
-        )
+        op = torch.library.custom_op(f"minivlm2vec::{launcher.__name__}", launcher, mutates_args=tuple(mutates_args))
         op.register_fake(fake)
 
         @functools.wraps(launcher)

@@ -75,9 +75,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 @compiled_as_op(_fake_add_layer_norm)
-def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x, residual [..., D] of one dtype. Returns (normed, residual + x), both contiguous."""
     check_shape(residual, x.shape, "residual")
     if residual.dtype != x.dtype:

@@ -198,9 +198,7 @@ def run_quick_gelu(
         )  # fmt: skip
 
 
-def run_silu_mul(
-    x: Tensor, weight: Tensor, out: Tensor, tiles: Tiles | None = None, tma: bool | None = None
-) -> None:
+def run_silu_mul(x: Tensor, weight: Tensor, out: Tensor, tiles: Tiles | None = None, tma: bool | None = None) -> None:
     """Writes silu(x weight[:F]^T) * (x weight[F:]^T) to `out`. `tiles`, `tma`: chosen here unless given."""
     (M, K), F = x.shape, weight.shape[0] // 2
     tma = can_use_tma(x, weight, out) if tma is None else tma

@@ -76,9 +76,7 @@ def merge_crops(features: Tensor, flat_grids: Sequence[int], sub_GN: Tensor, glb
     P, grids = round(patches**0.5), unflatten(flat_grids)
     crops = sum(h * w + 1 for h, w in grids)
     if patches != P * P or P % 2:
-        raise ValueError(
-            f"features must have an even number of patches per side, got {patches} patches a crop"
-        )
+        raise ValueError(f"features must have an even number of patches per side, got {patches} patches a crop")
     if crops != C:
         raise ValueError(f"the grids make {crops} crops, features hold {C}")
     if D > 1 and features.stride(2) != 1:

@@ -36,16 +36,12 @@ def pool_last_token_kernel(
     tl.store(out + sequence * D + cols, n, mask=inside)
 
 
-def _fake_pool_last_token(
-    x: Tensor, cu_seqlens: Tensor, norm_weight: Tensor, eps: float, normalize: bool
-) -> Tensor:
+def _fake_pool_last_token(x: Tensor, cu_seqlens: Tensor, norm_weight: Tensor, eps: float, normalize: bool) -> Tensor:
     return x.new_empty((cu_seqlens.shape[0] - 1, x.shape[1]), dtype=torch.float32)
 
 
 @compiled_as_op(_fake_pool_last_token)
-def pool_last_token(
-    x: Tensor, cu_seqlens: Tensor, norm_weight: Tensor, eps: float, normalize: bool
-) -> Tensor:
+def pool_last_token(x: Tensor, cu_seqlens: Tensor, norm_weight: Tensor, eps: float, normalize: bool) -> Tensor:
     """x [T, D] with dense rows, cu_seqlens [B + 1], norm_weight [D]. Returns [B, D] float32."""
     x = as_rows(x, "x")
     T, D = x.shape

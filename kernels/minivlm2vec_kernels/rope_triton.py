@@ -41,20 +41,10 @@ def rope_kernel(
     token = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BH)  # [BH]
     dtype = q.dtype.element_ty
-    c = (
-        tl.load(cos + token * stride_cos + dims, mask=dims < HALF, other=0.0)
-        .to(dtype)
-        .to(tl.float32)[None, :]
-    )
-    s = (
-        tl.load(sin + token * stride_sin + dims, mask=dims < HALF, other=0.0)
-        .to(dtype)
-        .to(tl.float32)[None, :]
-    )
+    c = tl.load(cos + token * stride_cos + dims, mask=dims < HALF, other=0.0).to(dtype).to(tl.float32)[None, :]
+    s = tl.load(sin + token * stride_sin + dims, mask=dims < HALF, other=0.0).to(dtype).to(tl.float32)[None, :]
 
-    q_at, q_inside, qa, qb = _load_halves(
-        q + token * stride_q_token, tl.arange(0, BN), dims, stride_q_head, N, HALF
-    )
+    q_at, q_inside, qa, qb = _load_halves(q + token * stride_q_token, tl.arange(0, BN), dims, stride_q_head, N, HALF)
     k_at, k_inside, ka, kb = _load_halves(
         k + token * stride_k_token, tl.arange(0, BNKV), dims, stride_k_head, Nkv, HALF
     )

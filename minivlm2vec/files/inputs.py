@@ -1,0 +1,116 @@
+"""A row of a table -> what the Embedder takes, and what its image files looked like then."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .sources import Row
+
+TEXT_COLUMNS = ("text",)
+IMAGE_COLUMNS = ("image", "images", "image_path")
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row without a vector: its number (from 0), its line (from 1) where the source has lines, what is at fault
+    (a path, "text"), and why."""
+
+    row: int
+    line: int | None
+    name: str
+    reason: str
+
+    def as_json(self) -> dict[str, Any]:
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+    def __str__(self) -> str:
+        where = f"row {self.row}" if self.line is None else f"line {self.line}"
+        return f"{where} ({self.name}): {self.reason}"
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which columns hold the text and the image(s), and what relative paths are relative to."""
+
+    text: str | None
+    image: str | None
+    root: Path
+
+    @classmethod
+    def choose(cls, columns: Iterable[str], text: str | None, image: str | None, root: Path) -> "Fields":
+        """The named columns, or the usual ones where none is named. Raises ValueError where they do not exist."""
+        columns = list(columns)
+        for option, name in (("--text-column", text), ("--image-column", image)):
+            if name is not None and columns and name not in columns:
+                raise ValueError(f"{option} {name!r} is no column of the table; it has {', '.join(columns)}")
+        if text is None and image is None:
+            text = next((c for c in TEXT_COLUMNS if c in columns), None)
+            image = next((c for c in IMAGE_COLUMNS if c in columns), None)
+            if columns and text is None and image is None:
+                raise ValueError(
+                    f"which column holds the texts or images? Name it (--text-column, --image-column); the table has "
+                    f"{', '.join(columns)}"
+                )
+        return cls(text, image, root)
+
+    def names(self) -> list[str]:
+        return [c for c in (self.text, self.image) if c is not None]
+
+    def images(self, row: Row) -> list[Any]:
+        """The images of a row: absolute paths, data URIs or bytes."""
+        value = row.columns.get(self.image) if self.image else None
+        values = value if isinstance(value, list) else [value]
+        found = [self._image(v) for v in values]
+        return [f for f in found if f is not None]
+
+    def item(self, row: Row) -> dict[str, Any]:
+        """The input for `Embedder.plan`. Raises InputError."""
+        if row.error is not None:
+            raise InputError(row.error, name="row")
+        text = row.columns.get(self.text) if self.text else None
+        return {"text": text if text != "" else None, "images": self.images(row)}
+
+    def stamp(self, row: Row) -> str:
+        """Path, size and time of change of each image file of a row, to notice later that one was replaced."""
+        try:
+            images = self.images(row)
+        except InputError:
+            return ""
+        return json.dumps([(image, *_size_and_time(image)) for image in images if _is_path(image)])
+
+    def _image(self, value: Any) -> Any:
+        if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:  # as Hugging Face datasets keep them
+            value = value.get("bytes") or value.get("path")
+        if value is None or value == "":
+            return None
+        if isinstance(value, bytes) or (isinstance(value, str) and value.startswith("data:")):
+            return value
+        if not isinstance(value, str):
+            raise InputError(f"an image is a path, a data URI or bytes, got {type(value).__name__}", name="image")
+        if value.startswith(("http://", "https://")):
+            raise InputError("is a URL; only files are read, so download it first", name=value)
+        return os.path.join(self.root, value)
+
+
+def digest_of(stamps: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for stamp in stamps:
+        digest.update(stamp.encode("utf-8", "surrogateescape") + b"\n")
+    return digest.hexdigest()
+
+
+def _is_path(image: Any) -> bool:
+    return isinstance(image, str) and not image.startswith("data:")
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    try:
+        stat = os.stat(path)
+        return stat.st_size, stat.st_mtime_ns
+    except (OSError, ValueError):  # it is not there, or its name is none (ValueError: a NUL in it)
+        return -1, -1

@@ -1,0 +1,316 @@
+"""Reading MMEB's evaluation sets: rows from parquet or JSON lines, pictures from a folder or a zip.
+
+A row is one query and its own candidates, the positive first. Text and image path together are a `Pair`; an
+empty path means no image (then <|image_1|> in the text is ordinary text, as in the original evaluator).
+"""
+
+import json
+import zipfile
+import zlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from minivlm2vec.mmeb import subsets
+from minivlm2vec.mmeb.subsets import Subset
+
+HUB_NAME = "TIGER-Lab/MMEB-eval"
+COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
+
+
+class Pair(NamedTuple):
+    text: str
+    image: str  # path inside the image folder or zip, "" for none
+
+
+class Row(NamedTuple):
+    index: int  # in the file
+    query: Pair
+    targets: tuple[Pair, ...]  # the positive first
+
+
+@dataclass
+class Rows:
+    """The rows of a subset, as indices into its distinct pairs: a thousand rows of a thousand candidates name few
+    different ones."""
+
+    subset: Subset
+    pairs: list[Pair] = field(default_factory=list)  # distinct, in order of appearance
+    numbered: list[tuple[int, np.ndarray]] = field(default_factory=list)  # (query, candidates [n] int32)
+    indices: list[int] = field(default_factory=list)  # of the rows in the file
+    damaged: list[str] = field(default_factory=list)  # what is wrong with the rows that were left out
+    _known: dict[Pair, int] = field(default_factory=dict, repr=False)
+
+    def add(self, row: Row) -> None:
+        query, *targets = (self._number(pair) for pair in (row.query, *row.targets))
+        self.numbered.append((query, np.array(targets, dtype=np.int32)))
+        self.indices.append(row.index)
+
+    def __len__(self) -> int:
+        return len(self.numbered)
+
+    def __iter__(self) -> Iterator[Row]:
+        for index, (query, targets) in zip(self.indices, self.numbered, strict=True):
+            yield Row(index, self.pairs[query], tuple(self.pairs[i] for i in targets))
+
+    def _number(self, pair: Pair) -> int:
+        number = self._known.setdefault(pair, len(self.pairs))
+        if number == len(self.pairs):
+            self.pairs.append(pair)
+        return number
+
+
+class Dataset:
+    """A folder of subsets and where their pictures are.
+
+    Args:
+        root: folder with <Subset>/test*.parquet or <Subset>/test*.jsonl, and perhaps subsets.json.
+        image_dir: folder or zip; default root/images.zip, else root.
+    """
+
+    def __init__(self, root: Path, image_dir: Path | None = None):
+        if not root.is_dir():
+            raise FileNotFoundError(f"{root} is no folder")
+        self.root = root
+        self.subsets = _find_subsets(root)
+        if not self.subsets:
+            raise FileNotFoundError(f"{root} holds no <Subset>/test*.parquet and no <Subset>/test*.jsonl")
+        zipped = root / "images.zip"
+        self.images = Images(image_dir or (zipped if zipped.exists() else root))
+
+    def rows(self, subset: Subset, *, limit: int | None = None, skip_damaged: bool = False) -> Rows:
+        """The rows of one subset, each checked.
+
+        skip_damaged: leave out rows that are malformed or whose pictures are missing or unreadable, and say which.
+        Otherwise the first such row raises ValueError (FileNotFoundError for a picture), naming subset and row;
+        whether a picture that is there can be read shows when it is encoded.
+        """
+        found = Rows(subset)
+        for index, raw in enumerate(_read(self.root / subset.name, limit)):
+            try:
+                row = _row(raw, index)
+                self._check_images(row, thoroughly=skip_damaged)
+            except (ValueError, OSError) as error:
+                message = f"{subset.name}, row {index}: {error}"
+                if not skip_damaged:
+                    kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+                    raise kind(message) from None
+                found.damaged.append(message)
+            else:
+                found.add(row)
+        if not len(found):
+            raise ValueError(f"{subset.name} has no usable row; damaged: {len(found.damaged)}")
+        return found
+
+    def _check_images(self, row: Row, *, thoroughly: bool) -> None:
+        for pair in {row.query, *row.targets}:
+            if pair.image:
+                self.images.check(pair.image, thoroughly=thoroughly)
+
+
+class Images:
+    """Pictures by relative path, in a folder or, read in place, in a zip.
+
+    The paths in the rows may lack a folder at the top of the place (the published zip has been unpacked to
+    `images/` by some scripts and not by others); it is found by the first path that needs it.
+    """
+
+    def __init__(self, place: Path):
+        if not place.exists():
+            raise FileNotFoundError(f"image folder or zip {place} does not exist")
+        self.place = place
+        self.archive = zipfile.ZipFile(place) if zipfile.is_zipfile(place) else None
+        if self.archive is None and not place.is_dir():
+            raise ValueError(f"{place} is neither a folder nor a zip")
+        self.prefix: str | None = None  # not known before the first picture is found
+        self._checked: dict[str, bool] = {}
+
+    def source(self, path: str) -> Path | bytes:
+        """The picture as the embedder takes it. ValueError where the zip is damaged there."""
+        found = self._find(path)
+        if self.archive is None:
+            return self.place / found
+        try:
+            return self.archive.read(found)
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            raise ValueError(f"{found} in {self.place} cannot be read: {error}") from None
+
+    def stamp(self, path: str) -> int:
+        """A number that changes with the picture: its CRC in a zip, its size in a folder."""
+        found = self._find(path)
+        return self.archive.getinfo(found).CRC if self.archive else (self.place / found).stat().st_size
+
+    def check(self, path: str, *, thoroughly: bool = False) -> None:
+        """FileNotFoundError where it is missing; thoroughly: OSError where it cannot be decoded."""
+        if self._checked.get(path, False) < (thoroughly + 1):
+            found = self._find(path)
+            if thoroughly:
+                self._decode(found)
+            self._checked[path] = thoroughly + 1
+
+    def _decode(self, found: str) -> None:
+        file = self.archive.open(found) if self.archive else (self.place / found).open("rb")
+        try:
+            with file, Image.open(file) as image:
+                image.load()
+        except (OSError, SyntaxError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError) as error:
+            raise OSError(f"image {found} cannot be read: {error}") from None
+
+    def _find(self, path: str) -> str:
+        parts = PurePosixPath(path).parts
+        if path.startswith("/") or ".." in parts:
+            raise ValueError(f"image path {path!r} leaves the image folder")
+        plain = "/".join(parts)
+        prefixes = ("", *self._top_folders(plain)) if self.prefix is None else (self.prefix,)
+        for prefix in prefixes:
+            if self._has(prefix + plain):
+                self.prefix = prefix
+                return prefix + plain
+        raise FileNotFoundError(f"image {path} is not in {self.place}")
+
+    def _has(self, name: str) -> bool:
+        return name in self.archive.NameToInfo if self.archive else (self.place / name).is_file()
+
+    def _top_folders(self, path: str) -> list[str]:
+        if self.archive:
+            return [name[: -len(path)] for name in self.archive.NameToInfo if name.endswith("/" + path)]
+        return [f"{folder.name}/" for folder in sorted(self.place.iterdir()) if folder.is_dir()]
+
+
+def open_dataset(
+    data: str | Path = HUB_NAME,
+    *,
+    image_dir: str | Path | None = None,
+    names: Collection[str] | None = None,
+    meta_tasks: Collection[str] | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> tuple[Dataset, list[Subset]]:
+    """A local folder, or the parts of a dataset on the Hub that are needed; and the chosen subsets."""
+    path = Path(data)
+    if not path.is_dir():
+        if str(data) != HUB_NAME and str(data).count("/") != 1:
+            raise FileNotFoundError(f"{data} is neither a folder nor a dataset's name on the Hub")
+        path = _download(str(data), image_dir is None, names, meta_tasks, revision, local_files_only)
+    dataset = Dataset(path, Path(image_dir) if image_dir is not None else None)
+    return dataset, subsets.choose(dataset.subsets, names, meta_tasks)
+
+
+def _download(
+    name: str,
+    with_images: bool,
+    names: Collection[str] | None,
+    meta_tasks: Collection[str] | None,
+    revision: str | None,
+    local_files_only: bool,
+) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*/test*.parquet", "*/test*.jsonl", "subsets.json"]
+    if name == HUB_NAME:  # the subsets are known, so only those asked for are fetched
+        chosen = subsets.choose(subsets.MMEB, names, meta_tasks)
+        patterns = [f"{one.name}/test*" for one in chosen]
+    if with_images:
+        patterns.append("images.zip")
+    return Path(
+        snapshot_download(
+            name,
+            repo_type="dataset",
+            revision=revision,
+            allow_patterns=patterns,
+            local_files_only=local_files_only,
+        )
+    )
+
+
+def _find_subsets(root: Path) -> dict[str, Subset]:
+    """In the order of MMEB's own table, then of subsets.json, then by name."""
+    about_path = root / "subsets.json"
+    about = json.loads(about_path.read_text(encoding="utf-8")) if about_path.exists() else {}
+    present = {one.name for one in root.iterdir() if one.is_dir() and _files(one)}
+    order = [name for name in dict.fromkeys((*subsets.MMEB, *about, *sorted(present))) if name in present]
+    return {name: _subset(name, about.get(name)) for name in order}
+
+
+def _subset(name: str, about: dict | None) -> Subset:
+    if about is not None:
+        task = about.get("meta_task", "other")
+        return Subset(name, task if task in subsets.META_TASKS else "other", about.get("domain", ""))
+    return subsets.MMEB.get(name, Subset(name, "other", ""))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted((*folder.glob("test*.parquet"), *folder.glob("test*.jsonl")))
+
+
+def _read(folder: Path, limit: int | None) -> Iterator[dict[str, Any]]:
+    number = 0
+    for path in _files(folder):
+        for row in _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path):
+            if number == limit:
+                return
+            number += 1
+            yield row
+
+
+def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+
+
+def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    parquet = import_pyarrow().parquet
+    try:
+        file = parquet.ParquetFile(path)
+        for batch in file.iter_batches(64):
+            yield from batch.to_pylist()
+    except (OSError, import_pyarrow().ArrowException) as error:
+        raise ValueError(f"{path} is not a readable parquet file: {error}") from None
+
+
+def import_pyarrow() -> Any:
+    """pyarrow with its parquet module; ImportError that says what to install."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ImportError("parquet files need pyarrow: pip install 'minivlm2vec[mmeb]'") from None
+    return pyarrow
+
+
+def _row(raw: Any, index: int) -> Row:
+    if not isinstance(raw, dict):
+        raise ValueError(f"a row is a JSON object, got {type(raw).__name__}")
+    missing = [name for name in COLUMNS if name not in raw]
+    if missing:
+        raise ValueError(f"column {missing[0]} is missing; there are {', '.join(raw)}")
+    texts, paths = raw["tgt_text"], raw["tgt_img_path"]
+    for name, values in (("tgt_text", texts), ("tgt_img_path", paths)):
+        if not isinstance(values, list):
+            raise ValueError(f"{name} is a list, got {type(values).__name__}")
+    if len(texts) != len(paths):
+        raise ValueError(f"tgt_text has {len(texts)} entries, tgt_img_path {len(paths)}")
+    if not texts:
+        raise ValueError("there are no candidates")
+    query = _pair(raw["qry_text"], raw["qry_img_path"], "query")
+    targets = tuple(
+        _pair(text, path, f"candidate {i}") for i, (text, path) in enumerate(zip(texts, paths, strict=True))
+    )
+    return Row(index, query, targets)
+
+
+def _pair(text: Any, path: Any, what: str) -> Pair:
+    path = path or ""
+    if not isinstance(text, str) or not isinstance(path, str):
+        raise ValueError(f"{what}: text and image path are strings, got {type(text).__name__}, {type(path).__name__}")
+    if not text and not path:
+        raise ValueError(f"{what} has neither text nor image")
+    return Pair(text, path)

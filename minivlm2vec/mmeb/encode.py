@@ -1,0 +1,131 @@
+"""Vectors of distinct pairs, in chunks on disk: resumable at any moment, shared between processes.
+
+A subset's distinct pairs are cut into chunks in a fixed order. A chunk is encoded as one call, written beside
+and renamed into place; process r of W takes chunks r, r + W, … So what a chunk's vectors are does not depend on
+where an earlier run was cut off or on how many processes there are, and neither does any score.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from minivlm2vec.errors import InputError
+from minivlm2vec.mmeb.dataset import Images, Pair
+
+_PROBES = ("Represent the given text.\n", "<|image_1|>\nRepresent the given image with the following question: what?\n")
+
+
+class Encoder(Protocol):
+    """What is evaluated: an `Embedder`, or anything of one's own with its `encode`.
+
+    inputs: a text, or {"text": text, "image": path, bytes of a file, or uint8 [H, W, 3]}. options: max_length and
+    perhaps num_crops. Returns [B, D]; cosines are taken, so vectors need not have length 1.
+    """
+
+    def encode(self, inputs: Sequence[Any], **options: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that share the work; `barrier` waits for all, `agree` gives all rank 0's bytes."""
+
+    rank: int = 0
+    size: int = 1
+    handle: Any = None  # a gloo process group
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.barrier(group=self.handle)
+
+    def agree(self, digest: bytes) -> bytes:
+        if self.size == 1:
+            return digest
+        import torch
+        import torch.distributed as dist
+
+        shared = torch.tensor(list(digest), dtype=torch.uint8)
+        dist.broadcast(shared, src=0, group=self.handle)
+        return bytes(shared.tolist())
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where chunks lie: `folder` belongs to one model with one set of options, found by `fingerprint`."""
+
+    encoder: Encoder
+    options: dict[str, Any]
+    folder: Path
+    batch_size: int
+    group: Group
+
+    def vectors(
+        self, name: str, pairs: Sequence[Pair], images: Images, progress: Callable[[int], Any] = lambda n: None
+    ) -> np.ndarray | None:
+        """[N, D] float32 of the pairs, on rank 0; None elsewhere. `progress` is told of every finished input."""
+        folder = self.folder / f"{name}-{_digest(self.batch_size, [(*p, _stamp(p, images)) for p in pairs])}"
+        folder.mkdir(parents=True, exist_ok=True)
+        chunks = [pairs[i : i + self.batch_size] for i in range(0, len(pairs), self.batch_size)]
+        for number in range(self.group.rank, len(chunks), self.group.size):
+            path = folder / f"{number:05d}.npy"
+            if not _is_complete(path, len(chunks[number])):
+                _write(path, self._encode(name, chunks[number], images))
+            progress(len(chunks[number]))
+        self.group.barrier()
+        if self.group.rank != 0:
+            return None
+        return np.concatenate([np.load(folder / f"{n:05d}.npy", allow_pickle=False) for n in range(len(chunks))])
+
+    def _encode(self, name: str, pairs: Sequence[Pair], images: Images) -> np.ndarray:
+        try:
+            inputs = [as_input(pair, images) for pair in pairs]
+            vectors = self.encoder.encode(inputs, **self.options)
+        except InputError as error:
+            pair = pairs[error.index] if error.index is not None else None
+            where = f"{name}, {pair.image or 'text ' + repr(pair.text[:80])}" if pair else name
+            raise ValueError(f"{where}: {error.reason} (--skip-damaged leaves such rows out)") from error
+        vectors = np.asarray(vectors, dtype=np.float32)
+        if vectors.ndim != 2 or len(vectors) != len(pairs):
+            raise ValueError(f"encode gave an array of shape {vectors.shape} for {len(pairs)} inputs")
+        return vectors
+
+
+def as_input(pair: Pair, images: Images) -> str | dict[str, Any]:
+    """What `encode` takes for it. A text that names <|image_1|> without an image stays as it is."""
+    return {"text": pair.text, "image": images.source(pair.image)} if pair.image else pair.text
+
+
+def fingerprint(encoder: Encoder, options: dict[str, Any], group: Group) -> str:
+    """Tells models and options apart by what the model makes of two probes, so that vectors of an earlier run
+    are taken up only if this model would give the same."""
+    picture = np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3)
+    inputs = [_PROBES[0], {"text": _PROBES[1], "image": picture}]
+    probe = np.asarray(encoder.encode(inputs, **options), dtype=np.float32)
+    digest = hashlib.sha256(probe.tobytes() + json.dumps(options, sort_keys=True).encode()).digest()
+    return group.agree(digest).hex()[:16]
+
+
+def _stamp(pair: Pair, images: Images) -> int:
+    return images.stamp(pair.image) if pair.image else 0
+
+
+def _digest(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
+
+
+def _is_complete(path: Path, length: int) -> bool:
+    return path.exists() and len(np.load(path, mmap_mode="r", allow_pickle=False)) == length
+
+
+def _write(path: Path, vectors: np.ndarray) -> None:
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    with beside.open("wb") as file:
+        np.save(file, vectors, allow_pickle=False)
+    os.replace(beside, path)

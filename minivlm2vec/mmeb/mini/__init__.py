@@ -1,0 +1,16 @@
+"""mini-MMEB: a small benchmark in MMEB's file formats, drawn from openly licensed emoji pictures.
+
+It is a demonstration and a test bed, not MMEB: the pictures are emoji, the scenes are pasted together, and a
+score here says nothing about a score there. What it keeps is the form: four meta-tasks, instructions worded
+as in MMEB, candidates per row with the positive first, IND and OOD sets, training sets with hard negatives.
+
+    python -m minivlm2vec.mmeb.mini DIR      fetches four npm packages (160 MB) and writes DIR
+
+Concepts are split before anything is drawn: no drawing of an evaluation concept is ever shown in training,
+after merging equal drawings and skin, gender and direction variants. A whole style (Fluent) is held out.
+"""
+
+from minivlm2vec.mmeb.mini.build import bundled, write
+from minivlm2vec.mmeb.mini.concepts import World, load_world
+
+__all__ = ["World", "bundled", "load_world", "write"]

@@ -1,0 +1,309 @@
+"""Writes mini-MMEB: evaluation and training sets in MMEB's own files, pictures, attribution.
+
+    DIR/MMEB-eval/<Set>/test-00000-of-00001.parquet     qry_text, qry_img_path, tgt_text[], tgt_img_path[]
+    DIR/MMEB-eval/images.zip
+    DIR/MMEB-train/<Set>/original-00000-of-00001.parquet, diverse_instruction-…
+                                                        qry, qry_image_path, pos_text, pos_image_path, neg_*
+    DIR/MMEB-train/images_zip/<Set>.zip
+    DIR/MMEB-eval/pictures.jsonl                        the single emoji: path, label, class, style
+    DIR/*/subsets.json                                  meta-task and IND/OOD of each set
+    DIR/ATTRIBUTION.md, DIR/licenses/
+
+The same seed gives the same bytes with the same Pillow and pyarrow (their compressors may change), and the
+same rows and pixels with any.
+"""
+
+import hashlib
+import io
+import json
+import random
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from minivlm2vec.mmeb.mini import drawing, sources, tasks
+from minivlm2vec.mmeb.mini.concepts import World, load_world
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to build."""
+
+    seed: int = 0
+    eval_rows: int = 400
+    train_rows: int = 1000
+    candidates: int = 1000  # at most, per row
+    jsonl: bool = False  # rows as JSON lines, readable without pyarrow
+    webp: bool = False  # pictures as lossy WebP, a third of the size
+    concepts: int | None = None  # of each split; None: all
+
+
+TRIMMED = Plan(eval_rows=24, train_rows=32, candidates=24, jsonl=True, webp=True, concepts=120)
+
+
+def bundled() -> Path:
+    """The trimmed copy that ships with the package: MMEB-eval/ and MMEB-train/ as `write` lays them out."""
+    return DATA / "mini"
+
+
+def write(
+    folder: Path, plan: Plan, tarballs: dict[sources.Package, Path], report: Callable[[str], None] = print
+) -> None:
+    """Builds everything into `folder`. Raises FileExistsError where it is already there."""
+    for name in ("MMEB-eval", "MMEB-train"):
+        if (folder / name).exists():
+            raise FileExistsError(f"{folder / name} exists; remove it or choose another folder")
+    train, held_out = load_world(tarballs, plan.seed, report)
+    if plan.concepts is not None:
+        train, held_out = (world.trimmed(plan.concepts, plan.seed) for world in (train, held_out))
+    write_eval(folder / "MMEB-eval", held_out, plan, report)
+    write_train(folder / "MMEB-train", train, plan, report)
+    write_attribution(folder, plan, tarballs)
+
+
+# --- evaluation ------------------------------------------------------------------------------------------
+
+
+def write_eval(folder: Path, world: World, plan: Plan, report: Callable[[str], None]) -> None:
+    about = {}
+    with Pictures(folder / "images.zip", plan.webp) as pictures:
+        for spec in tasks.EVAL:
+            rows = eval_rows(spec, world, plan, pictures)
+            _write_rows(folder / spec.name / "test", rows, plan.jsonl)
+            about[spec.name] = _about(spec, rows)
+            widths = [len(row["tgt_text"]) for row in rows]
+            report(f"eval  {spec.name:16} {len(rows):5} rows, {min(widths)} to {max(widths)} candidates")
+        _write_rows(folder / "pictures", list(_catalogue(world, pictures)), jsonl=True)
+    _write_json(folder / "subsets.json", about)
+
+
+def eval_rows(spec: tasks.EvalSet, world: World, plan: Plan, pictures: "Pictures") -> list[dict]:
+    """Rows of one set: candidates are the positive, the row's own near misses, then others at random."""
+    one = tasks.SETS[spec.set]
+    world = world.restyled(spec.styles, spec.target_style)
+    seed = f"{plan.seed}/eval/{one.family or spec.set}/{spec.styles}"
+    sampled = list(_distinct(one, world, plan.eval_rows, seed, pictures, spec.name))
+    if one.classes is not None:
+        pool = [_placed(item, pictures, spec.name) for item in one.classes(world)]
+    else:
+        pool = [item for _, positive, near in sampled for item in (positive, *near)]
+    pool = list(dict.fromkeys(pool))
+    rng = random.Random(f"{seed}/candidates")
+    return [_eval_row(query, positive, near, pool, plan.candidates, rng) for query, positive, near in sampled]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An item whose picture is in the zip."""
+
+    text: str
+    path: str
+    meaning: object
+
+
+def _placed(item: tasks.Item, pictures: "Pictures", name: str) -> Placed:
+    return Placed(item.text, pictures.add(item.image, name) if item.image else "", item.meaning)
+
+
+def _distinct(
+    one: tasks.Set, world: World, number: int, seed: str, pictures: "Pictures", name: str
+) -> Iterable[tuple[Placed, Placed, tuple[Placed, ...]]]:
+    """Up to `number` rows with different queries: fewer where there are not so many."""
+    seen: set[tuple[str, str]] = set()
+    for i in range(50 * number):
+        if len(seen) == number:
+            return
+        row = one.row(world, random.Random(f"{seed}/{i}"))
+        query = _placed(row.query, pictures, name)
+        if (query.text, query.path) not in seen:
+            seen.add((query.text, query.path))
+            yield (
+                query,
+                _placed(row.positive, pictures, name),
+                tuple(_placed(item, pictures, name) for item in row.near),
+            )
+
+
+def _eval_row(query: Placed, positive: Placed, near: tuple, pool: list, most: int, rng: random.Random) -> dict:
+    chosen = [positive, *near]
+    taken = {(item.text, item.path) for item in chosen}
+    means = {positive.meaning}
+    for item in rng.sample(pool, len(pool)):
+        if len(chosen) == most:
+            break
+        if item.meaning not in means and (item.text, item.path) not in taken:
+            chosen.append(item)
+    return {
+        "qry_text": query.text,
+        "qry_img_path": query.path,
+        "tgt_text": [item.text for item in chosen],
+        "tgt_img_path": [item.path for item in chosen],
+    }
+
+
+def _catalogue(world: World, pictures: "Pictures") -> Iterator[dict]:
+    """Every held-out concept in every style, with its words: a small picture collection to search in."""
+    for concept in world.concepts:
+        for style in tasks.STYLES:
+            path = pictures.add(drawing.single(world, style, concept), "Emoji")
+            yield {"path": path, "label": concept.phrase, "class": concept.subgroup, "style": style}
+
+
+def _about(spec: tasks.EvalSet, rows: list[dict]) -> dict:
+    return {
+        "meta_task": tasks.SETS[spec.set].meta_task,
+        "domain": spec.domain,
+        "about": tasks.SETS[spec.set].about,
+        "styles": list(spec.styles or tasks.STYLES[:2]),
+        "rows": len(rows),
+    }
+
+
+# --- training --------------------------------------------------------------------------------------------
+
+
+def write_train(folder: Path, world: World, plan: Plan, report: Callable[[str], None]) -> None:
+    """Each set twice: `original` instructions, and the same rows with one of the paraphrases."""
+    shared = Pictures(folder / "images.zip", plan.webp) if plan.jsonl else None
+    for name in tasks.TRAIN:
+        pictures = shared or Pictures(folder / "images_zip" / f"{name}.zip", plan.webp)
+        original, diverse = _train_rows(name, world, plan, pictures)
+        _write_rows(folder / name / "original", original, plan.jsonl)
+        _write_rows(folder / name / "diverse_instruction", diverse, plan.jsonl)
+        report(f"train {name:16} {len(original):5} rows")
+        if shared is None:
+            pictures.close()
+    if shared is not None:
+        shared.close()
+    about = {name: {"meta_task": tasks.SETS[name].meta_task, "about": tasks.SETS[name].about} for name in tasks.TRAIN}
+    _write_json(folder / "subsets.json", about)
+
+
+def _train_rows(name: str, world: World, plan: Plan, pictures: "Pictures") -> tuple[list[dict], list[dict]]:
+    one = tasks.SETS[name]
+    seed = f"{plan.seed}/train/{name}"
+    original = [
+        _train_row(*row) for row in _distinct(one, world, plan.train_rows, seed, pictures, f"images/{name}/Train")
+    ]
+    rng = random.Random(f"{seed}/paraphrases")
+    return original, [row | {"qry": _paraphrased(one, row["qry"], rng)} for row in original]
+
+
+def _train_row(query: Placed, positive: Placed, near: tuple[Placed, ...]) -> dict:
+    row = {
+        "qry": query.text,
+        "qry_image_path": query.path,
+        "pos_text": positive.text,
+        "pos_image_path": positive.path,
+    }
+    if near:
+        row |= {"neg_text": near[0].text, "neg_image_path": near[0].path}
+    return row
+
+
+def _paraphrased(one: tasks.Set, text: str, rng: random.Random) -> str:
+    head, tail = one.instructions[0].split("{}") if "{}" in one.instructions[0] else (one.instructions[0], "")
+    return rng.choice(one.instructions).format(text[len(head) : len(text) - len(tail)])
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+class Pictures:
+    """A zip of pictures, each stored once under the name that it was first given."""
+
+    def __init__(self, path: Path, webp: bool):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.archive = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED)
+        self.webp = webp
+        self.names: dict[bytes, str] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, image: Image.Image, folder: str) -> str:
+        """Path of the picture inside the zip."""
+        key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+        if key not in self.names:
+            number = self.counts.setdefault(folder, 0)
+            self.counts[folder] += 1
+            name = f"{folder}/image_{number}.{'webp' if self.webp else 'png'}"
+            self.archive.writestr(_entry(name), self._encoded(image))
+            self.names[key] = name
+        return self.names[key]
+
+    def _encoded(self, image: Image.Image) -> bytes:
+        file = io.BytesIO()
+        if self.webp:
+            image.save(file, "WEBP", quality=68, method=6)
+        else:
+            image.save(file, "PNG")
+        return file.getvalue()
+
+    def close(self) -> None:
+        self.archive.close()
+
+    def __enter__(self) -> "Pictures":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    """A zip entry without clock or platform in it."""
+    entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+    entry.create_system, entry.external_attr = 3, 0o644 << 16
+    return entry
+
+
+def _write_rows(stem: Path, rows: list[dict], jsonl: bool) -> None:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    if jsonl:
+        lines = (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
+        stem.with_suffix(".jsonl").write_text("".join(lines), encoding="utf-8")
+        return
+    import pyarrow
+    import pyarrow.parquet
+
+    path = stem.parent / f"{stem.name}-00000-of-00001.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# --- attribution -----------------------------------------------------------------------------------------
+
+
+def write_attribution(folder: Path, plan: Plan, tarballs: dict[sources.Package, Path]) -> None:
+    licences = folder / "licenses"
+    shutil.copytree(DATA / "licenses", licences, dirs_exist_ok=True)
+    for package in (sources.NOTO, sources.TWEMOJI, sources.EMOJIBASE):
+        (_, text), *_ = sources.members(tarballs[package], "package/LICENSE", "")
+        (licences / f"{package.name}.txt").write_bytes(text)
+    lines = [_ATTRIBUTION, *(_credit(package) for package in sources.PACKAGES)]
+    lines.append(f"\nBuilt with seed {plan.seed}.\n")
+    (folder / "ATTRIBUTION.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _credit(package: sources.Package) -> str:
+    return f"| {package.credit} | npm `{package.spec}` | {package.licence} |"
+
+
+_ATTRIBUTION = """# Where the pictures and words come from
+
+Changes made: drawings were resized, put on plain backgrounds, combined into grids and scenes, cropped, and
+encoded again; names were put into instructions, questions and captions. No author endorses this use.
+
+The full licence texts are in `licenses/`: Apache-2.0 (Noto Emoji), MIT (Fluent Emoji, Emojibase, and the
+packaging of Noto Emoji and Twemoji). Twemoji drawings: Creative Commons Attribution 4.0 International,
+https://creativecommons.org/licenses/by/4.0/legalcode
+
+| work | package | licence |
+|---|---|---|"""

@@ -1,0 +1,230 @@
+"""What the endpoints take and give: OpenAI's embeddings schema and, for images, vLLM's `messages`.
+
+Everything unknown is refused by name, as OpenAI does it. Those of vLLM's fields that would change the vector take
+the one value that is in effect here; those that would not are read and ignored.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic_core import from_json
+
+from .errors import APIError, bad_request
+
+MAX_INPUTS = 2048  # OpenAI's own limit
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ImageURL(Strict):
+    url: str = Field(description="data:image/…;base64,… or, where the server allows the host, http(s)://…")
+    detail: str | None = Field(None, description="ignored")
+
+
+class ImagePart(Strict):
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+def _content_kind(value: Any) -> str | None:
+    return "text" if isinstance(value, str) else "parts" if isinstance(value, list) else None
+
+
+class Message(Strict):
+    role: str = Field(description="ignored: the model has no chat template")
+    content: Annotated[
+        Annotated[str, Tag("text")] | Annotated[list[Part], Field(min_length=1), Tag("parts")],
+        Discriminator(
+            _content_kind, custom_error_type="content", custom_error_message="content is a string or a list of parts"
+        ),
+    ]
+    name: str | None = Field(None, description="ignored")
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Conversation = Annotated[list[Message], Field(min_length=1, max_length=1)]
+
+
+def _input_kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "text"
+    if not isinstance(value, list):
+        return None
+    if not value:
+        return "texts"
+    first = value[0]
+    if isinstance(first, list):
+        return "conversations" if first and isinstance(first[0], dict) else "ids_list"
+    if isinstance(first, bool):
+        return None
+    return {str: "texts", int: "ids", dict: "conversation"}.get(type(first))
+
+
+def _messages_kind(value: Any) -> str | None:
+    if not isinstance(value, list):
+        return None
+    return "conversations" if value and isinstance(value[0], list) else "conversation"
+
+
+Input = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[list[str], Field(max_length=MAX_INPUTS), Tag("texts")]
+    | Annotated[TokenIds, Tag("ids")]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS), Tag("ids_list")]
+    | Annotated[Conversation, Tag("conversation")]
+    | Annotated[list[Conversation], Field(min_length=1, max_length=MAX_INPUTS), Tag("conversations")],
+    Discriminator(
+        _input_kind,
+        custom_error_type="input",
+        custom_error_message="input is a string, a list of strings, token ids, or conversations",
+    ),
+]
+Messages = Annotated[
+    Annotated[Conversation, Tag("conversation")]
+    | Annotated[list[Conversation], Field(min_length=1, max_length=MAX_INPUTS), Tag("conversations")],
+    Discriminator(
+        _messages_kind,
+        custom_error_type="messages",
+        custom_error_message="messages is a list of messages, or a list of such lists",
+    ),
+]
+
+
+class ProcessorOptions(Strict):
+    num_crops: int | None = Field(None, ge=1, description="the most crops an image is cut into")
+
+
+class EmbeddingRequest(Strict):
+    """One of `input` and `messages` is needed."""
+
+    model: str | None = Field(None, description="one of the names of /v1/models; default the first")
+    input: Input | None = Field(None, description="texts, or token ids together with `tokenizer`")
+    messages: Messages | None = Field(None, description="one conversation of one message, or a list of them")
+    encoding_format: Literal["float", "base64"] | None = Field(None, description="base64 is of little-endian float32")
+    dimensions: int | None = Field(None, ge=1, description="only where the model is Matryoshka")
+    user: str | None = Field(None, description="ignored")
+    tokenizer: str | None = Field(
+        None, description="whose ids `input` holds: the `tokenizer` of /v1/models or the model's name"
+    )
+    mm_processor_kwargs: ProcessorOptions | None = None
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, description="keeps the first tokens of inputs without images; -1: as many as the server takes"
+    )
+    truncation_side: Literal["right"] | None = None
+    add_special_tokens: Literal[True] | None = None
+    use_activation: Literal[True] | None = None
+    embed_dtype: Literal["float32"] | None = None
+    endianness: Literal["little", "native"] | None = None
+    request_id: str | None = Field(None, description="ignored")
+    priority: int | None = Field(None, description="ignored")
+    cache_salt: str | None = Field(None, description="ignored")
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingResponse(BaseModel):
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Embedding]
+    usage: Usage
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorDetail
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int = Field(description="the most tokens of one input")
+    dimensions: int
+    tokenizer: str = Field(description="what to send as `tokenizer` with token ids")
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Status(BaseModel):
+    status: str
+
+
+def parse(body: bytes) -> EmbeddingRequest:
+    """Reads a request. Raises APIError 400 naming the first field at fault."""
+    try:
+        data = from_json(body, allow_inf_nan=False, cache_strings="keys")
+    except ValueError as e:
+        raise bad_request(f"the body is not valid JSON: {e}", code="invalid_json") from None
+    if not isinstance(data, dict):
+        raise bad_request("the body is a JSON object", code="invalid_json")
+    try:
+        return EmbeddingRequest.model_validate(data)
+    except ValidationError as e:
+        raise _explain(e, data) from None
+
+
+def _explain(error: ValidationError, data: dict) -> APIError:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    param = _path(first["loc"], data)
+    if first["type"] == "extra_forbidden":
+        return bad_request(f"unknown field: {param}", param, "unknown_parameter")
+    if first["type"] == "missing":
+        return bad_request(f"missing field: {param}", param, "missing_required_parameter")
+    message = first["msg"]
+    if first["type"] == "too_long" and (param.startswith("messages") or "conversation" in first["loc"]):
+        message = f"a conversation is one message: embedding models embed one at a time ({message})"
+    return bad_request(f"{param}: {message}", param, "invalid_type" if "type" in first["type"] else "invalid_value")
+
+
+def _path(location: Sequence[str | int], data: Any) -> str:
+    """The place in the caller's data, without the names of the alternatives that pydantic puts into it."""
+    path = ""
+    for n, key in enumerate(location):
+        inside = (isinstance(data, dict) and key in data) or (
+            isinstance(data, list) and isinstance(key, int) and key < len(data)
+        )
+        if not inside and n < len(location) - 1:
+            continue  # a tag of a union
+        if not inside and isinstance(key, str) and not isinstance(data, dict):
+            continue
+        path += f"[{key}]" if isinstance(key, int) else f".{key}" if path else key
+        data = data[key] if inside else None
+    return _printable(path)
+
+
+def _printable(text: str, width: int = 100) -> str:
+    """Callers choose the names of unknown fields; they come back in messages and logs."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= width else text[: width - 1] + "…"
