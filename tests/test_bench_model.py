@@ -15,7 +15,8 @@ CONFIG = VLM2VecConfig.from_dict(base_config("full"))
 
 
 @pytest.mark.parametrize("name, tokens, crops, tflop", [
-    ("a", 1920, 0, 13.6), ("a1", 30, 0, 0.212), ("b", 24864, 160, 238.8), ("b1", 777, 5, 7.46), ("d", 26598, 144, 244.9),
+    ("a", 1920, 0, 13.6), ("a1", 30, 0, 0.212), ("b", 24864, 160, 238.8), ("b1", 777, 5, 7.46),
+    ("d", 26598, 144, 244.9),
 ])  # fmt: skip
 def test_workloads(name, tokens, crops, tflop):
     batch = batch_of(CONFIG, FULL[name], CPU)
