@@ -92,8 +92,9 @@ def one_image(dtype: torch.dtype, repeat: int) -> None:
         rates.append(matmul_rate(dtype))
     flops = sum(text_flops(config, n) for n in batch.lengths) + sum(image_flops(config, g) for g in batch.grids)
     rate = statistics.median(rates)
-    print(f"one image, full, {name(dtype)}: {batch.num_tokens} tokens, {flops / 1e12:.2f} TFLOP in {seconds:.2f} s; floor "
-          f"{flops / rate:.2f} s at {rate / 1e9:.0f} GFLOP/s, {100 * flops / rate / seconds:.0f}% of it reached")  # fmt: skip
+    print(f"one image, full, {name(dtype)}: {batch.num_tokens} tokens, {flops / 1e12:.2f} TFLOP in {seconds:.2f} s; "
+          f"floor {flops / rate:.2f} s at {rate / 1e9:.0f} GFLOP/s, "
+          f"{100 * flops / rate / seconds:.0f}% of it reached")  # fmt: skip
 
 
 def prepare(repeat: int) -> None:
@@ -123,9 +124,9 @@ def prepare(repeat: int) -> None:
         gain = statistics.median(one / two for one, two in pairs)
         a, b = (x.load(plan).crops[0].astype(np.int64) for x in (exact, fast))
         print(f"prepare, 12 megapixels, {num_crops} crops: {1 / times['exact']:.1f} images/s and core exact ("
-              f"{times['exact'] / times['pillow']:.3f}x decoding plus resize alone), two workers {gain:.2f}x one; fast_decode "
-              f"{times['exact'] / times['fast']:.2f}x the exact path, mean pixel difference {abs(a - b).mean():.2f}; "
-              f"cosine to the exact vector {fast_cosine(data, num_crops):.6f}")  # fmt: skip
+              f"{times['exact'] / times['pillow']:.3f}x decoding plus resize alone), two workers {gain:.2f}x one; "
+              f"fast_decode {times['exact'] / times['fast']:.2f}x the exact path, mean pixel difference "
+              f"{abs(a - b).mean():.2f}; cosine to the exact vector {fast_cosine(data, num_crops):.6f}")  # fmt: skip
 
 
 def fast_cosine(data: bytes, num_crops: int) -> float:

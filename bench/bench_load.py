@@ -18,11 +18,16 @@ from .bench_encode import commit, machine
 LOAD = """
 import re, sys, time
 import torch
+from minivlm2vec.prepack import can_prepack, prepack
 from minivlm2vec.weights import load_model
 read = lambda key: int(re.search(key + r':\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024
 before, start = read('VmRSS'), time.perf_counter()
 model = load_model(sys.argv[1])
-print(before, read('VmHWM'), time.perf_counter() - start, sum(p.numel() * p.element_size() for p in model.parameters()))
+loaded, peak = time.perf_counter(), read('VmHWM')
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+if can_prepack(model):
+    prepack(model)
+print(before, peak, loaded - start, size, read('VmHWM'), time.perf_counter() - loaded)
 """
 
 
@@ -43,11 +48,12 @@ def main() -> None:
 def measure(folder: Path) -> None:
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     out = subprocess.run([sys.executable, "-c", LOAD, str(folder)], capture_output=True, text=True, check=True).stdout
-    before, peak, seconds, parameters = map(float, out.split())
+    before, peak, seconds, parameters, packed, packing = map(float, out.split())
     print(
-        f"{machine()}, commit {commit()}: checkpoint {size / 1e9:.2f} GB, parameters in memory {parameters / 1e9:.2f} GB, "
-        f"largest resident set {peak / 1e9:.2f} GB ({peak / size:.3f}x the checkpoint; {before / 1e9:.2f} GB of it before "
-        f"loading), {seconds:.1f} s"
+        f"{machine()}, commit {commit()}: checkpoint {size / 1e9:.2f} GB, parameters {parameters / 1e9:.2f} GB; "
+        f"largest resident set {peak / 1e9:.2f} GB while loading ({peak / size:.3f}x the checkpoint; "
+        f"{before / 1e9:.2f} GB of it before), {packed / 1e9:.2f} GB with packing ({packed / size:.3f}x); "
+        f"{seconds:.1f} s and {packing:.1f} s"
     )
 
 

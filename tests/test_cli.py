@@ -52,8 +52,10 @@ def test_similarity_on_a_photograph_gives_the_golden_number(tmp_path, capsys):
     image, text = Case("small", "c04r_image_crops4_real"), Case("small", "c01_text_short")
     capsys.readouterr()
     assert main([
-        "similarity", "--model", str(path), "--device", "cpu", "--json", "--query-text", image.record["rows"][0]["text"],
-        "--query-image", str(FIXTURES / "images/vlm2vec_example.jpg"), "--target-text", text.record["rows"][0]["text"],
+        "similarity", "--model", str(path), "--device", "cpu", "--json",
+        "--query-text", image.record["rows"][0]["text"],
+        "--query-image", str(FIXTURES / "images/vlm2vec_example.jpg"),
+        "--target-text", text.record["rows"][0]["text"],
     ]) == 0  # fmt: skip
     score = json.loads(capsys.readouterr().out)["targets"][0]["score"]
     golden = float(image.tensors["pooled"][0] @ text.tensors["pooled"][0])
@@ -67,7 +69,7 @@ def test_info(folder, capsys):
     assert "decoder.layers.*.self_attn.qkv_proj.weight" in text and "16 crops" in text
     assert main(["info", str(folder / "config.json"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    e = Embedder.from_pretrained(folder, device="cpu", show_progress=False)
+    e = Embedder.from_pretrained(folder, device="cpu", prepack=False, show_progress=False)
     assert report["parameters"] == sum(p.numel() for p in e.model.parameters())
     assert report["parameters"] == sum(m["parameters"] for m in report["modules"])
 

@@ -69,7 +69,7 @@ def test_packed_layers_refuse_to_train(tmp_path):
 
 def test_what_cannot_be_packed_is_an_error(tmp_path):
     folder = new_checkpoint(tmp_path / "m", dtype="float16")
-    with pytest.raises(ValueError, match="got torch.float16 on cpu"):
+    with pytest.raises(ValueError, match=r"got torch\.float16 on cpu"):
         Embedder.from_pretrained(folder, device="cpu", prepack=True, show_progress=False)
     e = Embedder.from_pretrained(folder, device="cpu", show_progress=False)
     assert [m for m in e.model.modules() if type(m) is Linear]

@@ -207,7 +207,8 @@ CONFIGS = {
     "rope factors": ({"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}},
                      "short_factor has 1 factors; head_dim 32 needs 16"),
     "window": ({"sliding_window": 64}, "sliding_window 64 is shorter than max_position_embeddings 4096"),
-    "crop size": ({"img_processor": {"image_dim_out": 64, "vision_config": {"image_size": 50, "num_attention_heads": 2}}},
+    "crop size": ({"img_processor": {"image_dim_out": 64,
+                                     "vision_config": {"image_size": 50, "num_attention_heads": 2}}},
                   "image_size 50 is not a multiple of 2 . patch_size 28"),
     "a string": ({"hidden_size": "64"}, "hidden_size is '64'"),
     "dtype": ({"torch_dtype": "int8"}, "torch_dtype is 'int8'"),
@@ -236,10 +237,25 @@ def test_folders_that_do_not_exist(name):
         resolve(name)
 
 
-def test_a_hub_name_that_is_not_cached(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+def test_a_hub_name_that_is_not_cached():
     with pytest.raises(CheckpointError, match=r"'no-such/model' is no folder here.*local_files_only"):
         resolve("no-such/model", local_files_only=True)
+
+
+def test_a_cached_hub_name_needs_no_network(folder, tmp_path, monkeypatch):
+    """The Hub's own cache layout: snapshots/<commit>, and refs/main naming the commit."""
+    import huggingface_hub
+
+    cache, commit = tmp_path / "cache", "0" * 40
+    snapshots = cache / "models--some--model" / "snapshots"
+    snapshots.mkdir(parents=True)
+    folder.rename(snapshots / commit)
+    (cache / "models--some--model" / "refs").mkdir()
+    (cache / "models--some--model" / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    assert resolve("some/model", local_files_only=True) == snapshots / commit
+    e = Embedder.from_pretrained("some/model", local_files_only=True, device="cpu", show_progress=False)
+    assert e.encode(["a"]).shape == (1, 64) and e.name == "some/model"
 
 
 def test_the_hub_is_asked_for_safetensors_and_json_alone(monkeypatch, tmp_path):
