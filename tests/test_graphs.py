@@ -183,6 +183,22 @@ def test_kernels_take_padding(device, generator, poison_empty):
         assert (ours - torchs).abs().max() <= 2e-6 and (ours[2:] == 0).all()
 
 
+@torch.inference_mode()
+def test_the_model_on_kernels_takes_padding_and_shared_prefixes(device, e):
+    """The whole decoder on Triton kernels, in the interpreter without a card: in place on views, padded, pruned."""
+    on_kernels, plain = (randomize(empty_model(e.model.config).to_empty(device="cpu"), seed=7) for _ in range(2))
+    for model, backend in ((on_kernels, "triton"), (plain, "torch")):
+        model.to(device).backend = backend
+    batch = batch_of([7, 1, 12]).to(device)
+    expected = plain(batch)
+    assert (on_kernels(batch) - expected).abs().max() <= 2e-6
+    assert (poisoned(PaddedModel(on_kernels))(batch) - expected).abs().max() <= 2e-6
+    alike = pack([[5, 6, 7, 8, 9], [5, 6, 7, 1], [5, 6, 7, 8, 9], [3]])
+    shared = share_prefixes(alike, LIMIT, weight_bound_rows=0)
+    assert len(shared.input_ids) == 8
+    assert (on_kernels(shared.to(device)) - plain(alike.to(device))).abs().max() <= 2e-6
+
+
 def test_graphs_need_a_card(e):
     with pytest.raises(ValueError, match="CUDA graphs need the Triton kernels on a CUDA device, got torch on cpu"):
         Embedder(e.model, e.processor, cuda_graphs=True)
