@@ -3,6 +3,8 @@
 C crops, P patches per side, L = P * P + 1 positions (the class token first), D width, N heads, H head dim.
 """
 
+import functools
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -45,7 +47,7 @@ class VisionTower(nn.Module):
         layers in chunks of `crops_per_chunk`, which bounds memory and changes nothing else.
         """
         weight = self.embeddings.patch_embedding.weight
-        mean, std = (torch.tensor(x, device=crops.device) for x in (MEAN, STD))
+        mean, std = pixel_statistics(crops.device)
         patches = ops.image_patches(
             crops, grids, mean, std, self.config.patch_size, weight.dtype, backend=backend
         )  # [C, P * P, 3 * p * p]
@@ -137,3 +139,9 @@ class VisionMLP(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor, backend: str | None) -> Tensor:
         return self.fc2.add_to(x, self.fc1.quick_gelu(h, backend=backend), backend=backend)
+
+
+@functools.lru_cache(maxsize=16)  # copying them to a device waits for it
+def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [3] float32 of CLIP's training pixels, in 0 .. 1."""
+    return torch.tensor(MEAN, device="cpu").to(device), torch.tensor(STD, device="cpu").to(device)

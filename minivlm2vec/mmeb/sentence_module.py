@@ -51,6 +51,7 @@ class VLM2VecModule(InputModule):
         self.num_crops = num_crops
         self.max_seq_length = max_seq_length
         self.normalize = normalize
+        options = {"prepack": False} | options  # what is packed cannot be trained, which sentence-transformers may do
         self.embedder = embedder or Embedder.from_pretrained(name_or_path, **options)
         self.vlm2vec = self.embedder.model  # a submodule, so that it moves and trains with the rest
 
