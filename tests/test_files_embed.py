@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from minivlm2vec import Embedder, prompts
@@ -54,6 +55,15 @@ def environment(**more: str) -> dict[str, str]:
     root = TESTS.parent
     path = os.pathsep.join([str(root), str(root / "kernels"), str(TESTS)])
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the processes that are started here: the last bit of a sum depends on how many threads share it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # What comes out
