@@ -269,7 +269,7 @@ def test_malformed_bodies_neither_break_nor_fill_the_server(process):
     statuses, grown = set(), []
     while (
         len(grown) < 3 and min(grown, default=LEAK) >= LEAK
-    ):  # the allocator's pools may grow once more, a leak always
+    ):  # pools may grow once more, a leak always
         before = resident(process.process.pid)
         statuses |= set().union(*(round_of(200) for _ in range(4)))
         grown.append(resident(process.process.pid) - before)
