@@ -267,9 +267,7 @@ def test_malformed_bodies_neither_break_nor_fill_the_server(process):
     for _ in range(3):
         round_of(100)  # what the first uses of anything keep
     statuses, grown = set(), []
-    while (
-        len(grown) < 3 and min(grown, default=LEAK) >= LEAK
-    ):  # pools may grow once more, a leak always
+    while len(grown) < 3 and min(grown, default=LEAK) >= LEAK:  # pools may grow once more, a leak always
         before = resident(process.process.pid)
         statuses |= set().union(*(round_of(200) for _ in range(4)))
         grown.append(resident(process.process.pid) - before)
