@@ -60,8 +60,8 @@ class VisionTower(nn.Module):
         anew by the allocator each time, and touching fresh pages costs as much as the arithmetic on them."""
         if patches.device.type != "cpu":
             return 64
-        row = self.config.num_positions * self.config.intermediate_size * patches.element_size()
-        return max(1, 32_000_000 // row)
+        widest = max(self.config.intermediate_size, 3 * self.config.hidden_size)  # of the MLP, and q, k and v
+        return max(1, 32_000_000 // (self.config.num_positions * widest * patches.element_size()))
 
     def _encode(self, patches: Tensor, backend: str | None) -> Tensor:
         x = self.embeddings(patches)  # [C, L, D]
