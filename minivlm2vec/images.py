@@ -181,7 +181,7 @@ def _from_file(source: Any, name: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image has its own limit
             Image.init()
-            return Image.open(source, formats=sorted(set(Image.OPEN) - REFUSED_FORMATS))
+            return Image.open(source, formats=[f for f in Image.ID if f not in REFUSED_FORMATS])  # frequent ones first
     except FileNotFoundError:
         raise InputError("no such file", name=name) from None
     except IsADirectoryError:
