@@ -128,8 +128,8 @@ def prepare(repeat: int) -> None:
         ours, theirs = gain(lambda e=exact, p=plan: e.load(p)), gain(pillow)
         a, b = (x.load(plan).crops[0].astype(np.int64) for x in (exact, fast))
         print(f"prepare, 12 megapixels in {len(data) / 1e6:.1f} MB, {num_crops} crops: "
-              f"{1 / times['exact']:.1f} images/s and core exact ({times['exact'] / times['pillow']:.3f}x decoding plus "
-              f"resize alone), two workers {ours:.2f}x one (Pillow alone {theirs:.2f}x); "
+              f"{1 / times['exact']:.1f} images/s and core exact ({times['exact'] / times['pillow']:.3f}x decoding "
+              f"plus resize alone), two workers {ours:.2f}x one (Pillow alone {theirs:.2f}x); "
               f"fast_decode {times['exact'] / times['fast']:.2f}x the exact path, mean pixel difference "
               f"{abs(a - b).mean():.2f}; cosine to the exact vector {fast_cosine(data, num_crops):.6f}")  # fmt: skip
 
