@@ -29,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     from .mmeb.cli import add_arguments as mmeb_arguments
     from .mmeb.cli import run as run_mmeb
     from .serve.cli import add_arguments as serve_arguments
+    from .train.cli import add_arguments as train_arguments
 
     parser = argparse.ArgumentParser(prog="minivlm2vec", description="Text and images to vectors, with VLM2Vec-Full.")
     parser.add_argument("--version", action="version", version=f"minivlm2vec {__version__}")
@@ -40,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     mmeb = commands.add_parser("mmeb", help="evaluate on MMEB, or on data in its format")
     mmeb_arguments(mmeb)
     mmeb.set_defaults(run=run_mmeb)
+    train_arguments(commands.add_parser("train", help="train by contrast, wholly or with LoRA"))
     _info_arguments(commands.add_parser("info", help="print a checkpoint's architecture"))
     _new_checkpoint_arguments(commands.add_parser("new-checkpoint", help="write a randomly initialised checkpoint"))
     return parser

@@ -165,6 +165,16 @@ def parameter_of(key: str) -> tuple[str, int]:
     return key, 0
 
 
+def keys_of(name: str) -> tuple[str, ...]:
+    """The inverse of `parameter_of`: the checkpoint's keys of a parameter, three for the tower's qkv_proj, else one."""
+    for prefix, target in RULES:
+        if name.startswith(target) and not prefix.endswith(".wte."):
+            key = prefix + name[len(target) :]
+            fused = name.startswith("vision.") and ".qkv_proj." in name
+            return tuple(key.replace("qkv_proj", p) for p in FUSED) if fused else (key,)
+    return (name,)
+
+
 def drop_prefixes(config: VLM2VecConfig) -> tuple[str, ...]:
     return (*DROPPED, f"{_CLIP}encoder.layers.{config.vision.num_hidden_layers - 1}.")
 

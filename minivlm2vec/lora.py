@@ -1,0 +1,398 @@
+"""LoRA and DoRA adapters, in PEFT's file format: made, trained, written, read, merged.
+
+    y = W x + b + s B A x                                LoRA, arXiv 2106.09685; s = alpha / r
+    y = m / |W + s B A| * (W + s B A) x + b              DoRA, arXiv 2402.09353; |.| of each row, held constant
+
+K inputs, N outputs, n outputs that one adapter changes, r rank. A [r, K], B [n, r], m [n].
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minivlm2vec_kernels import ops
+
+from .errors import CheckpointError
+from .linear import Linear
+from .weights import drop_prefixes, keys_of
+
+M = TypeVar("M", bound=nn.Module)
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+# What VLM2Vec adapts: all of the decoder's matrices and the attention of the tower.
+TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "out_proj")
+# Keys of adapter_config.json that change nothing in how finished tensors are used.
+IRRELEVANT = {
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+}  # fmt: skip
+# These beginnings change the base's weights too, so their adapters fit a base that nobody has stored.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+_TENSOR = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)(?:\.weight)?")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """adapter_config.json, with PEFT's names.
+
+    Fields:
+        r, lora_alpha: rank and scale; what B A gives is multiplied by lora_alpha / r.
+        lora_dropout: of an adapter's input, while training.
+        target_modules: ends of the checkpoint's module names; or one regular expression for whole names.
+        use_dora: see the top of this file.
+        use_rslora: lora_alpha / sqrt(r) instead.
+        rank_pattern, alpha_pattern: other r and lora_alpha for the modules whose names end in a regular expression.
+        init_lora_weights: how A begins: "gaussian", of deviation 1 / r (VLM2Vec's), or True, uniform (PEFT's
+            default). B begins at zero, so that a new adapter changes nothing.
+    """
+
+    r: int = 8
+    lora_alpha: float = 64
+    lora_dropout: float = 0.1
+    target_modules: tuple[str, ...] | str = TARGETS
+    use_dora: bool = False
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    init_lora_weights: bool | str = "gaussian"
+
+    def __post_init__(self):
+        if not isinstance(self.r, int) or self.r < 1:
+            raise ValueError(f"r is {self.r!r}; a rank of at least 1 is needed")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}; a share from 0 to less than 1 is needed")
+
+    @classmethod
+    def from_json(cls, path: Path) -> "LoraConfig":
+        """Raises CheckpointError for what is no LoRA, or asks for something that is not done here."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} does not exist: an adapter folder needs an {CONFIG}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            raise CheckpointError(f"{path} is not valid JSON: {e}") from None
+        if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
+            raise CheckpointError(f"{path} describes no LoRA: peft_type is not 'LORA'")
+        _refuse_unsupported(path, raw)
+        known = {k: raw[k] for k in cls.__dataclass_fields__ if raw.get(k) is not None}
+        if isinstance(known.get("target_modules"), list):
+            known["target_modules"] = tuple(known["target_modules"])
+        try:
+            return cls(**known)
+        except (TypeError, ValueError) as e:
+            raise CheckpointError(f"{path}: {e}") from None
+
+    def to_json(self, base_model: str | None = None) -> str:
+        targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+        raw = {"peft_type": "LORA", "base_model_name_or_path": base_model, "bias": "none", "inference_mode": True}
+        return json.dumps(raw | asdict(self) | {"target_modules": targets}, indent=2) + "\n"
+
+    def targets(self, key: str) -> bool:
+        """Whether the checkpoint's module of that name is adapted; the rules are PEFT's."""
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, key) is not None
+        return any(key == t or key.endswith(f".{t}") for t in self.target_modules)
+
+    def rank(self, key: str) -> int:
+        return _by_pattern(self.rank_pattern, key, self.r)
+
+    def scale(self, key: str, rank: int) -> float:
+        alpha = _by_pattern(self.alpha_pattern, key, self.lora_alpha)
+        return alpha / rank**0.5 if self.use_rslora else alpha / rank
+
+
+class Place(NamedTuple):
+    """Where a module of the checkpoint is in the model: rows start to stop of a Linear."""
+
+    module: str
+    start: int
+    stop: int
+
+
+class Adapter(nn.Module):
+    """The change of rows start to stop of a Linear: A, B and, for DoRA, m; float32.
+
+    Attributes:
+        key: the module's name in the checkpoint.
+        scale: s.
+    """
+
+    def __init__(self, key: str, place: Place, A: Tensor, B: Tensor, magnitude: Tensor | None, scale: float):
+        super().__init__()
+        self.key, self.start, self.stop, self.scale = key, place.start, place.stop, scale
+        self.lora_A = nn.Parameter(A.float())
+        self.lora_B = nn.Parameter(B.float())
+        self.lora_magnitude_vector = None if magnitude is None else nn.Parameter(magnitude.float())
+
+    @torch.no_grad()
+    def row_norms(self, weight: Tensor) -> Tensor:
+        """|W + s B A| of each row, [n] float32, of weight [n, K], without the product B A [n, K]:
+        |w|^2 + 2 s b . (A w) + s^2 b A A^T b^T."""
+        A, B, s = self.lora_A, self.lora_B, self.scale
+        squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+        cross = (B * (weight @ A.to(weight.dtype).T).float()).sum(1)
+        return (squares + 2 * s * cross + s * s * ((B @ (A @ A.T)) * B).sum(1)).clamp_min(0).sqrt()
+
+
+class AdaptedLinear(Linear):
+    """A frozen Linear with adapters, each on rows of its own."""
+
+    def __init__(self, linear: Linear, dropout: float = 0.0):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = linear.weight.shape
+        self.weight, self.bias = linear.weight, linear.bias
+        self.requires_grad_(False)
+        self.dropout = nn.Dropout(dropout)
+        self.adapters = nn.ModuleList()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rows(x, 0, None)
+
+    def add_to(self, residual: Tensor, x: Tensor, *, backend: str | None = None) -> Tensor:
+        return residual + self(x)
+
+    def silu_mul(self, x: Tensor, *, backend: str | None = None) -> Tensor:
+        return ops.silu_mul(self(x), backend=backend)
+
+    def quick_gelu(self, x: Tensor, *, backend: str | None = None) -> Tensor:
+        return ops.quick_gelu(self(x), backend=backend)
+
+    def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
+        stop = self.out_features if stop is None else stop
+        y = super().rows(x, start, stop)
+        for adapter in self.adapters:
+            first, last = max(start, adapter.start), min(stop, adapter.stop)
+            if first < last:
+                change = self._change(adapter, x, y[..., first - start : last - start], first, last)
+                y = y + F.pad(change, (first - start, stop - last))
+        return y
+
+    def _change(self, adapter: Adapter, x: Tensor, y: Tensor, first: int, last: int) -> Tensor:
+        """What the adapter adds to outputs y of rows first to last. As in PEFT, DoRA with dropout on sees W x
+        through the same dropout."""
+        own = slice(first - adapter.start, last - adapter.start)
+        dropped = self.dropout(x)
+        low = F.linear(F.linear(dropped, adapter.lora_A.to(x.dtype)), adapter.lora_B[own].to(x.dtype)) * adapter.scale
+        if adapter.lora_magnitude_vector is None:
+            return low
+        norms = adapter.row_norms(self.weight[adapter.start : adapter.stop])
+        factor = (adapter.lora_magnitude_vector / norms)[own].to(x.dtype)
+        if self.training and self.dropout.p > 0:
+            y = F.linear(dropped, self.weight[first:last])
+        elif self.bias is not None:
+            y = y - self.bias[first:last]
+        return (factor - 1) * y + factor * low
+
+    @torch.no_grad()
+    def merged(self) -> Linear:
+        """A plain Linear with the adapters in its weight, which is this one's, written over; computed in float32."""
+        for a in self.adapters:
+            rows = self.weight[a.start : a.stop]
+            weight = rows.float() + a.scale * (a.lora_B @ a.lora_A)
+            if a.lora_magnitude_vector is not None:
+                weight *= (a.lora_magnitude_vector / weight.norm(dim=1))[:, None]
+            rows.copy_(weight)
+        with torch.device("meta"):
+            linear = Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+
+def add_lora(model: M, config: LoraConfig, *, generator: torch.Generator | None = None) -> M:
+    """Freezes the model and puts new adapters on the modules that `config` targets. Returns the model.
+
+    generator: for A's first numbers, on the CPU. Raises ValueError where a target fits no module.
+    """
+    places = {key: place for key, place in _places(model).items() if config.targets(key)}
+    unused = [] if isinstance(config.target_modules, str) else [
+        t for t in config.target_modules if not any(k == t or k.endswith(f".{t}") for k in places)
+    ]  # fmt: skip
+    if unused or not places:
+        raise ValueError(f"target_modules: no module fits {', '.join(unused) or config.target_modules}")
+    model.requires_grad_(False)
+    for key, place in places.items():
+        linear = model.get_submodule(place.module)
+        r, (n, K) = config.rank(key), (place.stop - place.start, linear.in_features)
+        A, B = _first_A(r, K, config.init_lora_weights, generator), torch.zeros(n, r)
+        _attach(model, key, place, A, B, None, config)
+    return model
+
+
+def load_adapter(model: M, folder: str | Path) -> M:
+    """Freezes the model and puts an adapter folder's adapters on it, to train them on. Returns the model.
+
+    Raises CheckpointError where the folder holds no LoRA, or a tensor of it has no place in the model.
+    """
+    config = LoraConfig.from_json(Path(folder) / CONFIG)
+    tensors = _read_tensors(Path(folder) / WEIGHTS)
+    places, found = _places(model), _by_module(tensors, _dropped(model))
+    lost = [f"{key}.{kind}" for key, kinds in found.items() for kind in kinds if key not in places]
+    if lost or not found:
+        raise CheckpointError(
+            f"{Path(folder) / WEIGHTS}: "
+            + (f"{len(lost)} of {len(tensors)} tensors have no place in the model: {_some(lost)}" if lost else "it "
+               "holds no adapter of a module that the model computes")
+        )  # fmt: skip
+    for key, kinds in found.items():
+        _check(key, kinds, places[key], model, config)
+    model.requires_grad_(False)
+    for key, kinds in found.items():
+        A, B, magnitude = kinds["lora_A.weight"], kinds["lora_B.weight"], kinds.get("lora_magnitude_vector")
+        _attach(model, key, places[key], A, B, magnitude, config)
+    return model
+
+
+def merge_adapter(model: M, folder: str | Path) -> M:
+    """Adds an adapter folder to the model's weights, for inference. Returns the model. Errors as `load_adapter`."""
+    return merge_lora(load_adapter(model, folder)).requires_grad_(False)
+
+
+def merge_lora(model: M) -> M:
+    """Every adapted layer of the model becomes a plain one with the adapters in its weight. Returns the model."""
+    for name in [n for n, m in model.named_modules() if isinstance(m, AdaptedLinear)]:
+        _replace(model, name, model.get_submodule(name).merged())
+    return model
+
+
+def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, *, base_model: str | None = None) -> None:
+    """Writes the model's adapters as PEFT does: adapter_config.json and adapter_model.safetensors.
+
+    base_model: what the adapters belong to, a folder or a Hub name, for the config.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {PREFIX + name: t.detach().contiguous() for name, t in adapter_tensors(model)}
+    if not tensors:
+        raise ValueError("the model has no adapter to write")
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(config.to_json(base_model), encoding="utf-8")
+
+
+def adapter_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names, as in the checkpoint, and values of the adapters' tensors."""
+    for a in (m for m in model.modules() if isinstance(m, Adapter)):
+        yield f"{a.key}.lora_A.weight", a.lora_A
+        yield f"{a.key}.lora_B.weight", a.lora_B
+        if a.lora_magnitude_vector is not None:
+            yield f"{a.key}.lora_magnitude_vector", a.lora_magnitude_vector
+
+
+def _places(model: nn.Module) -> dict[str, Place]:
+    """Every module of the checkpoint that is a Linear, or rows of one, here."""
+    places = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and hasattr(module, "weight"):
+            keys = [key.removesuffix(".weight") for key in keys_of(f"{name}.weight")]
+            n = module.out_features // len(keys)
+            places |= {key: Place(name, i * n, (i + 1) * n) for i, key in enumerate(keys)}
+    return places
+
+
+def _attach(
+    model: nn.Module, key: str, place: Place, A: Tensor, B: Tensor, magnitude: Tensor | None, config: LoraConfig
+) -> None:
+    layer = model.get_submodule(place.module)
+    if type(layer) is Linear:
+        layer = AdaptedLinear(layer, config.lora_dropout).train(layer.training)
+        _replace(model, place.module, layer)
+    if not isinstance(layer, AdaptedLinear):
+        raise ValueError(f"{place.module} is a {type(layer).__name__}: adapters go on plain layers, before others")
+    if any(a.key == key for a in layer.adapters):
+        raise ValueError(f"{key} has an adapter already; merge it first")
+    adapter = Adapter(key, place, A, B, magnitude, config.scale(key, A.shape[0])).to(layer.weight.device)
+    if config.use_dora and magnitude is None:
+        norms = adapter.row_norms(layer.weight[place.start : place.stop])
+        adapter.lora_magnitude_vector = nn.Parameter(norms)
+    layer.adapters.append(adapter)
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
+
+
+def _first_A(r: int, K: int, init: bool | str, generator: torch.Generator | None) -> Tensor:
+    A = torch.empty(r, K)
+    if init == "gaussian":
+        return A.normal_(std=1 / r, generator=generator)
+    if init is True:
+        return A.uniform_(-(K**-0.5), K**-0.5, generator=generator)  # kaiming_uniform with a = sqrt(5)
+    raise ValueError(f"init_lora_weights is {init!r}; new adapters begin with 'gaussian' or true")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist: an adapter folder needs it (pickled adapters are never read)")
+    try:
+        with safe_open(path, framework="pt") as f:
+            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (no dict)
+    except SafetensorError as e:
+        raise CheckpointError(f"{path} cannot be read: {e}") from None
+    bad = [key for key, t in tensors.items() if not t.isfinite().all()]
+    if bad:
+        raise CheckpointError(f"{path}: {_some(bad)} hold NaN or infinite values")
+    return tensors
+
+
+def _by_module(tensors: dict[str, Tensor], dropped: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
+    """{module's key: {kind: tensor}}, without modules that the model never computes (the tower's last layer)."""
+    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        name = name.removeprefix(PREFIX)
+        match = _TENSOR.fullmatch(name)
+        key, kind = match.groups() if match else name.rpartition(".")[::2]
+        if not (key + ".").startswith(dropped):
+            found[key][kind] = tensor
+    return found
+
+
+def _dropped(model: nn.Module) -> tuple[str, ...]:
+    config = getattr(model, "config", None)
+    return () if config is None else drop_prefixes(config)
+
+
+def _check(key: str, kinds: dict[str, Tensor], place: Place, model: nn.Module, config: LoraConfig) -> None:
+    needed = {"lora_A.weight", "lora_B.weight"} | ({"lora_magnitude_vector"} if config.use_dora else set())
+    if set(kinds) != needed:
+        raise CheckpointError(f"the adapter of {key} has {', '.join(sorted(kinds))}; {', '.join(sorted(needed))} are "
+                              f"needed (use_dora is {config.use_dora})")  # fmt: skip
+    K, n, r = model.get_submodule(place.module).in_features, place.stop - place.start, config.rank(key)
+    expected = {"lora_A.weight": (r, K), "lora_B.weight": (n, r), "lora_magnitude_vector": (n,)}
+    for kind, tensor in kinds.items():
+        if tuple(tensor.shape) != expected[kind]:
+            raise CheckpointError(
+                f"{key}.{kind} has shape {list(tensor.shape)}, the model and rank {r} need {list(expected[kind])}"
+            )
+
+
+def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
+    init = raw.get("init_lora_weights", True)
+    if isinstance(init, str) and init.startswith(CHANGES_BASE):
+        raise CheckpointError(f"{path}: init_lora_weights is {init!r}, which changes the base model too; convert the "
+                              "adapter to a plain LoRA with PEFT")  # fmt: skip
+    if raw.get("bias", "none") != "none":
+        raise CheckpointError(f"{path}: bias is {raw['bias']!r}; only 'none' is supported")
+    known = {*LoraConfig.__dataclass_fields__, *IRRELEVANT, "peft_type", "bias"}
+    for key in raw.keys() - known:
+        if raw[key]:
+            raise CheckpointError(f"{path}: {key} is {raw[key]!r}, which is not supported")
+
+
+def _by_pattern(patterns: dict[str, Any], key: str, default: Any) -> Any:
+    """The value of the first pattern that fits the end of the name, as PEFT looks it up."""
+    return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", key)), default)
+
+
+def _some(names: list[str], n: int = 5) -> str:
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")

@@ -1,0 +1,206 @@
+"""CONFIG.toml -> frozen dataclasses. The defaults are the published run's: arXiv 2410.05160, section 4."""
+
+import difflib
+import sys
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from ..lora import LoraConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """[data]: which rows, in what order.
+
+    Fields:
+        root: a folder with a folder for each set, or "mini" for the sets that ship with the package.
+        sets: their names; default all.
+        variant: "original" or "diverse_instruction", the beginning of the files' names.
+        images: folder or zip of the pictures; default <root>/images.zip, <root>/images_zip/<set>.zip, else <root>.
+        rows_per_set: at most so many rows of a set.
+        row_choice: which: "random" (the paper) or "first" (the published code).
+        sub_batch: batches consist of blocks of so many rows of one set. 1 mixes rows freely, as published; the
+            batch size gives every batch one set.
+        max_length: tokens that are kept of a text without images.
+        num_crops: the most crops an image is cut into.
+        workers: threads that read and cut images.
+    """
+
+    root: str
+    sets: tuple[str, ...] = ()
+    variant: str = "original"
+    images: str | None = None
+    rows_per_set: int = 50_000
+    row_choice: str = "random"
+    sub_batch: int = 1
+    max_length: int = 256
+    num_crops: int = 4
+    workers: int = 4
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """[loss]: see `contrastive_loss`.
+
+    Fields:
+        learn_temperature: it begins at `temperature` and is kept at 0.01 or more, as in CLIP.
+        hard_negatives: use those that rows have (the published code drops them).
+    """
+
+    temperature: float = 0.02
+    learn_temperature: bool = False
+    symmetric: bool = False
+    mask_duplicates: bool = False
+    hard_negatives: bool = True
+    dims: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """[optim]: AdamW, linear warm-up, linear decay to zero.
+
+    Fields:
+        batch_size: queries a step, of all processes together.
+        chunk_size: inputs (queries and targets) that are encoded with gradients at a time. 0: all.
+        clip: the largest norm of the gradient; 0 never clips.
+    """
+
+    batch_size: int = 1024
+    chunk_size: int = 4
+    steps: int = 2000
+    lr: float = 2e-5
+    warmup: int = 200
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """[log]: log.jsonl always; the others every so many steps, 0 for never.
+
+    Fields:
+        pictures: sheets of queries and their nearest targets, among `picture_rows` rows.
+    """
+
+    save: int = 500
+    pictures: int = 0
+    picture_rows: int = 64
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Fields:
+        model: the checkpoint to begin from, a folder or Hub name.
+        out: the folder for checkpoints, logs and pictures.
+        freeze: names of modules that stay as they are, such as "vision".
+        gradient_checkpointing: layers are computed again in the backward pass instead of kept.
+        distributed: what several processes use: "ddp", or "fsdp" (fully_shard), which splits the model too.
+        lora: a [lora] table of PEFT's names trains adapters alone; without one, everything is trained.
+    """
+
+    model: str
+    out: str
+    data: DataConfig
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    lora: LoraConfig | None = None
+    freeze: tuple[str, ...] = ()
+    gradient_checkpointing: bool = True
+    distributed: str = "ddp"
+    seed: int = 0
+
+    def __post_init__(self):
+        _check(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_config(path: str | Path) -> TrainConfig:
+    """Raises ValueError naming the file and the key."""
+    path = Path(path)
+    try:
+        raw = _toml().loads(path.read_text(encoding="utf-8"))
+        return _build(TrainConfig, raw, "")
+    except (ValueError, TypeError) as e:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        raise ValueError(f"{path}: {e}") from None
+
+
+def _toml() -> Any:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        try:
+            import tomli as tomllib
+        except ImportError:
+            raise ImportError("TOML on Python 3.10 needs tomli: pip install 'minivlm2vec[train]'") from None
+    return tomllib
+
+
+def _build(cls: type, raw: dict[str, Any], where: str) -> Any:
+    hints = get_type_hints(cls)
+    for key in raw.keys() - hints.keys():
+        near = difflib.get_close_matches(key, hints, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(hints)}"
+        raise ValueError(f"no setting is named {where}{key}; {hint}")
+    for f in fields(cls):
+        if f.name not in raw and f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f"{where}{f.name} is missing")
+    return cls(**{key: _value(hints[key], value, where + key) for key, value in raw.items()})
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    """`value` as the field's type; TOML's lists become tuples, and whole numbers floats where one is asked for."""
+    options = get_args(hint) if get_origin(hint) not in (tuple, dict) and get_args(hint) else (hint,)
+    table = next((o for o in options if is_dataclass(o)), None)
+    if table is not None and isinstance(value, dict):
+        return _build(table, value, name + ".")
+    if isinstance(value, list) and any(get_origin(o) is tuple for o in options):
+        inner = get_args(next(o for o in options if get_origin(o) is tuple))
+        return tuple(_value(inner[0], v, name) for v in value)
+    plain = tuple(get_origin(o) or o for o in options)
+    if float in plain and type(value) is int:
+        return float(value)
+    if type(value) not in plain:
+        kinds = " or ".join(p.__name__ for p in plain if p is not type(None))
+        raise ValueError(f"{name} is {value!r}; a {kinds} is needed")
+    return value
+
+
+def _check(c: TrainConfig) -> None:
+    positive = {
+        "data.rows_per_set": c.data.rows_per_set, "data.sub_batch": c.data.sub_batch, "data.workers": c.data.workers,
+        "data.max_length": c.data.max_length, "data.num_crops": c.data.num_crops, "optim.steps": c.optim.steps,
+        "optim.batch_size": c.optim.batch_size, "loss.temperature": c.loss.temperature, "optim.lr": c.optim.lr,
+        "log.picture_rows": c.log.picture_rows,
+    }  # fmt: skip
+    for name, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"{name} is {value}; it must be greater than 0")
+    counts = {"optim.chunk_size": c.optim.chunk_size, "optim.warmup": c.optim.warmup, "optim.clip": c.optim.clip,
+              "log.save": c.log.save, "log.pictures": c.log.pictures}  # fmt: skip
+    for name, value in counts.items():
+        if value < 0:
+            raise ValueError(f"{name} is {value}; it must not be negative")
+    choices = {
+        "data.variant": (c.data.variant, ("original", "diverse_instruction")),
+        "data.row_choice": (c.data.row_choice, ("random", "first")),
+        "distributed": (c.distributed, ("ddp", "fsdp")),
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; it is {' or '.join(map(repr, allowed))}")
+    if c.optim.batch_size % c.data.sub_batch:
+        raise ValueError(f"optim.batch_size {c.optim.batch_size} is no multiple of data.sub_batch {c.data.sub_batch}")
+    if c.lora is not None and c.freeze:
+        raise ValueError("freeze and [lora] are both given; adapters alone are trained, on the modules of "
+                         "lora.target_modules")  # fmt: skip
+    if c.lora is not None and c.distributed == "fsdp":
+        raise ValueError("distributed is 'fsdp' with [lora]; adapters are small, use 'ddp'")

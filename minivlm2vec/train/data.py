@@ -1,0 +1,227 @@
+"""Rows in MMEB's training format, and the order in which a run sees them.
+
+    <root>/<Set>/original*.parquet or *.jsonl, diverse_instruction*.parquet or *.jsonl
+    columns qry, qry_image_path, pos_text, pos_image_path, and perhaps neg_text, neg_image_path
+
+An empty path means no image. pos_* and neg_* may be lists: several positives, several hard negatives. A row whose
+neg_text and neg_image_path are both empty has no hard negative.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minivlm2vec.mmeb.dataset import Images, Pair, import_pyarrow
+
+from .config import DataConfig
+
+
+@dataclass(frozen=True)
+class Row:
+    """One query with its targets. `name` is the set's and the row's number in the file, for messages."""
+
+    name: str
+    query: Pair
+    positives: tuple[Pair, ...]
+    negatives: tuple[Pair, ...]
+    images: Images
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        return (self.query, *self.positives, *self.negatives)
+
+    def item(self, pair: Pair) -> dict[str, Any]:
+        """The pair as `Processor.plan` takes it."""
+        return {"text": pair.text, "image": self.images.source(pair.image)} if pair.image else {"text": pair.text}
+
+
+class TrainingData:
+    """All rows of the chosen sets, and the batches of a run.
+
+    Which rows a step sees depends on the seed and the step alone, so that a run can go on anywhere.
+
+    Args:
+        config: see `DataConfig`.
+        seed: of the choice and the order of rows.
+
+    Raises ValueError naming up to 20 malformed rows, FileNotFoundError for a missing set or folder.
+    """
+
+    def __init__(self, config: DataConfig, *, seed: int = 0):
+        self.config, self.seed = config, seed
+        root = _root(config.root)
+        names = config.sets or _find_sets(root, config.variant)
+        self.rows: list[Row] = []
+        self.sets: dict[str, range] = {}
+        broken: list[str] = []
+        for name in names:
+            rows = self._read(root, name, broken)
+            self.sets[name] = range(len(self.rows), len(self.rows) + len(rows))
+            self.rows += rows
+        _raise_if(broken)
+        if not self.rows:
+            raise ValueError(f"{root} holds no row of {config.variant!r}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def check(self, *, thoroughly: bool = False) -> None:
+        """Raises ValueError naming the rows whose pictures are missing; thoroughly: or cannot be decoded."""
+        broken = []
+        for row in self.rows:
+            try:
+                for path in {pair.image for pair in row.pairs if pair.image}:
+                    row.images.check(path, thoroughly=thoroughly)
+            except (OSError, ValueError) as e:
+                broken.append(f"{row.name}: {e}")
+        _raise_if(broken)
+
+    def batch(self, step: int, batch_size: int) -> list[Row]:
+        """The rows of a step, counted from 0. Raises ValueError where the data has fewer rows than a batch.
+
+        An epoch shuffles every set, cuts it into blocks of `sub_batch` rows, and shuffles the blocks; what does not
+        fill a block or the last batch comes in another epoch.
+        """
+        size = self.config.sub_batch
+        per_batch = batch_size // size
+        batches = sum(len(rows) // size for rows in self.sets.values()) // per_batch
+        if batches == 0:
+            sizes = ", ".join(f"{name} {len(rows)}" for name, rows in self.sets.items())
+            raise ValueError(f"a batch of {batch_size} rows in blocks of {size} is more than the data has: {sizes}")
+        epoch, place = divmod(step, batches)
+        blocks = self._epoch(epoch)[place * per_batch : (place + 1) * per_batch]
+        return [self.rows[i] for i in blocks.flatten()]
+
+    def sample(self, n: int) -> list[Row]:
+        """Up to n rows, the same at every call."""
+        chosen = np.random.default_rng([self.seed, 2]).permutation(len(self.rows))[:n]
+        return [self.rows[i] for i in chosen]
+
+    @lru_cache(maxsize=2)  # noqa: B019 (lives as long as the run)
+    def _epoch(self, epoch: int) -> np.ndarray:  # [blocks, sub_batch]
+        rng, size = np.random.default_rng([self.seed, 1, epoch]), self.config.sub_batch
+        blocks = []
+        for rows in self.sets.values():
+            order = rng.permutation(np.arange(rows.start, rows.stop))
+            blocks.append(order[: len(order) // size * size].reshape(-1, size))
+        return rng.permutation(np.concatenate(blocks))
+
+    def _read(self, root: Path, name: str, broken: list[str]) -> list[Row]:
+        images = Images(self._images(root, name))
+        raws = list(_read_files(root / name, self.config.variant))
+        chosen = range(min(len(raws), self.config.rows_per_set))
+        if self.config.row_choice == "random" and len(raws) > len(chosen):
+            rng = np.random.default_rng([self.seed, 0, *name.encode()])
+            chosen = sorted(rng.permutation(len(raws))[: len(chosen)])
+        rows = []
+        for i in chosen:
+            try:
+                rows.append(_row(f"{name}, row {i}", raws[i], images))
+            except ValueError as e:
+                broken.append(f"{name}, row {i}: {e}")
+        return rows
+
+    def _images(self, root: Path, name: str) -> Path:
+        if self.config.images is not None:
+            return Path(self.config.images).expanduser()
+        places = (root / "images.zip", root / "images_zip" / f"{name}.zip", root)
+        return next(p for p in places if p.exists())
+
+
+def content_id(pair: Pair, images: Images) -> int:
+    """A number that is the same for the same text and image; 63 bits, so that two others hardly ever share it."""
+    data = json.dumps([pair.text, pair.image, str(images.place) if pair.image else ""]).encode()
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "big") >> 1
+
+
+def _root(root: str) -> Path:
+    if root == "mini":
+        from minivlm2vec.mmeb.mini import bundled
+
+        return bundled() / "MMEB-train"
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"data.root {path} is no folder")
+    return path
+
+
+def _files(folder: Path, variant: str) -> list[Path]:
+    return sorted((*folder.glob(f"{variant}*.parquet"), *folder.glob(f"{variant}*.jsonl")))
+
+
+def _find_sets(root: Path, variant: str) -> list[str]:
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and _files(p, variant))
+
+
+def _read_files(folder: Path, variant: str) -> Iterator[Any]:
+    files = _files(folder, variant)
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no {variant}*.parquet and no {variant}*.jsonl")
+    for path in files:
+        yield from _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
+
+
+def _read_jsonl(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as e:
+                raise ValueError(f"{path}, line {number} is not JSON: {e}") from None
+
+
+def _read_parquet(path: Path) -> Iterator[Any]:
+    pyarrow = import_pyarrow()
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
+            yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as e:
+        raise ValueError(f"{path} is not a readable parquet file: {e}") from None
+
+
+def _row(name: str, raw: Any, images: Images) -> Row:
+    if not isinstance(raw, dict):
+        raise ValueError(f"a row is a JSON object, got {type(raw).__name__}")
+    for column in ("qry", "qry_image_path", "pos_text", "pos_image_path"):
+        if column not in raw:
+            raise ValueError(f"column {column} is missing; there are {', '.join(raw)}")
+    if isinstance(raw["qry"], list):
+        raise ValueError("qry is a list; a row has one query")
+    (query,) = _pairs("query", raw["qry"], raw["qry_image_path"])
+    positives = _pairs("positive", raw["pos_text"], raw["pos_image_path"])
+    negatives = _pairs("negative", raw.get("neg_text"), raw.get("neg_image_path"), may_lack=True)
+    if not positives:
+        raise ValueError("there is no positive")
+    if set(positives) & set(negatives):
+        raise ValueError("a negative is the same as a positive")
+    return Row(name, query, positives, negatives, images)
+
+
+def _pairs(what: str, texts: Any, paths: Any, *, may_lack: bool = False) -> tuple[Pair, ...]:
+    if isinstance(texts, list) != isinstance(paths, list) and texts is not None and paths is not None:
+        raise ValueError(f"{what}: text and image path are both lists or both strings")
+    texts, paths = (x if isinstance(x, list) else [x] for x in (texts, paths))
+    if [None] in (texts, paths):  # a column that is absent or null
+        texts, paths = (x * n if x == [None] else x for x, n in ((texts, len(paths)), (paths, len(texts))))
+    if len(texts) != len(paths):
+        raise ValueError(f"{what}: {len(texts)} texts but {len(paths)} image paths")
+    pairs = tuple(Pair("" if t is None else t, p or "") for t, p in zip(texts, paths, strict=True))
+    for text, path in pairs:
+        if not isinstance(text, str) or not isinstance(path, str):
+            raise ValueError(f"{what}: text and image path are strings, got {type(text).__name__}, "
+                             f"{type(path).__name__}")  # fmt: skip
+        if not text and not path and not may_lack:
+            raise ValueError(f"the {what} has neither text nor image")
+    return tuple(pair for pair in pairs if pair.text or pair.image)
+
+
+def _raise_if(broken: Sequence[str]) -> None:
+    if broken:
+        more = f"\nand {len(broken) - 20} more" if len(broken) > 20 else ""
+        raise ValueError(f"{len(broken)} rows cannot be used:\n" + "\n".join(broken[:20]) + more)

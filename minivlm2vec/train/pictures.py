@@ -1,0 +1,45 @@
+"""Sheets that show, while a model trains, which targets lie nearest to a few queries."""
+
+import io
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from minivlm2vec.mmeb.dataset import Images, Pair
+
+CELL, GAP = 168, 6
+RIGHT, WRONG, QUERY = (30, 140, 60), (190, 190, 190), (40, 80, 160)
+
+
+def draw_sheet(
+    queries: Sequence[tuple[Pair, Images]], nearest: Sequence[Sequence[tuple[Pair, Images, float, bool]]]
+) -> Image.Image:
+    """A line for each query: it, then its nearest targets with their similarity, framed green where they are right."""
+    columns, side = 1 + max(map(len, nearest)), CELL + GAP
+    sheet = Image.new("RGB", (columns * side + GAP, len(queries) * side + GAP), "white")
+    for y, ((pair, images), found) in enumerate(zip(queries, nearest, strict=True)):
+        cells = [_cell(pair, images, "", QUERY)]
+        cells += [_cell(p, i, f"{score:.3f}", RIGHT if right else WRONG) for p, i, score, right in found]
+        for x, cell in enumerate(cells):
+            sheet.paste(cell, (GAP + x * side, GAP + y * side))
+    return sheet
+
+
+def _cell(pair: Pair, images: Images, score: str, colour: tuple[int, int, int]) -> Image.Image:
+    cell = Image.new("RGB", (CELL, CELL), "white")
+    draw, font = ImageDraw.Draw(cell), ImageFont.load_default(11)
+    text = textwrap.wrap(pair.text.replace("<|image_1|>\n", "").strip(), 28)
+    lines = text[: 3 if pair.image else 10]
+    top = CELL - 6 - 13 * len(lines) if pair.image else 20
+    if pair.image:
+        source = images.source(pair.image)
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
+            picture = ImageOps.contain(image.convert("RGB"), (CELL - 16, top - 24))
+        cell.paste(picture, ((CELL - picture.width) // 2, 20))
+    draw.text((8, 5), score, fill="black", font=font)
+    for i, line in enumerate(lines):
+        draw.text((8, top + 13 * i), line, fill="black", font=font)
+    draw.rectangle((0, 0, CELL - 1, CELL - 1), outline=colour, width=3)
+    return cell
