@@ -14,6 +14,8 @@ from typing import Any
 
 from .errors import CheckpointError
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue in 0 .. 1
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_VIT_L_14_336 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,

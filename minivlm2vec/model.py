@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minivlm2vec_kernels.ops import pool_last_token
 
-from .batch import PackedBatch
+from .batch import PackedBatch, num_image_tokens
 from .config import VLM2VecConfig
 from .decoder import Decoder, Packing
 from .projector import Projector
@@ -88,7 +88,7 @@ class VLM2Vec(nn.Module):
         features = self.vision(batch.crops, batch.grids, backend=self.backend)
         tokens = self.projector(features, batch.grids, backend=self.backend)
         m = self.config.vision.merged_per_side
-        expected = sum((h * w + 1) * m * m + 1 + (h + 1) * m for h, w in batch.grids)
+        expected = sum(num_image_tokens(grid, m) for grid in batch.grids)
         if len(tokens) != expected:
             raise ValueError(f"the projector gave {len(tokens)} image tokens, the batch has places for {expected}")
         return tokens

@@ -25,7 +25,7 @@ from huggingface_hub.utils import tqdm
 from safetensors.torch import save_file
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 
-from .config import VLM2VecConfig
+from .config import CLIP_MEAN, CLIP_STD, VLM2VecConfig
 
 # LongRoPE's divisors in the published config.json.
 SHORT_FACTOR = [
@@ -274,8 +274,8 @@ def _rope_factors(head_dim: int) -> dict[str, list[float]]:
 
 def _preprocessor_config(config: VLM2VecConfig, num_crops: int) -> dict[str, Any]:
     return {
-        "do_convert_rgb": True, "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711], "image_processor_type": "Phi3VImageProcessor",
+        "do_convert_rgb": True, "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD), "image_processor_type": "Phi3VImageProcessor",
         "num_crops": num_crops, "num_img_tokens": config.vision.merged_per_side**2, "processor_class": "Phi3VProcessor",
     }  # fmt: skip
 

@@ -16,15 +16,13 @@ import torch
 from PIL import ExifTags, Image
 
 from .batch import Grid, PackedBatch, cumulative, num_image_tokens
-from .config import VLM2VecConfig
+from .config import CLIP_MEAN, CLIP_STD, VLM2VecConfig
 from .errors import CheckpointError, InputError
 from .images import draft, hd_crops, hd_size, image_name, open_image, to_rgb
 from .tokenizer import Tokenizer
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 LEADING_TAGS = re.compile(r"(?:<\|image_\d+\|>\s*)*")
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue in 0 .. 1
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)

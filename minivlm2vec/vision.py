@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from minivlm2vec_kernels import ops
 
 from .batch import Grid
+from .config import CLIP_MEAN as MEAN
+from .config import CLIP_STD as STD
 from .config import VisionConfig
 from .linear import Embedding, Linear
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class VisionTower(nn.Module):

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
+import triton
 from torch import Tensor
 
 on_device_of = torch.cuda.device_of  # Triton launches on the current device, which need not be the tensor's
@@ -48,3 +49,11 @@ def check_shape(x: Tensor, shape: Sequence[int], name: str) -> None:
 @functools.cache
 def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def whole_rows(D: int, settings: dict[int, tuple[int, int]]) -> tuple[int, int, int]:
+    """(BD, BM, warps) of a kernel whose programs take whole rows of D elements; settings: BD -> (BM, warps)."""
+    BD = max(triton.next_power_of_2(D), min(settings))
+    if BD not in settings:
+        raise ValueError(f"rows of {D} elements are wider than the {max(settings)} that fit in one program")
+    return BD, *settings[BD]

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import as_rows, compiled_as_op, on_device_of
+from .launch import as_rows, compiled_as_op, on_device_of, whole_rows
 
 # BK -> (BM, warps). 32 elements a thread, so four 16-byte loads of bf16 in flight for each, up to BK = 8192.
 SETTINGS = {
@@ -61,7 +61,4 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def settings(K: int) -> tuple[int, int, int]:
     """(BK, BM, warps) for rows of K elements."""
-    BK = max(triton.next_power_of_2(K), min(SETTINGS))
-    if BK not in SETTINGS:
-        raise ValueError(f"rows of {K} elements are wider than the {max(SETTINGS)} that fit in one program")
-    return BK, *SETTINGS[BK]
+    return whole_rows(K, SETTINGS)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import as_rows, check_shape, compiled_as_op, on_device_of
+from .launch import as_rows, check_shape, compiled_as_op, on_device_of, whole_rows
 
 # BD -> (BM, warps). 32 elements a thread, so four 16-byte loads of bf16 in flight for each, up to BD = 8192.
 SETTINGS = {
@@ -96,7 +96,4 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, tot
 
 def settings(D: int) -> tuple[int, int, int]:
     """(BD, BM, warps) for rows of D elements."""
-    BD = max(triton.next_power_of_2(D), min(SETTINGS))
-    if BD not in SETTINGS:
-        raise ValueError(f"rows of {D} elements are wider than the {max(SETTINGS)} that fit in one program")
-    return BD, *SETTINGS[BD]
+    return whole_rows(D, SETTINGS)
