@@ -250,14 +250,15 @@ def _files(folder: Path) -> list[Path]:
 def _read(folder: Path, limit: int | None) -> Iterator[dict[str, Any]]:
     number = 0
     for path in _files(folder):
-        for row in _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path):
+        for row in read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path):
             if number == limit:
                 return
             number += 1
             yield row
 
 
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+def read_jsonl(path: Path) -> Iterator[Any]:
+    """The values of a file of JSON lines. Raises ValueError naming the line."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:

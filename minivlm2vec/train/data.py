@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from minivlm2vec.mmeb.dataset import Images, Pair, import_pyarrow
+from minivlm2vec.mmeb.dataset import Images, Pair, import_pyarrow, read_jsonl
 
 from .config import DataConfig
 
@@ -164,16 +164,7 @@ def _read_files(folder: Path, variant: str) -> Iterator[Any]:
     if not files:
         raise FileNotFoundError(f"{folder} holds no {variant}*.parquet and no {variant}*.jsonl")
     for path in files:
-        yield from _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
-
-
-def _read_jsonl(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as e:
-                raise ValueError(f"{path}, line {number} is not JSON: {e}") from None
+        yield from read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
 
 
 def _read_parquet(path: Path) -> Iterator[Any]:
