@@ -34,12 +34,12 @@ class Variation:
         blend: how often a drawing is a mixture of the styles of training.
     """
 
-    turn: float = 15
-    shrink: float = 0.75
-    squeeze: float = 0.15
-    hue: float = 15
-    colour: float = 0.4
-    shade: float = 0.5
+    turn: float = 10
+    shrink: float = 0.8
+    squeeze: float = 0.1
+    hue: float = 10
+    colour: float = 0.3
+    shade: float = 0.3
     blend: float = 0.3
 
 
