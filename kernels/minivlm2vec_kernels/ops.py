@@ -130,7 +130,7 @@ def linear_add(
 ) -> Tensor:
     """residual + x W^T (+ bias): the end of an attention or MLP block. x [T, K], weight [D, K], residual [T, D].
 
-    When no gradient is needed the result is written over `residual`, which is returned.
+    Under `torch.no_grad()` or inference mode the result is written over `residual`, which is returned.
     """
     return reference.linear_add(x, weight, residual, bias)
 
