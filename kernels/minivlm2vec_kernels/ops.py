@@ -21,27 +21,31 @@ BACKENDS = ("auto", "triton", "torch")
 BACKEND = os.environ.get("MINIVLM2VEC_BACKEND", "auto")
 
 
-def choose_backend(backend: str | None, *tensors: Tensor) -> str:
-    """Returns "triton" or "torch" for an op on `tensors`.
+def choose_backend(backend: str | None, *tensors: Tensor, backward: bool = False) -> str:
+    """Returns "triton" or "torch" for an op on `tensors`; `backward`: whether its kernels carry gradients.
 
     The argument beats the variable MINIVLM2VEC_BACKEND, which beats auto. Auto takes Triton on a CUDA device
-    when no gradient is needed and torch otherwise. An explicit "triton" that cannot run raises.
+    when no gradient is needed and torch otherwise: no backward kernel has been timed against torch's yet. An
+    explicit "triton" that cannot run raises.
     """
     choice = backend or BACKEND
     if choice not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {choice!r}")
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if choice == "auto":
-        return "triton" if tensors[0].is_cuda and not needs_grad else "torch"
-    if choice == "triton" and needs_grad:
+        return "triton" if tensors[0].is_cuda and not needs_grad(*tensors) else "torch"
+    if choice == "triton" and not backward and needs_grad(*tensors):
         raise RuntimeError(
-            "backend='triton': these kernels have no backward pass; use torch.no_grad(), or backend='torch'"
+            "backend='triton': this op's kernels have no backward pass; use torch.no_grad(), or backend='torch'"
         )
     if choice == "triton" and not tensors[0].is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
             f"backend='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got one on {tensors[0].device}"
         )
     return choice
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def attention(
@@ -87,10 +91,12 @@ def attention(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps), statistic in float32, cast to x's dtype, then times weight. x [..., D]."""
-    if choose_backend(backend, x, weight) == "torch":
+    if choose_backend(backend, x, weight, backward=True) == "torch":
         return reference.rms_norm(x, weight, eps)
     from . import rms_norm_triton
 
+    if needs_grad(x, weight):
+        return rms_norm_triton.RMSNorm.apply(x, weight, eps)
     return rms_norm_triton.rms_norm(x, weight, eps)
 
 
@@ -98,10 +104,12 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """residual + x, and the RMSNorm of it. x, residual [..., D]. Returns (normed, residual + x)."""
-    if choose_backend(backend, x, residual, weight) == "torch":
+    if choose_backend(backend, x, residual, weight, backward=True) == "torch":
         return reference.add_rms_norm(x, residual, weight, eps)
     from . import rms_norm_triton
 
+    if needs_grad(x, residual, weight):
+        return rms_norm_triton.AddRMSNorm.apply(x, residual, weight, eps)
     return rms_norm_triton.add_rms_norm(x, residual, weight, eps)
 
 
