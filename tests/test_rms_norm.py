@@ -165,7 +165,7 @@ def test_gradients_of_a_long_batch(device, generator):
         check_gradients(ours, torchs, exact, tensors, generator)
 
 
-# -------------------------------------------------------------------------------------------------- on a card
+# ------------------------------------------------------------------------------------------------------ on a card
 
 
 @pytest.mark.gpu

@@ -145,10 +145,12 @@ def linear_add(
 
 def silu_mul(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     """silu(gate) * up, where gate is the first half of the last dimension. [..., 2F] -> [..., F]."""
-    if choose_backend(backend, gate_up) == "torch":
+    if choose_backend(backend, gate_up, backward=True) == "torch":
         return reference.silu_mul(gate_up)
     from . import activation_triton
 
+    if needs_grad(gate_up):
+        return activation_triton.SiluMul.apply(gate_up)
     return activation_triton.silu_mul(gate_up)
 
 
@@ -188,8 +190,9 @@ def linear_silu_mul(
 
     On Triton `fused` chooses one kernel (True) or torch's product followed by `silu_mul` (False). None is
     False: at K = 3072 the fused kernel must reach 89 % of cuBLAS's speed to win, which is yet to be measured.
+    It has no gradient.
     """
-    if choose_backend(backend, x, gate_up_weight) == "torch":
+    if choose_backend(backend, x, gate_up_weight, backward=not fused) == "torch":
         return reference.linear_silu_mul(x, gate_up_weight)
     if not fused:
         return silu_mul(F.linear(x, gate_up_weight), backend="triton")
@@ -216,12 +219,15 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None 
 
     q [T, N, H], k [T, Nkv, H], either of them without heads where only the other is to be turned; cos, sin
     [T, H / 2], already scaled, one row a token; cast to q's dtype first.
-    When no gradient is needed q and k may be written over; use what is returned.
+    When no gradient is needed q and k may be written over; use what is returned. The kernel carries no gradient
+    by cos and sin.
     """
-    if choose_backend(backend, q, k, cos, sin) == "torch":
+    if choose_backend(backend, q, k, cos, sin, backward=not needs_grad(cos, sin)) == "torch":
         return reference.rope(q, k, cos, sin)
     from . import rope_triton
 
+    if needs_grad(q, k):
+        return rope_triton.Rope.apply(q, k, cos, sin)
     rope_triton.rope_(q, k, cos, sin)
     return q, k
 
