@@ -79,10 +79,11 @@ def attention(
         raise ValueError("cu_seqlens_q and max_seqlen_q go together")
     if cu_seqlens_q is None and q.shape[0] != k.shape[0]:
         raise ValueError(f"{q.shape[0]} queries but {k.shape[0]} keys: cu_seqlens_q is needed")
-    if choose_backend(backend, q, k, v) == "triton":
-        from . import attention_triton
+    if choose_backend(backend, q, k, v, backward=True) == "triton":
+        from . import attention_backward_triton, attention_triton
 
-        return attention_triton.attention(q, k, v, cu_seqlens, max_seqlen, causal, scale, cu_seqlens_q, max_seqlen_q)
+        op = attention_backward_triton.Attention.apply if needs_grad(q, k, v) else attention_triton.attention
+        return op(q, k, v, cu_seqlens, max_seqlen, causal, scale, cu_seqlens_q, max_seqlen_q)
     return reference.attention(
         q, k, v, cu_seqlens, max_seqlen,
         causal=causal, scale=scale, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
