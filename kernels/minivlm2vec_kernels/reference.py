@@ -98,8 +98,12 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
 
 
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-    """residual + x W^T (+ bias); writes over `residual` when no gradient is needed."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, residual)):
+    """residual + x W^T (+ bias); writes over `residual` where gradients are disabled.
+
+    Where they are enabled it does not, even if none of the tensors needs one: activations that are computed again
+    in the backward pass (checkpointing) start from a residual that needs no gradient but must still be there.
+    """
+    if torch.is_grad_enabled():
         return residual + F.linear(x, weight, bias)
     if bias is not None:
         residual.add_(bias)
