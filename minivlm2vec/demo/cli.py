@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> int:
     dataset = Dataset(bundled() / "MMEB-eval")
     material = read_material(dataset)
     results, times = answer_all(embedder, material, dataset.images, load=load, show_progress=progress)
-    print(tables.render(results, times, material))
     page.write(args.out, results, times, material, dataset.images, model=args.model, device=str(embedder.device))
+    print(tables.render(results, times, material))
     print(f"With pictures: {args.out} ({args.out.stat().st_size / 1e6:.1f} MB). All of it took "
           f"{time.perf_counter() - start:.1f} s on {embedder.device}.")  # fmt: skip
     print(f"Next: {_next(args)}")

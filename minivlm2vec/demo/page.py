@@ -12,9 +12,9 @@ from ..mmeb.dataset import Images, Pair
 from ..mmeb.mini.sources import PACKAGES
 from .answers import Answer, Result, Times
 from .questions import Kind, Material, shown
-from .tables import CONCEPTS, STYLE, query_name, summary_cells, told
+from .tables import WHAT_IS_SEEN, query_name, summary_cells, told
 
-NEAREST = 5  # answers of a question on the page
+CARDS = 6  # answers of a question on the page
 TYPES = {".webp": "image/webp", ".png": "image/png"}
 
 
@@ -44,16 +44,16 @@ def _intro(results: Sequence[Result], times: Times, material: Material, images: 
     return (
         f"<header><div><h1>What {escape(model)} finds in {times.pictures} emoji</h1>"
         "<p>Text, an image, or both become one vector; the nearest vector is the answer. "
-        f"{STYLE}</p></div></header>\n"
+        f"{WHAT_IS_SEEN}</p></div></header>\n"
         f'<div class="strip">{strip}</div>\n'
         '<div class="scores"><table><thead><tr><th>Nearest answer is right</th><th>Concepts</th><th>Questions</th>'
-        '<th>Candidates</th><th colspan="2">P@1</th><th>95%</th><th>Chance</th></tr></thead>\n'
+        "<th>Candidates</th><th>P@1</th><th></th><th>95%</th><th>Chance</th></tr></thead>\n"
         f"<tbody>{rows}</tbody></table></div>\n<p>{escape(told(times))}</p>\n"
     )
 
 
 def _summary_row(result: Result) -> str:
-    kind, concepts, questions, candidates, precision, interval, chance = map(escape, summary_cells(result))
+    kind, concepts, questions, candidates, precision, interval, chance = map(_arrow, summary_cells(result))
     bar = f'<meter min="0" max="100" value="{result.precision:.1f}"></meter>'
     return (
         f"<tr><td>{kind}</td><td>{concepts}</td><td>{questions}</td><td>{candidates}</td><td><b>{precision}</b></td>"
@@ -64,11 +64,11 @@ def _summary_row(result: Result) -> str:
 def _section(kind: Kind, results: Sequence[Result], material: Material, images: Images) -> str:
     """One kind: for each set, some questions and what is nearest to them."""
     instruction = kind.instruction.removeprefix("<|image_1|>\n").strip().replace("{}", "…")
-    parts = [f"<section><h2>{escape(kind.title)}</h2><p>Instruction: “{escape(instruction)}”</p>\n"]
+    parts = [f"<section><h2>{_arrow(kind.title)}</h2><p>Instruction: “{escape(instruction)}”</p>\n"]
     for result in results:
         *_, precision, _, chance = summary_cells(result)
         parts.append(
-            f"<h3>{escape(CONCEPTS[result.asked.concepts])}<span>P@1 {precision}, chance {chance}, "
+            f"<h3>{result.asked.concepts.capitalize()} concepts<span>P@1 {precision}, chance {chance}, "
             f"{len(result.answers)} questions, {result.candidates} candidates</span></h3>\n"
         )
         parts += [_question(result, result.answers[i], material, images) for i in shown(result.asked)]
@@ -76,14 +76,14 @@ def _section(kind: Kind, results: Sequence[Result], material: Material, images: 
 
 
 def _question(result: Result, answer: Answer, material: Material, images: Images) -> str:
-    """The question, its nearest candidates, and the first right one where it is not among them."""
-    cards = [_card(answer, i, material, images) for i in range(min(NEAREST, len(answer.candidates)))]
-    if not any(answer.is_right(i) for i in range(len(cards))):
-        first = next(i for i in range(len(answer.candidates)) if answer.is_right(i))
-        cards.append(_card(answer, first, material, images))
+    """The question and its nearest candidates; the last gives way to the first right one, where none is among them."""
+    places = list(range(min(CARDS, len(answer.candidates))))
+    if not any(map(answer.is_right, places)):
+        places[-1] = next(i for i in range(len(answer.candidates)) if answer.is_right(i))
+    cards = "".join(_card(answer, i, material, images) for i in places)
     return (
         f'<article><div class="asked">{_asked(result, answer, material, images)}</div>'
-        f'<ol class="found">{"".join(cards)}</ol></article>\n'
+        f'<ol class="found{"" if answer.candidates[0].image else " texts"}">{cards}</ol></article>\n'
     )
 
 
@@ -98,14 +98,18 @@ def _asked(result: Result, answer: Answer, material: Material, images: Images) -
 def _card(answer: Answer, i: int, material: Material, images: Images) -> str:
     """A candidate: its place, its score, what it is."""
     pair, right = answer.candidates[i], answer.is_right(i)
-    name = material.names.get(pair.image, "") if pair.image else ""
     inner = _img(pair, material, images) if pair.image else f'<div class="words">{escape(pair.text)}</div>'
+    name = material.names.get(pair.image, "")
+    caption = f'<div class="caption" title="{escape(name)}">{escape(name)}</div>' if pair.image else ""
     mark = "<em>right</em>" if right else ""
     return (
         f'<li class="card{" right" if right else ""}"><div class="well">{inner}</div><div class="about">'
-        f'<div class="score"><span>{i + 1}</span><b>{answer.scores[i]:.2f}</b>{mark}</div>'
-        f'<div class="caption" title="{escape(name)}">{escape(name)}</div></div></li>'
+        f'<div class="score"><span>{i + 1}</span><b>{answer.scores[i]:.2f}</b>{mark}</div>{caption}</div></li>'
     )
+
+
+def _arrow(text: str) -> str:
+    return escape(text.replace("->", "→"))
 
 
 def _img(pair: Pair, material: Material, images: Images) -> str:

@@ -33,7 +33,7 @@ class Kind:
 
 SEARCH = Kind("Text -> image", INSTRUCTIONS["Emoji-t2i"][0], "t2i")
 NAMING = Kind("Image -> text", INSTRUCTIONS["Emoji-i2t"][0], "i2t")
-GROUNDING = Kind("Image + name -> part of the image", INSTRUCTIONS["Scene-Isolate"][0], "Isolate")
+GROUNDING = Kind("Image + name -> crop", INSTRUCTIONS["Scene-Isolate"][0], "Isolate")
 KINDS = (
     SEARCH,
     NAMING,

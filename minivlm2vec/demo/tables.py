@@ -9,8 +9,10 @@ from .questions import Kind, Material, shown
 WIDTH = 100
 NEAREST = 3  # answers of a question in a table
 HEAD = ("concepts", "question", "right answer is", "nearest")
-CONCEPTS = {"seen": "concepts seen in training (drawn otherwise)", "held-out": "concepts never seen"}
-STYLE = "Every picture is drawn in a style that the bundled model was not trained on."
+WHAT_IS_SEEN = (
+    "Every picture is drawn in a style that the bundled model was not trained on. Seen: concepts that it was trained "
+    "on, in other styles. Held-out: concepts that it was not trained on."
+)
 
 
 def render(results: Sequence[Result], times: Times, material: Material) -> str:
@@ -44,7 +46,7 @@ def summary(results: Sequence[Result]) -> str:
         return "  ".join(padded).rstrip()
 
     lines = [line(head), "-" * len(line(head)), *map(line, body)]
-    return "\n".join([*lines, *textwrap.wrap(STYLE, WIDTH)])
+    return "\n".join([*lines, *textwrap.wrap(WHAT_IS_SEEN, WIDTH)])
 
 
 def summary_cells(result: Result) -> tuple[str, ...]:
