@@ -1,4 +1,4 @@
-"""The answers as text, for a terminal of 100 columns."""
+"""The answers as text, for a terminal of 110 columns."""
 
 import textwrap
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from .answers import Answer, Result, Times
 from .questions import Kind, Material, shown
 
-WIDTH = 100
+WIDTH = 110
 NEAREST = 3  # answers of a question in a table
 HEAD = ("concepts", "question", "right answer is", "nearest")
 WHAT_IS_SEEN = (
@@ -27,7 +27,7 @@ def kind_table(kind: Kind, results: Sequence[Result], material: Material) -> str
     """Some questions of one kind, with the nearest answers."""
     asked = [(result, i) for result in results for i in shown(result.asked)]
     rows = [HEAD[:3], *(_cells(result, i, material) for result, i in asked)]
-    widths = [_width(column, most) for column, most in zip(zip(*rows, strict=True), (8, 34, 30), strict=True)]
+    widths = [_width(column, most) for column, most in zip(zip(*rows, strict=True), (8, 36, 30), strict=True)]
     starts = ["  " + "  ".join(map(_fill, row, widths)) + "  " for row in rows]
     nearest = [_nearest(result.answers[i], material, WIDTH - len(starts[0])) for result, i in asked]
     instruction = kind.instruction.removeprefix("<|image_1|>\n").strip().replace("{}", "...")
@@ -64,7 +64,7 @@ def summary_cells(result: Result) -> tuple[str, ...]:
 
 def told(times: Times) -> str:
     """The times, as sentences."""
-    parts = [f"model loaded in {times.load:.1f} s", _rate(times.pictures, "pictures", times.embed_pictures)]
+    parts = [f"Model loaded in {times.load:.1f} s", _rate(times.pictures, "pictures", times.embed_pictures)]
     if times.others:
         parts.append(_rate(times.others, "questions and other candidates", times.embed_others))
     parts.append(f"one text query among {times.pictures} pictures answered in {1000 * times.query:.1f} ms")
@@ -86,7 +86,7 @@ def _cells(result: Result, index: int, material: Material) -> tuple[str, str, st
     answer = result.answers[index]
     query = query_name(result, answer, material)
     right = material.name(next(pair for pair in answer.candidates if pair in answer.question.right))
-    told = "" if right.strip("[]") == query.strip("[]") else f"{right}: "
+    told = "" if right.strip("[]") == query.strip("[]") else f"{_cut(right, 18)}: "
     return result.asked.concepts, query, f"{told}{place(answer)}"
 
 
