@@ -239,7 +239,8 @@ def _find_subsets(root: Path) -> dict[str, Subset]:
 def _subset(name: str, about: dict | None) -> Subset:
     if about is not None:
         task = about.get("meta_task", "other")
-        return Subset(name, task if task in subsets.META_TASKS else "other", about.get("domain", ""))
+        task = task if task in subsets.META_TASKS else "other"
+        return Subset(name, task, about.get("domain", ""), about.get("averaged", True))
     return subsets.MMEB.get(name, Subset(name, "other", ""))
 
 
