@@ -251,7 +251,7 @@ def _files(folder: Path) -> list[Path]:
 def _read(folder: Path, limit: int | None) -> Iterator[dict[str, Any]]:
     number = 0
     for path in _files(folder):
-        for row in read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path):
+        for row in read_jsonl(path) if path.suffix == ".jsonl" else read_parquet(path):
             if number == limit:
                 return
             number += 1
@@ -268,7 +268,8 @@ def read_jsonl(path: Path) -> Iterator[Any]:
                 raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
 
 
-def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file. Raises ValueError where it cannot be read."""
     parquet = import_pyarrow().parquet
     try:
         file = parquet.ParquetFile(path)
