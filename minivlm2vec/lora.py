@@ -24,11 +24,11 @@ from minivlm2vec_kernels import ops
 
 from .errors import CheckpointError
 from .linear import Linear
-from .weights import drop_prefixes, keys_of
+from .weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, drop_prefixes, keys_of
 
 M = TypeVar("M", bound=nn.Module)
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+CONFIG, WEIGHTS, PREFIX = ADAPTER_CONFIG, ADAPTER_WEIGHTS, "base_model.model."
 # What VLM2Vec adapts: all of the decoder's matrices and the attention of the tower.
 TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "out_proj")
 # Keys of adapter_config.json that change nothing in how finished tensors are used.
