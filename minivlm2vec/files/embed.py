@@ -100,13 +100,14 @@ def _embed(args: argparse.Namespace, ranks: Ranks) -> int:
         todo = _todo(parts)
         if todo is not None:
             _compute(_join(args, parts), todo, ranks)
-            ranks.barrier()
+        ranks.barrier()
         return DONE
     with parts.locked():
         job = _begin(args, parts)
         if _is_complete(job):
             _write_todo(parts, None)
             ranks.barrier()
+            ranks.barrier()  # now all have read it
             return _report_complete(job)
         todo = _unfinished(job)
         _write_todo(parts, todo)
