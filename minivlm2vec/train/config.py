@@ -98,7 +98,7 @@ class TrainConfig:
     Fields:
         model: the checkpoint to begin from, a folder or Hub name.
         out: the folder for checkpoints, logs and pictures.
-        freeze: names of modules that stay as they are, such as "vision".
+        freeze: names of modules that stay as they are, such as "vision". With [lora] they get no adapter.
         gradient_checkpointing: layers are computed again in the backward pass instead of kept.
         distributed: what several processes use: "ddp", or "fsdp" (fully_shard), which splits the model too.
         lora: a [lora] table of PEFT's names trains adapters alone; without one, everything is trained.
@@ -199,8 +199,3 @@ def _check(c: TrainConfig) -> None:
             raise ValueError(f"{name} is {value!r}; it is {' or '.join(map(repr, allowed))}")
     if c.optim.batch_size % c.data.sub_batch:
         raise ValueError(f"optim.batch_size {c.optim.batch_size} is no multiple of data.sub_batch {c.data.sub_batch}")
-    if c.lora is not None and c.freeze:
-        raise ValueError("freeze and [lora] are both given; adapters alone are trained, on the modules of "
-                         "lora.target_modules")  # fmt: skip
-    if c.lora is not None and c.distributed == "fsdp":
-        raise ValueError("distributed is 'fsdp' with [lora]; adapters are small, use 'ddp'")
