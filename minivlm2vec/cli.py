@@ -57,6 +57,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, positional: bool = F
         parser.add_argument(
             "--model", default="TIGER-Lab/VLM2Vec-Full", help='folder, Hub name, or "mini" (%(default)s)'
         )
+    parser.add_argument("--adapter", metavar="NAME", help="a LoRA or DoRA in PEFT's format: folder or Hub name")
     parser.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
     parser.add_argument("--num-crops", type=int, help="the most crops an image is cut into (default: the checkpoint's)")
@@ -73,6 +74,7 @@ def load_embedder(args: argparse.Namespace, **options: Any):
 
     return Embedder.from_pretrained(
         args.model,
+        adapter=args.adapter,
         device=args.device,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         num_crops=args.num_crops,

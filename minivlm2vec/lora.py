@@ -10,7 +10,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,17 +24,17 @@ from minivlm2vec_kernels import ops
 
 from .errors import CheckpointError
 from .linear import Linear
-from .weights import drop_prefixes, keys_of
+from .weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, drop_prefixes, keys_of
 
 M = TypeVar("M", bound=nn.Module)
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+CONFIG, WEIGHTS, PREFIX = ADAPTER_CONFIG, ADAPTER_WEIGHTS, "base_model.model."
 # What VLM2Vec adapts: all of the decoder's matrices and the attention of the tower.
 TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "out_proj")
 # Keys of adapter_config.json that change nothing in how finished tensors are used.
 IRRELEVANT = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config",
+    "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config",
     "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
 # These beginnings change the base's weights too, so their adapters fit a base that nobody has stored.
@@ -50,6 +50,7 @@ class LoraConfig:
         r, lora_alpha: rank and scale; what B A gives is multiplied by lora_alpha / r.
         lora_dropout: of an adapter's input, while training.
         target_modules: ends of the checkpoint's module names; or one regular expression for whole names.
+        exclude_modules: the same, of modules that get no adapter although target_modules fits them.
         use_dora: see the top of this file.
         use_rslora: lora_alpha / sqrt(r) instead.
         rank_pattern, alpha_pattern: other r and lora_alpha for the modules whose names end in a regular expression.
@@ -61,6 +62,7 @@ class LoraConfig:
     lora_alpha: float = 64
     lora_dropout: float = 0.1
     target_modules: tuple[str, ...] | str = TARGETS
+    exclude_modules: tuple[str, ...] | str = ()
     use_dora: bool = False
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -86,23 +88,19 @@ class LoraConfig:
             raise CheckpointError(f"{path} describes no LoRA: peft_type is not 'LORA'")
         _refuse_unsupported(path, raw)
         known = {k: raw[k] for k in cls.__dataclass_fields__ if raw.get(k) is not None}
-        if isinstance(known.get("target_modules"), list):
-            known["target_modules"] = tuple(known["target_modules"])
+        known |= {k: tuple(v) for k, v in known.items() if isinstance(v, list)}
         try:
             return cls(**known)
         except (TypeError, ValueError) as e:
             raise CheckpointError(f"{path}: {e}") from None
 
     def to_json(self, base_model: str | None = None) -> str:
-        targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
         raw = {"peft_type": "LORA", "base_model_name_or_path": base_model, "bias": "none", "inference_mode": True}
-        return json.dumps(raw | asdict(self) | {"target_modules": targets}, indent=2) + "\n"
+        return json.dumps(raw | asdict(self), indent=2) + "\n"
 
     def targets(self, key: str) -> bool:
         """Whether the checkpoint's module of that name is adapted; the rules are PEFT's."""
-        if isinstance(self.target_modules, str):
-            return re.fullmatch(self.target_modules, key) is not None
-        return any(key == t or key.endswith(f".{t}") for t in self.target_modules)
+        return _fits(self.target_modules, key) and not _fits(self.exclude_modules, key)
 
     def rank(self, key: str) -> int:
         return _by_pattern(self.rank_pattern, key, self.r)
@@ -212,14 +210,17 @@ class AdaptedLinear(Linear):
 def add_lora(model: M, config: LoraConfig, *, generator: torch.Generator | None = None) -> M:
     """Freezes the model and puts new adapters on the modules that `config` targets. Returns the model.
 
-    generator: for A's first numbers, on the CPU. Raises ValueError where a target fits no module.
+    generator: for A's first numbers, on the CPU. Raises ValueError where a target fits no module, or all are excluded.
     """
-    places = {key: place for key, place in _places(model).items() if config.targets(key)}
-    unused = [] if isinstance(config.target_modules, str) else [
-        t for t in config.target_modules if not any(k == t or k.endswith(f".{t}") for k in places)
-    ]  # fmt: skip
-    if unused or not places:
-        raise ValueError(f"target_modules: no module fits {', '.join(unused) or config.target_modules}")
+    places = _places(model)
+    targets = config.target_modules
+    each = {targets: targets} if isinstance(targets, str) else {t: (t,) for t in targets}
+    unused = [name for name, one in each.items() if not any(_fits(one, key) for key in places)]
+    if unused:
+        raise ValueError(f"target_modules: no module fits {', '.join(unused)}")
+    places = {key: place for key, place in places.items() if config.targets(key)}
+    if not places:
+        raise ValueError("exclude_modules: no module is left for an adapter")
     model.requires_grad_(False)
     for key, place in places.items():
         linear = model.get_submodule(place.module)
@@ -227,6 +228,15 @@ def add_lora(model: M, config: LoraConfig, *, generator: torch.Generator | None 
         A, B = _first_A(r, K, config.init_lora_weights, generator), torch.zeros(n, r)
         _attach(model, key, place, A, B, None, config)
     return model
+
+
+def exclude_frozen(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """The configuration that also excludes the modules whose weights are frozen in the model, by their full names."""
+    targets = {k: model.get_submodule(p.module) for k, p in _places(model).items() if _fits(config.target_modules, k)}
+    if all(layer.weight.requires_grad for layer in targets.values()):
+        return config
+    kept = {k for k, layer in targets.items() if config.targets(k) and layer.weight.requires_grad}
+    return replace(config, exclude_modules=tuple(k for k in targets if k not in kept))
 
 
 def load_adapter(model: M, folder: str | Path) -> M:
@@ -270,11 +280,19 @@ def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, *, ba
 
     base_model: what the adapters belong to, a folder or a Hub name, for the config.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {PREFIX + name: t.detach().contiguous() for name, t in adapter_tensors(model)}
+    tensors = {name: t.detach() for name, t in adapter_tensors(model)}
     if not tensors:
         raise ValueError("the model has no adapter to write")
+    write_adapter(tensors, folder, config, base_model=base_model)
+
+
+def write_adapter(
+    tensors: dict[str, Tensor], folder: str | Path, config: LoraConfig, *, base_model: str | None = None
+) -> None:
+    """`save_adapter` of tensors as `adapter_tensors` names them."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {PREFIX + name: t.contiguous() for name, t in tensors.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(config.to_json(base_model), encoding="utf-8")
 
@@ -387,6 +405,13 @@ def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
     for key in raw.keys() - known:
         if raw[key]:
             raise CheckpointError(f"{path}: {key} is {raw[key]!r}, which is not supported")
+
+
+def _fits(modules: tuple[str, ...] | str, key: str) -> bool:
+    """Whether a module's name ends in one of these; a str is a regular expression for all of it. As in PEFT."""
+    if isinstance(modules, str):
+        return re.fullmatch(modules, key) is not None
+    return any(key == m or key.endswith(f".{m}") for m in modules)
 
 
 def _by_pattern(patterns: dict[str, Any], key: str, default: Any) -> Any:

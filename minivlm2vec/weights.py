@@ -4,6 +4,7 @@ A checkpoint is never unpickled. Tensors are mapped, cast and copied one at a ti
 again before the next tensor, so loading needs the model's own memory and little more.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -39,11 +40,17 @@ RULES = (
 DROPPED = ("lm_head.", _CLIP + "post_layernorm.", _CLIP + "embeddings.position_ids")
 FUSED = ("q_proj", "k_proj", "v_proj")  # of the tower: rows of qkv_proj, in this order
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+<<<<<<< HEAD
 FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json", "tokenizer.json",
          "tokenizer_config.json", "adapter_config.json"]  # fmt: skip
 MINI = Path(__file__).parent / "mini"  # the bundled checkpoint
 
 log = logging.getLogger("minivlm2vec")
+=======
+CONFIGS = ("config.json", "preprocessor_config.json", "tokenizer.json")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
+FILES = ["*.safetensors", "*.safetensors.index.json", *CONFIGS, "tokenizer_config.json", ADAPTER_CONFIG]
+>>>>>>> rest
 
 
 @dataclass(frozen=True)
@@ -209,6 +216,38 @@ def drop_prefixes(config: VLM2VecConfig) -> tuple[str, ...]:
     return (*DROPPED, f"{_CLIP}encoder.layers.{config.vision.num_hidden_layers - 1}.")
 
 
+def fingerprint(folder: str | Path, *, adapter: bool = False) -> str:
+    """Which checkpoint, or which adapter, a folder holds, told in a fraction of a second for 8 GB of weights.
+
+    sha256 of the configuration files, and of name, shape, dtype and the first and last row of every tensor. The same
+    for any sharding. Two fine-tunes of one model differ in it, as training moves whole tensors; it is no defence
+    against someone who makes two checkpoints alike on purpose.
+    """
+    folder, digest = Path(folder), hashlib.sha256()
+    for name in (ADAPTER_CONFIG,) if adapter else CONFIGS:
+        path = folder / name
+        digest.update(name.encode() + (hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b"-"))
+    by_file: dict[Path, list[str]] = defaultdict(list)
+    for source in _read_header(folder / ADAPTER_WEIGHTS) if adapter else read_headers(folder):
+        by_file[source.file].append(source.key)
+    ends: dict[str, bytes] = {}
+    for file, keys in by_file.items():
+        with safe_open(file, framework="pt") as f:
+            ends |= {key: _ends(f.get_slice(key)) for key in keys}
+    for key in sorted(ends):
+        digest.update(key.encode() + ends[key])
+    return digest.hexdigest()
+
+
+def _ends(tensor) -> bytes:
+    """Shape, dtype, first and last row of a tensor in a file."""
+    head = f"{tensor.get_shape()}{tensor.get_dtype()}".encode()
+    if 0 in tensor.get_shape() or not tensor.get_shape():
+        return head
+    rows = torch.cat([tensor[:1], tensor[-1:]]).contiguous()
+    return head + rows.view(torch.uint8).numpy().tobytes()
+
+
 def read_headers(folder: str | Path) -> list[Source]:
     """Every tensor of the folder's safetensors files, by their headers. Checks that each file is whole."""
     folder = Path(folder)
@@ -236,6 +275,8 @@ def read_headers(folder: str | Path) -> list[Source]:
 
 
 def _read_header(file: Path) -> list[Source]:
+    if not file.is_file():
+        raise CheckpointError(f"{file} does not exist")
     size = file.stat().st_size
     with open(file, "rb") as f:
         start = f.read(64)

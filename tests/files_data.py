@@ -9,15 +9,30 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from minivlm2vec.cli import main
+from minivlm2vec.lora import LoraConfig, add_lora, save_adapter
 from minivlm2vec.new_checkpoint import new_checkpoint
+from minivlm2vec.weights import load_model
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     return new_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", preset="tiny")
+
+
+def make_adapter(checkpoint: Path, folder: Path, seed: int = 0, **options) -> Path:
+    """An adapter of random numbers, which changes every vector."""
+    config, generator = LoraConfig(r=2, **options), torch.Generator().manual_seed(seed)
+    model = add_lora(load_model(checkpoint), config, generator=generator)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("lora_B"):
+                p.normal_(0, 0.005, generator=generator)
+    save_adapter(model, folder, config)
+    return folder
 
 
 def save_pictures(folder: Path, names, seed: int = 0) -> None:

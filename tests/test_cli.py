@@ -8,6 +8,7 @@ from PIL import Image
 from minivlm2vec import Embedder
 from minivlm2vec.cli import main
 
+from .files_data import make_adapter
 from .golden import FIXTURES, Case, synth_image, tokenizer_file
 
 
@@ -42,6 +43,19 @@ def test_similarity_sorts_targets(folder, picture, capsys):
     expected = e.similarity(e.encode(["a cat"]), e.encode(["a dog", "a\ncat", image]))[0]
     by_target = {t["target"]: t["score"] for t in out["targets"]}
     assert list(map(by_target.get, ["a dog", "a\ncat", str(picture)])) == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_an_adapter_changes_the_scores(folder, tmp_path, capsys):
+    adapter = make_adapter(folder, tmp_path / "adapter")
+    args = ["similarity", "--model", str(folder), "--device", "cpu", "--json", "--query-text", "a cat",
+            "--target-text", "a dog"]  # fmt: skip
+    e = Embedder.from_pretrained(folder, adapter=adapter, device="cpu", show_progress=False)
+    scores = []
+    for more in ([], ["--adapter", str(adapter)]):
+        assert main([*args, *more]) == 0
+        scores.append(json.loads(capsys.readouterr().out)["targets"][0]["score"])
+    assert scores[1] == pytest.approx(float(e.similarity(*e.encode(["a cat", "a dog"])[:, None])[0, 0]), abs=1e-6)
+    assert abs(scores[0] - scores[1]) > 1e-4
 
 
 def test_similarity_on_a_photograph_gives_the_golden_number(tmp_path, capsys):

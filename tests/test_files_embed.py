@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from minivlm2vec import Embedder, prompts
 from minivlm2vec.files import embed as embed_module
 from minivlm2vec.files.vectors import open_vectors, read_meta
 
-from .files_data import checkpoint, left_behind, read_jsonl, run, save_pictures, write_jsonl
+from .files_data import checkpoint, left_behind, make_adapter, read_jsonl, run, save_pictures, write_jsonl
 
 __all__ = ["checkpoint"]
 TESTS = Path(__file__).parent
@@ -274,8 +275,8 @@ def stop_after(monkeypatch):
     def set_limit(limit):
         written = []
 
-        def limited(self, result, dtype):
-            write(self, result, dtype)
+        def limited(self, result, *more):
+            write(self, result, *more)
             written.append(result.number)
             if limit is not None and len(written) >= limit:
                 raise Stop
@@ -298,12 +299,15 @@ def interrupted(stop_after, source, out, checkpoint, *more) -> None:
     ("option", "value", "word"),
     [("--num-crops", 2, "num_crops is 4 there and 2 now"), ("--instruction", "Other.", "instruction"),
      ("--store", "float16", "stored_as"), ("--part-rows", 5, "part_rows is 4 there and 5 now"),
-     ("--model", None, "checkpoint")],
+     ("--model", None, "checkpoint"), ("--adapter", None, "adapter is None there and ")],
 )  # fmt: skip
 def test_refuses_to_go_on_with_other_settings(pictures, checkpoint, tmp_path, stop_after, option, value, word):
     from minivlm2vec.new_checkpoint import new_checkpoint
 
-    value = value or new_checkpoint(tmp_path / "other", seed=1)
+    if value is None:
+        make = {"--model": lambda: new_checkpoint(tmp_path / "other", seed=1),
+                "--adapter": lambda: make_adapter(checkpoint, tmp_path / "adapter")}  # fmt: skip
+        value = make[option]()
     out = tmp_path / "out.npy"
     interrupted(stop_after, pictures, out, checkpoint)
     code, err = embed(pictures, out, checkpoint, option, value)
@@ -315,6 +319,38 @@ def test_refuses_to_go_on_with_other_settings(pictures, checkpoint, tmp_path, st
     assert not left_behind(tmp_path)
     code, err = embed(pictures, out, checkpoint, option, value, "--overwrite")
     assert code == 3 and read_meta(out)["settings"] != settings and not left_behind(tmp_path)
+
+
+def test_adapters_are_told_apart(checkpoint, tmp_path, stop_after):
+    """With an adapter the vectors are the merged model's, and a run goes on with that adapter alone."""
+    source = write_jsonl(tmp_path / "items.jsonl", [{"text": f"row {i}"} for i in range(12)])
+    one, other = (make_adapter(checkpoint, tmp_path / f"adapter{i}", seed=i) for i in range(2))
+    out = tmp_path / "out.npy"
+    interrupted(stop_after, source, out, checkpoint, "--adapter", one)
+    for wrong in (["--adapter", other], []):
+        code, err = embed(source, out, checkpoint, *wrong)
+        assert code == 1 and "adapter is " in err and "checkpoint" not in err
+    code, err = embed(source, out, checkpoint, "--adapter", one)
+    assert code == 0 and "2 of 3 parts are finished" in err
+    adapted = Embedder.from_pretrained(checkpoint, adapter=one, device="cpu", show_progress=False)
+    got, texts = np.load(out), [f"row {i}" for i in range(12)]
+    assert np.abs(got - adapted.encode(texts)).max() < TOLERANCE
+    embed(source, tmp_path / "plain.npy", checkpoint)
+    assert np.abs(got - np.load(tmp_path / "plain.npy")).max() > 100 * TOLERANCE
+    assert read_meta(out)["model"]["adapter"] == str(one)
+    code, err = embed(source, tmp_path / "none.npy", checkpoint, "--adapter", checkpoint)
+    assert code == 1 and "adapter_model.safetensors does not exist" in err
+
+
+def test_a_run_goes_on_with_another_number_of_threads_and_says_so(checkpoint, tmp_path, stop_after):
+    source, out = write_jsonl(tmp_path / "items.jsonl", [{"text": f"row {i}"} for i in range(12)]), tmp_path / "out.npy"
+    interrupted(stop_after, source, out, checkpoint)
+    torch.set_num_threads(2)
+    code, err = embed(source, out, checkpoint)
+    assert code == 0 and "2 of 3 parts are finished" in err and "computed in part with" in err
+    told = read_meta(out)["computed_with"]
+    assert [f"{n} threads, torch kernels" in t for n, t in enumerate(told, 1)] == [True, True]
+    assert embed(source, out, checkpoint)[0] == 0  # it is finished, whoever asks
 
 
 def test_a_finished_file_is_left_alone(pictures, checkpoint, tmp_path):
@@ -449,28 +485,15 @@ def test_a_foreign_file_is_not_overwritten(checkpoint, tmp_path):
 
 
 def test_two_ranks_of_torchrun_make_the_same_file(pictures, checkpoint, tmp_path):
-    argv = [
-        "-m",
-        "minivlm2vec",
-        "embed",
-        str(pictures),
-        "--model",
-        str(checkpoint),
-        "--device",
-        "cpu",
-        "--part-rows",
-        "3",
-    ]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    two = subprocess.run(
-        [sys.executable, *torchrun, *argv, "-o", tmp_path / "two.npy"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    argv = ["embed", str(pictures), "--model", str(checkpoint), "--device", "cpu", "--part-rows", "3"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "minivlm2vec", *argv, "-o", tmp_path / "two.npy"]
+    two, again = (subprocess.run(command, env=environment(), capture_output=True, text=True) for _ in range(2))
     assert "rank 0 of 2" in two.stderr and (tmp_path / "two.npy").exists(), two.stderr[-3000:]
-    one = subprocess.run([sys.executable, *argv, "-o", tmp_path / "one.npy"], env=environment(), capture_output=True)
-    assert one.returncode == 3
+    assert "is finished already" in again.stderr and "rank 0 of 2" not in again.stderr
+    for done in (two, again):  # torchrun has no other code for a process that ends with 3
+        assert done.returncode == 1 and set(re.findall(r"exitcode *: (\d+)", done.stderr)) == {"3"}, done.stderr[-3000:]
+    assert run(*argv, "-o", tmp_path / "one.npy")[0] == 3
     for suffix in ("", ".json", ".rows.jsonl", ".errors.jsonl"):
         assert (tmp_path / f"two.npy{suffix}").read_bytes() == (tmp_path / f"one.npy{suffix}").read_bytes()
     assert not left_behind(tmp_path)

@@ -14,7 +14,7 @@ from minivlm2vec.files import vectors as vectors_module
 from minivlm2vec.files.search import nearest, printable, rounding, top_k
 from minivlm2vec.files.vectors import open_vectors
 
-from .files_data import checkpoint, run, save_pictures, write_jsonl
+from .files_data import checkpoint, make_adapter, run, save_pictures, write_jsonl
 
 __all__ = ["checkpoint"]
 
@@ -168,6 +168,19 @@ def test_another_checkpoint_is_refused_unless_forced(collection, tmp_path):
     code, _, err = run("search", collection / "f32.npy", "--text", "x", "--model", other)
     assert code == 1 and "cannot be compared" in err and str(other) in err
     assert search(collection / "f32.npy", "--text", "x", "--model", other, "--force")["hits"]
+
+
+def test_the_adapter_of_the_vectors_is_the_querys(collection, checkpoint, tmp_path):
+    adapter = make_adapter(checkpoint, tmp_path / "adapter")
+    args = ("-o", tmp_path / "out.npy", "--model", checkpoint, "--device", "cpu", "--quiet")
+    assert run("embed", collection / "items.jsonl", *args, "--adapter", adapter)[0] == 3
+    hit = search(tmp_path / "out.npy", "--text", "caption 2", "--instruction", "")["hits"][0]
+    assert hit["columns"]["text"] == "caption 2" and hit["score"] == pytest.approx(1, abs=1e-5)
+    for vectors, model in (("out.npy", [checkpoint]), ("f32.npy", [checkpoint, "--adapter", adapter])):
+        path = next(folder / vectors for folder in (tmp_path, collection) if (folder / vectors).exists())
+        code, _, err = run("search", path, "--text", "x", "--device", "cpu", "--model", *model)
+        assert code == 1 and "cannot be compared" in err and f"{checkpoint} + {adapter} (fingerprint" in err
+        assert search(path, "--text", "x", "--force", "--model", *model)["hits"]
 
 
 def test_a_file_of_other_origin(checkpoint, tmp_path):

@@ -13,11 +13,13 @@ from minivlm2vec.config import VLM2VecConfig
 from minivlm2vec.errors import CheckpointError
 from minivlm2vec.linear import Linear
 from minivlm2vec.lora import (
+    PREFIX,
     AdaptedLinear,
     Adapter,
     LoraConfig,
     Place,
     add_lora,
+    exclude_frozen,
     load_adapter,
     merge_adapter,
     merge_lora,
@@ -202,6 +204,37 @@ def test_an_adapter_of_ours_is_read_by_peft(folder, published, tmp_path):
     merged = theirs.merge_and_unload().state_dict()
     for name, p in merge_lora(model).named_parameters():
         close(name, p, torch.cat([merged[key] for key in keys_of(name)]).view(p.shape), 2e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # as above
+@pytest.mark.parametrize("exclude", [("down_proj",), r".*\.layers\.0\.mlp\..*"])
+def test_excluded_and_frozen_modules_get_no_adapter_here_nor_in_peft(folder, tmp_path, exclude):
+    peft = pytest.importorskip("peft")
+    model = load_model(folder).requires_grad_(True)
+    model.decoder.layers[1].requires_grad_(False)
+    asked = LoraConfig(r=2, exclude_modules=exclude)
+    config = exclude_frozen(asked, model)
+    save_adapter(stir(add_lora(model, config)), tmp_path, config)
+    assert LoraConfig.from_json(tmp_path / "adapter_config.json") == config
+    keys = {n.split(".lora_")[0].removeprefix(PREFIX) for n in load_file(tmp_path / "adapter_model.safetensors")}
+    assert keys and not any(k.startswith("model.layers.1.") or not asked.targets(k) for k in keys)
+    theirs = peft.PeftModel.from_pretrained(skeleton(folder), tmp_path)
+    made = {n.split(".lora_")[0].removeprefix(PREFIX) for n, _ in theirs.named_parameters() if ".lora_A" in n}
+    assert {k for k in made if "encoder.layers.2." not in k} == keys
+    merged = theirs.merge_and_unload().state_dict()
+    for name, p in merge_lora(model).named_parameters():
+        close(name, p, torch.cat([merged[key] for key in keys_of(name)]).view(p.shape), 2e-6)
+
+
+def test_mistaken_targets(folder):
+    with pytest.raises(ValueError, match="target_modules: no module fits q_porj"):
+        add_lora(load_model(folder), LoraConfig(target_modules=("o_proj", "q_porj")))
+    with pytest.raises(ValueError, match="exclude_modules: no module is left"):
+        add_lora(load_model(folder), LoraConfig(target_modules=("o_proj",), exclude_modules=r".*layers.*"))
+    frozen = load_model(folder)
+    assert exclude_frozen(LoraConfig(exclude_modules="x"), frozen.requires_grad_(True)).exclude_modules == "x"
+    with pytest.raises(ValueError, match="exclude_modules: no module is left"):
+        add_lora(frozen, exclude_frozen(LoraConfig(), frozen.requires_grad_(False)))
 
 
 def test_adapters_on_the_model_give_the_merged_models_vectors(folder, published):

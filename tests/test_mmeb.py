@@ -21,6 +21,8 @@ from minivlm2vec.mmeb.encode import Group, Store, as_input, fingerprint
 from minivlm2vec.mmeb.mini import build, bundled
 from minivlm2vec.mmeb.score import METRICS, CollapsedEmbeddings, figures, score_rows
 
+from .files_data import make_adapter
+
 MINI = bundled() / "MMEB-eval"
 
 
@@ -542,6 +544,21 @@ def test_fingerprint_tells_models_apart():
     options = {"max_length": 256}
     one, same, other = (fingerprint(Hashing(d), options, Group()) for d in (4, 4, 5))
     assert one == same != other
+
+
+def test_fingerprint_tells_adapters_apart(tmp_path):
+    """Also one that changes the image tower alone."""
+    from minivlm2vec import Embedder
+    from minivlm2vec.new_checkpoint import new_checkpoint
+
+    folder = new_checkpoint(tmp_path / "m")
+    tower = make_adapter(folder, tmp_path / "tower", target_modules=("out_proj",))
+    both = make_adapter(folder, tmp_path / "both")
+    found = set()
+    for adapter in (None, tower, both):
+        e = Embedder.from_pretrained(folder, adapter=adapter, device="cpu", show_progress=False)
+        found.add(fingerprint(e, {"max_length": 256}, Group()))
+    assert len(found) == 3
 
 
 def test_rows_share_their_pairs():

@@ -1,5 +1,6 @@
 """The server in this process, through HTTP: schemas, errors, equality with the Embedder, real clients."""
 
+import argparse
 import asyncio
 import base64
 import random
@@ -15,8 +16,10 @@ from minivlm2vec import Embedder
 from minivlm2vec.batch import num_image_tokens
 from minivlm2vec.new_checkpoint import new_checkpoint
 from minivlm2vec.serve.app import create_app
+from minivlm2vec.serve.cli import add_arguments, make_server
 from minivlm2vec.serve.service import Limits, Service
 
+from .files_data import make_adapter
 from .serving import Answer, call, data_uri, floats, picture, running, user, wait_for
 
 TOLERANCE = 2e-6  # float32; packs differ, so sums are in another order
@@ -50,6 +53,18 @@ def refused(answer: Answer, status: int, param: str | None = None, code: str | N
 def close(a, b, tolerance: float = TOLERANCE) -> None:
     assert np.shape(a) == np.shape(b)
     assert np.abs(np.asarray(a) - np.asarray(b)).max() <= tolerance
+
+
+def test_a_model_with_an_adapter_is_served_under_the_adapters_name(tmp_path):
+    folder = new_checkpoint(tmp_path / "base")
+    adapter = make_adapter(folder, tmp_path / "adapted")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args([str(folder), "--adapter", str(adapter), "--device", "cpu"])
+    expected = Embedder.from_pretrained(folder, adapter=adapter, device="cpu", show_progress=False).encode(["A cat"])
+    with running(make_server(args).config.app) as server:
+        close(post(server.url, model="adapted", input="A cat").vectors, expected)
+        refused(post(server.url, model="base", input="A cat"), 404, "model", "model_not_found")
 
 
 # OpenAI's side

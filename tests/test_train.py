@@ -104,7 +104,6 @@ def test_values_become_the_fields_types(tmp_path):
         ('model = "m"\nout = "o"\n[data]\nroot = "r"\n[optim]\nsteps = true', "optim.steps is True"),
         ('model = "m"\nout = "o"\n[data]\nroot = "r"\n[optim]\nlr = -1.0', "optim.lr is -1.0"),
         ('model = "m"\nout = "o"\n[data]\nroot = "r"\nsub_batch = 3', "1024 is no multiple of data.sub_batch 3"),
-        ('model = "m"\nout = "o"\nfreeze = ["vision"]\n[data]\nroot = "r"\n[lora]\nr = 2', "freeze and .lora."),
         ('model = "m"\nout = "o"\ndistributed = "tp"\n[data]\nroot = "r"', "'tp'; it is 'ddp' or 'fsdp'"),
         ("model = ", "c.toml: "),
     ],
@@ -455,6 +454,13 @@ def test_pictures_and_tensorboard(base, tmp_path):
     assert list((tmp_path / "b/tensorboard").glob("events.*"))
     for n, p in plain.parameters.items():
         assert torch.equal(p, drawn.parameters[n]), n  # looking changes nothing
+
+
+def test_frozen_modules_get_no_adapter(base, tmp_path):
+    t = trainer(base, tmp_path, lora=LoraConfig(r=2), freeze=("vision", "decoder.layers.0"))
+    assert t.parameters and not any("vision" in n or "layers.0." in n for n in t.parameters)
+    with pytest.raises(ValueError, match="no module 'tower'"):
+        trainer(base, tmp_path, lora=LoraConfig(r=2), freeze=("tower",))
 
 
 def test_freezing_mistakes(base, tmp_path):

@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minivlm2vec.lora import PREFIX, LoraConfig, adapter_tensors, add_lora
 from minivlm2vec.new_checkpoint import new_checkpoint
 from minivlm2vec.train.config import read_config
 from minivlm2vec.train.trainer import Trainer
+from minivlm2vec.weights import load_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 CONFIG = """
 model = "{model}"
 out = "{out}"
-distributed = "{kind}"
+distributed = "{distributed}"
+freeze = {freeze}
 [data]
 root = "{data}"
 sub_batch = 2
@@ -41,7 +44,15 @@ save = 1
 pictures = 2
 picture_rows = 4
 """
-LORA = "[lora]\nr = 2\nuse_dora = true\nlora_dropout = 0.0\n"
+# Rank 3: two processes have shards of different sizes.
+LORA = "[lora]\nr = 3\nuse_dora = true\nlora_dropout = 0.0\n"
+KINDS = {
+    "ddp": ("ddp", [], ""),
+    "fsdp": ("fsdp", [], ""),
+    "ddp-lora": ("ddp", [], LORA),
+    "fsdp-lora": ("fsdp", ["vision.layers.0"], LORA),
+}
+RESUMED = ("fsdp", "fsdp-lora")
 
 
 @pytest.fixture(scope="module")
@@ -70,76 +81,109 @@ def data(tmp_path_factory):
     return root
 
 
-def config_file(tmp_path: Path, name: str, base: Path, data: Path, kind: str, lora: bool) -> Path:
-    path = tmp_path / f"{name}.toml"
-    text = CONFIG.format(model=base, out=tmp_path / name, data=data, kind=kind) + (LORA if lora else "")
-    path.write_text(text)
-    return path
+# Starting processes takes longer than what they do, so each start trains several configurations, one after the other.
+SCRIPT = """
+import sys
+from unittest import mock
+from minivlm2vec.cli import main
+from minivlm2vec.train.config import read_config
+from minivlm2vec.train.trainer import Trainer
+
+class Stopped(Exception):
+    pass
+
+for path in sys.argv[1:]:
+    if not path.startswith("stop:"):
+        assert main(["train", path, "--device", "cpu"]) == 0
+        continue
+    trainer = Trainer(read_config(path[5:]), device="cpu")
+    train_step = trainer.train_step
+    def stop_after_two(prepared):
+        if trainer.step == 2:
+            raise Stopped
+        return train_step(prepared)
+    with mock.patch.object(trainer, "train_step", stop_after_two):
+        try:
+            trainer.run()
+            raise SystemExit("it was not stopped")
+        except Stopped:
+            pass
+"""
 
 
-def torchrun(*what: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *what]
+def torchrun(folder: Path, *configs: str) -> str:
+    """Trains by each of the files in two processes; one that is named "stop:…" for two steps. Returns stdout."""
+    (folder / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    command += [str(folder / "script.py"), *map(str, configs)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
-def train(config: Path) -> subprocess.CompletedProcess:
-    return torchrun("-m", "minivlm2vec", "train", str(config), "--device", "cpu")
+@pytest.fixture(scope="module")
+def runs(base, data, tmp_path_factory):
+    """Folder with <number of processes>-<kind>.toml and what was trained by it; part-<kind> was stopped."""
+    folder = tmp_path_factory.mktemp("runs")
+    for kind, (distributed, freeze, lora) in KINDS.items():
+        for name in (f"1-{kind}", f"2-{kind}", f"part-{kind}"):
+            settings = {"model": base, "out": folder / name, "data": data, "distributed": distributed, "freeze": freeze}
+            (folder / f"{name}.toml").write_text(CONFIG.format(**settings) + lora)
+    stopped = [f"stop:{folder}/part-{kind}.toml" for kind in RESUMED]
+    printed = torchrun(folder, *(folder / f"2-{kind}.toml" for kind in KINDS), *stopped)
+    assert printed.splitlines() == [f"wrote {folder}/2-{kind}/step-000003" for kind in KINDS]
+    return folder
 
 
 def state(out: Path) -> dict[str, torch.Tensor]:
-    folder = max(out.glob("step-*"))
-    tensors = load_file(folder / "training/state.safetensors")
-    return {name: t for name, t in tensors.items() if not name.startswith("random/")}
+    return load_file(max(out.glob("step-*")) / "training/state.safetensors")
 
 
 def log(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("kind", "lora"), [("ddp", False), ("fsdp", False), ("ddp", True)])
-def test_two_processes_equal_one(base, data, tmp_path, kind, lora):
-    Trainer(read_config(config_file(tmp_path, "one", base, data, kind, lora)), device="cpu").run()
-    done = train(config_file(tmp_path, "two", base, data, kind, lora))
-    assert done.returncode == 0, done.stderr[-3000:]
-    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_equal_one(runs, kind):
+    Trainer(read_config(runs / f"1-{kind}.toml"), device="cpu").run()
+    for a, b in zip(log(runs / f"1-{kind}"), log(runs / f"2-{kind}"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
         assert b["hit_rate"] == a["hit_rate"] and b["lr"] == a["lr"]
-    one, two = state(tmp_path / "one"), state(tmp_path / "two")
+    one, two = state(runs / f"1-{kind}"), state(runs / f"2-{kind}")
     assert one.keys() == two.keys()
     for name in one:
         if name.startswith("exp_avg/"):  # sums of gradients, of which Adam's steps keep little but the signs
             scale = float(one[name].abs().max())
             torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-3 * scale + 1e-9, msg=name)
-    assert (tmp_path / "two/pictures/step-000002.png").exists()
-    assert f"wrote {tmp_path / 'two/step-000003'}\n" in done.stdout and done.stdout.count("wrote") == 1
+    assert (runs / f"2-{kind}/pictures/step-000002.png").exists()
 
 
-STOPPED = """
-import sys
-from minivlm2vec.train.config import read_config
-from minivlm2vec.train.trainer import Trainer
+def test_an_adapter_written_by_two_processes_is_whole(base, runs):
+    """Every shard of every tensor, and nothing of the frozen layer."""
+    folder, model = runs / "2-fsdp-lora/step-000003", load_model(base)
+    add_lora(model, LoraConfig.from_json(folder / "adapter_config.json"))
+    trained = {n.removeprefix("parameter/model."): p for n, p in state(runs / "2-fsdp-lora").items()}
+    model.load_state_dict({n: p for n, p in trained.items() if n.startswith(("vision.", "decoder."))}, strict=False)
+    expected, written = dict(adapter_tensors(model)), load_file(folder / "adapter_model.safetensors")
+    assert {PREFIX + name for name in expected} == written.keys()
+    assert any(".layers.1.self_attn.q_proj." in n for n in written)
+    assert not any("vision_model.encoder.layers.0." in n for n in written)
+    for name, p in expected.items():
+        assert torch.equal(written[PREFIX + name], p), name
+        assert p.any(), name  # B was zero
 
-trainer = Trainer(read_config(sys.argv[1]), device="cpu")
-train_step = trainer.train_step
-trainer.train_step = lambda prepared: train_step(prepared) if trainer.step < 2 else sys.exit("stopped")
-trainer.run()
-"""
 
-
-def test_two_processes_go_on_exactly(base, data, tmp_path):
-    whole, part = (config_file(tmp_path, name, base, data, "fsdp", False) for name in ("whole", "part"))
-    assert train(whole).returncode == 0
-    (tmp_path / "stopped.py").write_text(STOPPED)
-    stopped = torchrun(str(tmp_path / "stopped.py"), str(part))
-    assert stopped.returncode != 0 and [r["step"] for r in log(tmp_path / "part")] == [1, 2]
-    with pytest.raises(ValueError, match="was written by 2 processes, these are 1"):
-        Trainer(read_config(part), device="cpu")
-    done = train(part)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (load_file(tmp_path / name / "step-000003/training/state.safetensors") for name in ("whole", "part"))
-    assert one["random/cpu"].shape[0] == 2 and not torch.equal(*one["random/cpu"])
-    assert one.keys() == two.keys() and any(name.startswith("parameter/") for name in one)
-    for name in one:
-        assert torch.equal(one[name], two[name]), name
+def test_two_processes_go_on_exactly(runs):
+    for kind in RESUMED:
+        assert [r["step"] for r in log(runs / f"part-{kind}")] == [1, 2]
+        with pytest.raises(ValueError, match="was written by 2 processes, these are 1"):
+            Trainer(read_config(runs / f"part-{kind}.toml"), device="cpu")
+    torchrun(runs, *(runs / f"part-{kind}.toml" for kind in RESUMED))
+    for kind in RESUMED:
+        whole, part = state(runs / f"2-{kind}"), state(runs / f"part-{kind}")
+        assert whole["random/cpu"].shape[0] == 2 and not torch.equal(*whole["random/cpu"])
+        assert whole.keys() == part.keys() and any(name.startswith("parameter/") for name in whole)
+        for name in whole:
+            assert torch.equal(whole[name], part[name]), (kind, name)

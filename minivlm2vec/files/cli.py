@@ -10,13 +10,15 @@ THAT_OF_VECTORS = "the one that made VECTORS"
 def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Embeds a folder of images or a table, of any size, into one file. It can be killed at any moment: the same "
-        "command goes on, and the file is the same as without the interruption. Row i of OUT is row i of SOURCE; a row "
-        "that cannot be embedded stays empty there, and OUT.errors.jsonl says why."
+        "command goes on, and the file is the same as without the interruption (on another device, or with another "
+        "number of threads, up to rounding, and it says so). Row i of OUT is row i of SOURCE; a row that cannot be "
+        "embedded stays empty there, and OUT.errors.jsonl says why."
     )
     parser.epilog = (
         "Exit codes: 0 all rows have a vector; 1 an error, named on stderr; 2 wrong arguments; 3 finished, some rows "
         "have no vector; 4 stopped at such a row (--strict); 130 interrupted. Several GPUs or hosts with a shared "
-        "folder: torchrun --nproc-per-node N -m minivlm2vec embed …"
+        "folder: torchrun --nproc-per-node N -m minivlm2vec embed … (torchrun itself exits with 1 for every code above "
+        "but 0, and names it as `exitcode`)"
     )
     parser.add_argument("source", metavar="SOURCE",
                         help="a folder of images (with all below it), a .jsonl, .csv, .tsv or .parquet table, or - for "

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from huggingface_hub.utils import tqdm
+
+from minivlm2vec_kernels.ops import choose_backend
 
 from .. import __version__, prompts
 from ..cli import load_embedder
 from ..config import VLM2VecConfig
+from ..embedder import Embedder
 from ..processor import Processor
-from ..weights import resolve
+from ..weights import fingerprint, resolve
 from . import writers
-from .checkpoint import fingerprint
 from .inputs import BadRow, Fields, digest_of
 from .parts import Parts, flush, rename
 from .pipeline import Pipeline
@@ -41,9 +44,11 @@ class Job:
     Fields:
         source: what to read, after spooling; index: what a pass over it told.
         fields: where a row keeps its text and images.
-        settings: everything that decides the vectors' bits and the file's form. A run goes on, and a file counts as
-            finished, only under the same settings.
-        checkpoint: its folder.
+        settings: everything that the command decides about the vectors and the file's form. A run goes on, and a file
+            counts as finished, only under the same settings. What rounds otherwise and no more (the device, its number
+            of threads, the kernels, torch's version) is no setting, so that a run can go on elsewhere: the parts say
+            what they were computed with, see `computed_with`.
+        checkpoint: its folder; adapter: that of the adapter, or None.
         stat: size and time of change of the table before it was read.
     """
 
@@ -55,6 +60,7 @@ class Job:
     fields: Fields
     settings: dict[str, Any]
     checkpoint: Path
+    adapter: Path | None
     stat: tuple[int, int]
 
     @property
@@ -94,13 +100,14 @@ def _embed(args: argparse.Namespace, ranks: Ranks) -> int:
         todo = _todo(parts)
         if todo is not None:
             _compute(_join(args, parts), todo, ranks)
-            ranks.barrier()
+        ranks.barrier()
         return DONE
     with parts.locked():
         job = _begin(args, parts)
         if _is_complete(job):
             _write_todo(parts, None)
             ranks.barrier()
+            ranks.barrier()  # now all have read it
             return _report_complete(job)
         todo = _unfinished(job)
         _write_todo(parts, todo)
@@ -144,8 +151,9 @@ def _join(args: argparse.Namespace, parts: Parts) -> Job:
 def _job(args: argparse.Namespace, parts: Parts, source: Any, index: Index, root: Path, stat: tuple[int, int]) -> Job:
     fields = Fields.choose(index.columns, args.text_column, args.image_column, root)
     checkpoint = resolve(args.model, revision=args.revision, local_files_only=args.local_files_only)
-    settings = _settings(args, checkpoint, fields)
-    return Job(args, Path(args.out), parts, source, index, fields, settings, checkpoint, stat)
+    adapter = resolve(args.adapter, local_files_only=args.local_files_only) if args.adapter else None
+    settings = _settings(args, checkpoint, adapter, fields)
+    return Job(args, Path(args.out), parts, source, index, fields, settings, checkpoint, adapter, stat)
 
 
 def _stat(source: Any) -> tuple[int, int]:
@@ -171,11 +179,12 @@ def _open_source(args: argparse.Namespace, parts: Parts, *, spool: bool = True) 
     return open_table(path), (root or path.parent).absolute()
 
 
-def _settings(args: argparse.Namespace, checkpoint: Path, fields: Fields) -> dict[str, Any]:
+def _settings(args: argparse.Namespace, checkpoint: Path, adapter: Path | None, fields: Fields) -> dict[str, Any]:
     config = VLM2VecConfig.from_json(checkpoint)
     processor = Processor.from_pretrained(checkpoint, config, num_crops=args.num_crops)
     return {
         "checkpoint": fingerprint(checkpoint),
+        "adapter": fingerprint(adapter, adapter=True) if adapter else None,
         "instruction": _instruction(args),
         "num_crops": processor.num_crops,
         "max_length": args.max_length,
@@ -194,10 +203,17 @@ def _settings(args: argparse.Namespace, checkpoint: Path, fields: Fields) -> dic
 
 
 def _model(job: "Job") -> dict[str, str | None]:
-    """Where `search` finds the checkpoint again."""
-    local = Path(job.args.model).expanduser().is_dir()
-    name = str(job.checkpoint.absolute()) if local else job.args.model
-    return {"name": name, "revision": None if local else job.args.revision}
+    """Where `search` finds the checkpoint and the adapter again."""
+    local = _is_folder(job.args.model)
+    return {
+        "name": str(job.checkpoint.absolute()) if local else job.args.model,
+        "revision": None if local else job.args.revision,
+        "adapter": str(job.adapter.absolute()) if job.adapter and _is_folder(job.args.adapter) else job.args.adapter,
+    }
+
+
+def _is_folder(name: str) -> bool:
+    return Path(name).expanduser().is_dir()
 
 
 def _instruction(args: argparse.Namespace) -> str:
@@ -256,7 +272,7 @@ def _refusal(path: Path, old: dict, new: dict, old_source: dict, new_source: dic
 
 
 def _short(name: str, value: Any) -> str:
-    return value[:12] if name == "checkpoint" and value else repr(value)
+    return value[:12] if name in ("checkpoint", "adapter") and value else repr(value)
 
 
 def _is_complete(job: Job) -> bool:
@@ -307,7 +323,7 @@ def _compute(job: Job, todo: list[int], ranks: Ranks) -> None:
     mine = ranks.share(todo)
     if not mine:
         return
-    args = argparse.Namespace(**{**vars(job.args), "model": str(job.checkpoint)})
+    args = argparse.Namespace(**{**vars(job.args), "model": str(job.checkpoint), "adapter": job.adapter})
     args.device = args.device or ranks.device()
     embedder = load_embedder(args, show_progress=ranks.first and not args.quiet)
     rows = sum(_part_size(job, n) for n in mine)
@@ -318,11 +334,19 @@ def _compute(job: Job, todo: list[int], ranks: Ranks) -> None:
             on_bad_row=_BadRows(args.strict, bar), on_rows=bar.update,
         )  # fmt: skip
         for result in pipeline.run(job.rows(mine)):
-            job.parts.write(result, job.dtype)
+            job.parts.write(result, job.dtype, computed_with(embedder))
     watch = pipeline.watch
     if ranks.first and not args.quiet:
         print(f"{rows:,} rows in {watch.elapsed:.1f} s ({rows / watch.elapsed:.1f} rows/s); the model waited for input "
               f"{watch.waited / watch.elapsed:.0%} of the time", file=sys.stderr)  # fmt: skip
+
+
+def computed_with(embedder: Embedder) -> str:
+    """What the last bits of vectors depend on and the settings do not tell."""
+    device, backend = embedder.device, choose_backend(embedder.model.backend, embedder.model.decoder.norm.weight)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return f"torch {torch.__version__}, {hardware}{threads}, {backend} kernels"
 
 
 class _BadRows:
@@ -373,7 +397,11 @@ def _assemble(job: Job) -> int:
         "images": digest_of(head.images for head in heads),
         "rows": job.index.num_rows,
         "bad_rows": len(bad_rows),
+        "computed_with": sorted({head.computed_with for head in heads}),
     }
+    if len(meta["computed_with"]) > 1:
+        print(f"computed in part with {' and in part with '.join(meta['computed_with'])}: vectors differ by rounding "
+              "from those of one of them alone", file=sys.stderr)  # fmt: skip
     lance = job.out.suffix == ".lance"
     arrow = lance or job.out.suffix == ".parquet"
     head = writers.Head(

@@ -27,10 +27,11 @@ except ImportError:  # not on Windows, where two runs into one OUT go unnoticed
 
 @dataclass(frozen=True)
 class PartHead:
-    """What a part file says besides its vectors."""
+    """What a part file says besides its vectors; `computed_with`: see embed.py."""
 
     errors: list[BadRow]
     images: str
+    computed_with: str
 
 
 class Parts:
@@ -80,14 +81,16 @@ class Parts:
         """Numbers of the finished parts, ascending."""
         return sorted(int(p.name[5:13]) for p in self.folder.glob("part-*.safetensors"))
 
-    def write(self, result: Result, dtype: np.dtype) -> None:
-        head = {"errors": json.dumps([vars(bad) for bad in result.errors]), "images": result.images}
+    def write(self, result: Result, dtype: np.dtype, computed_with: str) -> None:
+        errors = json.dumps([vars(bad) for bad in result.errors])
+        head = {"errors": errors, "images": result.images, "computed_with": computed_with}
         write_durably(self._path(result.number), save({"vectors": result.vectors.astype(dtype)}, head))
 
     def head(self, number: int) -> PartHead:
         with self._open(number) as f:
             meta = f.metadata()
-        return PartHead([BadRow(**bad) for bad in json.loads(meta["errors"])], meta["images"])
+        errors = [BadRow(**bad) for bad in json.loads(meta["errors"])]
+        return PartHead(errors, meta["images"], meta["computed_with"])
 
     def vectors(self, number: int) -> np.ndarray:
         """[n, D] in the dtype that they were written in."""

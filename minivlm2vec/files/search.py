@@ -21,8 +21,7 @@ from torch import Tensor
 
 from .. import prompts
 from ..cli import load_embedder
-from ..weights import resolve
-from .checkpoint import fingerprint
+from ..weights import fingerprint, resolve
 from .cli import THAT_OF_VECTORS
 from .vectors import VectorFile, open_vectors
 
@@ -222,18 +221,28 @@ def _embedder(args: argparse.Namespace, meta: dict[str, Any] | None):
         if meta is None:
             raise ValueError(f"{args.vectors} does not say what made it; --model names the checkpoint")
         args.model, args.revision = meta["model"]["name"], args.revision or meta["model"]["revision"]
+        args.adapter = args.adapter or meta["model"]["adapter"]
     folder = resolve(args.model, revision=args.revision, local_files_only=args.local_files_only)
+    adapter = resolve(args.adapter, local_files_only=args.local_files_only) if args.adapter else None
     if meta is not None:
-        old, new = meta["settings"]["checkpoint"], fingerprint(folder)
+        old = meta["settings"]["checkpoint"], meta["settings"]["adapter"]
+        new = fingerprint(folder), fingerprint(adapter, adapter=True) if adapter else None
         if old != new and not args.force:
+            made_with = _named(meta["model"]["name"], meta["model"]["adapter"], *old)
             raise ValueError(
-                f"{args.vectors} was made with {meta['model']['name']} (fingerprint {old[:12]}), this is {args.model} "
-                f"({new[:12]}): their vectors cannot be compared; --force does it all the same"
+                f"{args.vectors} was made with {made_with}, this is {_named(args.model, args.adapter, *new)}: their "
+                "vectors cannot be compared; --force does it all the same"
             )
         if args.num_crops is None:
             args.num_crops = meta["settings"]["num_crops"]
-    args.model = str(folder)
+    args.model, args.adapter = str(folder), adapter
     return load_embedder(args, show_progress=sys.stderr.isatty() and not args.json)
+
+
+def _named(model: str, adapter: str | None, *fingerprints: str | None) -> str:
+    """ "MODEL (fingerprint 0123456789ab)", with an adapter "MODEL + ADAPTER (fingerprint 0123456789ab + ba98…)"."""
+    name = " + ".join(filter(None, (model, adapter)))
+    return f"{name} (fingerprint {' + '.join(f[:12] for f in fingerprints if f)})"
 
 
 def _check_normalized(vectors: VectorFile) -> None:

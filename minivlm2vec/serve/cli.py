@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     web = parser.add_argument_group("address and access")
     web.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s; 0.0.0.0 for all)")
     web.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
-    web.add_argument("--served-model-name", action="append", metavar="NAME", help="repeatable (default: MODEL)")
+    web.add_argument(
+        "--served-model-name", action="append", metavar="NAME", help="repeatable (default: MODEL, or the adapter)"
+    )
     web.add_argument("--api-key", action="append", metavar="KEY",
                      help="repeatable; better in MINIVLM2VEC_API_KEY, where `ps` does not show it")  # fmt: skip
     web.add_argument("--allow-remote-images", action="append", metavar="HOST", default=[],
@@ -101,7 +103,7 @@ def make_server(args: argparse.Namespace) -> "uvicorn.Server":
     embedder = load_embedder(args, show_progress=sys.stderr.isatty())
     service = Service(
         embedder,
-        names=args.served_model_name or [default_name(args.model)],
+        names=args.served_model_name or [default_name(args.adapter or args.model)],
         limits=Limits(
             max_inputs=args.max_inputs,
             max_input_tokens=args.max_input_tokens,

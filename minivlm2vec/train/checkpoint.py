@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..lora import LoraConfig, save_adapter
+from ..lora import LoraConfig, adapter_tensors, write_adapter
 from ..model import VLM2Vec
 from ..weights import keys_of
 from . import engine
@@ -47,14 +47,14 @@ def write(
     source: the checkpoint folder of the base, whose config and tokenizer a full model is written with.
     """
     state = _training_state(parameters, optimizer, device)
-    weights = None if lora else _weights(model)
+    weights = {name: _on_host(t) for name, t in adapter_tensors(model)} if lora else _weights(model)
     folder = out / f"step-{step:06d}"
     if engine.rank() == 0:
         work = out / f".{folder.name}.tmp"
         shutil.rmtree(work, ignore_errors=True)
         (work / "training").mkdir(parents=True)
         if lora is not None:
-            save_adapter(model, work, lora, base_model=base_model)
+            write_adapter(weights, work, lora, base_model=base_model)
         else:
             _write_model(work, weights, source)
         save_file(state, work / "training/state.safetensors")

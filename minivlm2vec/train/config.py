@@ -100,7 +100,7 @@ class TrainConfig:
     Fields:
         model: the checkpoint to begin from, a folder or Hub name.
         out: the folder for checkpoints, logs and pictures.
-        freeze: names of modules that stay as they are, such as "vision".
+        freeze: names of modules that stay as they are, such as "vision". With [lora] they get no adapter.
         gradient_checkpointing: layers are computed again in the backward pass instead of kept.
         autocast: products are computed in bfloat16; default on CUDA alone. On a CPU it pays where the processor has
             such instructions (AVX512_BF16, AMX).
@@ -204,8 +204,3 @@ def _check(c: TrainConfig) -> None:
             raise ValueError(f"{name} is {value!r}; it is {' or '.join(map(repr, allowed))}")
     if c.optim.batch_size % c.data.sub_batch:
         raise ValueError(f"optim.batch_size {c.optim.batch_size} is no multiple of data.sub_batch {c.data.sub_batch}")
-    if c.lora is not None and c.freeze:
-        raise ValueError("freeze and [lora] are both given; adapters alone are trained, on the modules of "
-                         "lora.target_modules")  # fmt: skip
-    if c.lora is not None and c.distributed == "fsdp":
-        raise ValueError("distributed is 'fsdp' with [lora]; adapters are small, use 'ddp'")

@@ -124,6 +124,14 @@ def _shard(encoder: Encoder, device: torch.device) -> None:
         fully_shard(layer, mesh=mesh)
         register_fsdp_forward_method(layer, "forward_last")
     fully_shard(encoder, mesh=mesh)
+    encoder.model.decoder.embed_tokens.register_forward_hook(_with_gradient)
+
+
+def _with_gradient(_module: nn.Module, _args: tuple, out: Tensor) -> Tensor:
+    """FSDP sums a layer's gradients when that of its input is there, and those of a layer whose input needs none at the
+    very end. Where embeddings are frozen, the first layer's input would need one in processes with images alone, and
+    processes would sum in different orders. So it always needs one."""
+    return out.requires_grad_() if torch.is_grad_enabled() else out
 
 
 def whole(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lora import add_lora
+from ..lora import add_lora, exclude_frozen
 from ..model import VLM2Vec
 from ..processor import Loaded, Processor
 from ..weights import load_model, resolve
@@ -55,7 +55,7 @@ class Trainer:
     in bfloat16 (autocast, see `TrainConfig`) and frozen weights kept in it.
 
     Attributes:
-        model, data, processor, optimizer, engine; step: how many steps are done.
+        model, data, processor, optimizer, engine; step: how many steps are done; lora: the adapters, or None.
 
     Raises ValueError for rows that cannot be used, or a checkpoint in `out` that is of other settings.
     """
@@ -154,7 +154,7 @@ class Trainer:
     def save(self) -> Path:
         """Writes a checkpoint of the present step; to be called by all processes."""
         return checkpoint.write(
-            self.out, self.step, self.model, source=self.source, lora=self.config.lora, base_model=self.config.model,
+            self.out, self.step, self.model, source=self.source, lora=self.lora, base_model=self.config.model,
             parameters=self.parameters, optimizer=self.optimizer, device=self.device, config=_comparable(self.config),
         )  # fmt: skip
 
@@ -187,11 +187,11 @@ class Trainer:
         config, cuda = self.config, self.device.type == "cuda"
         dtype = torch.bfloat16 if config.lora and cuda else torch.float32
         model = load_model(self.source, device=self.device, dtype=dtype)
-        if config.lora is not None:
-            add_lora(model, config.lora, generator=torch.Generator().manual_seed(config.seed))
-        else:
-            model.requires_grad_(True)
-            _freeze(model, config.freeze)
+        model.requires_grad_(True)
+        _freeze(model, config.freeze)
+        self.lora = config.lora and exclude_frozen(config.lora, model)
+        if self.lora:
+            add_lora(model, self.lora, generator=torch.Generator().manual_seed(config.seed))
         if cuda:
             for p in (p for p in model.parameters() if not p.requires_grad):
                 p.data = p.data.to(torch.bfloat16)
