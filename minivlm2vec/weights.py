@@ -40,17 +40,12 @@ RULES = (
 DROPPED = ("lm_head.", _CLIP + "post_layernorm.", _CLIP + "embeddings.position_ids")
 FUSED = ("q_proj", "k_proj", "v_proj")  # of the tower: rows of qkv_proj, in this order
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-<<<<<<< HEAD
-FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json", "tokenizer.json",
-         "tokenizer_config.json", "adapter_config.json"]  # fmt: skip
-MINI = Path(__file__).parent / "mini"  # the bundled checkpoint
-
-log = logging.getLogger("minivlm2vec")
-=======
 CONFIGS = ("config.json", "preprocessor_config.json", "tokenizer.json")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 FILES = ["*.safetensors", "*.safetensors.index.json", *CONFIGS, "tokenizer_config.json", ADAPTER_CONFIG]
->>>>>>> rest
+MINI = Path(__file__).parent / "mini"  # the bundled checkpoint
+
+log = logging.getLogger("minivlm2vec")
 
 
 @dataclass(frozen=True)

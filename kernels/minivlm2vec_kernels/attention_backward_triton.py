@@ -179,7 +179,8 @@ def attention_dkv_kernel(
         if CAUSAL:
             for i in tl.range(row, tl.minimum(seen, Lq), BM):
                 dk0, dk1, dv0, dv1 = _add_queries(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_, do, l, d, i, Lq, first,
-                                                  scale_log2, stride_qt, stride_t, H0, H1, BM, CAUSAL, True)  # fmt: skip
+                                                  scale_log2, stride_qt, stride_t, H0, H1, BM, CAUSAL,
+                                                  True)  # fmt: skip
         for i in tl.range(seen, whole, BM):
             dk0, dk1, dv0, dv1 = _add_queries(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_, do, l, d, i, Lq, first,
                                               scale_log2, stride_qt, stride_t, H0, H1, BM, False, False)  # fmt: skip
