@@ -128,7 +128,7 @@ and direction. Training saw two styles, Noto and Twemoji; the third, Fluent, was
 
 Twemoji drawings: Creative Commons Attribution 4.0, https://creativecommons.org/licenses/by/4.0/legalcode. Drawings
 were resized, varied, put on plain backgrounds, combined and cropped. No author endorses this use. Fluent drawings
-were used for evaluation alone.
+were used for evaluation alone (and, with the others, to find equal drawings).
 """
 
 
