@@ -186,8 +186,8 @@ concepts were never shown. **Chance** is a random order. **Pixels** is the neare
 32 x 32 RGB pictures: the nearest candidate picture or, where candidates are texts, the answer of the nearest training
 picture of the same task (among answers that are candidates). It ignores the query's text, breaks ties at random, and
 has no answer (n/a) without a picture in the query, or where training has none of the right answers. In the styles of
-training a single emoji of a seen concept is itself a training picture: there the baseline looks the answer up, and the
-model was trained on that very drawing. † marks tasks that training has not seen.
+training a single emoji of a seen concept is itself a training picture: there the baseline looks the name or class up,
+and the model was trained on that very drawing. † marks tasks that training has not seen.
 """
 
 
