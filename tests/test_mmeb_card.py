@@ -14,7 +14,8 @@ from minivlm2vec.mmeb.subsets import Subset
 from minivlm2vec.new_checkpoint import new_checkpoint
 
 EVAL = bundled() / "MMEB-eval"
-TRAINING = {"command": "minivlm2vec train mini.toml", "config": "mini.toml", "sets": ["Emoji-t2i", "Emoji-i2t"],
+TRAINING = {"commands": ["minivlm2vec train mini.toml"], "config": "mini.toml",
+            "sets": ["Emoji-t2i", "Emoji-i2t", "Emoji-t2i"],
             "steps": 1200, "batch_size": 256, "seed": 7, "hardware": "one core", "wall_time_s": 5400,
             "precision": "float32", "commit": "abc1234", "torch": "2.13.0", "notes": ["resumed once"]}  # fmt: skip
 
@@ -266,6 +267,7 @@ def test_the_card_says_what_was_measured(scored):
     assert found["sets"]["Scene-Matching"]["pixels"]["mean"] == 25  # all candidates have the query's own picture
     assert found["sets"]["Emoji-t2i"]["pixels"] is None and found["sets"]["Fluent-i2i"]["pixels"]["mean"] > 30
     for fact in ("wall time | 90 minutes", "1,200 of 256 pairs: 307,200", "`abc1234`", "| seed | 7 |", "- resumed once",
+                 "Emoji-t2i (x2), Emoji-i2t |", "\nminivlm2vec train mini.toml\n",
                  'model = "start"', "CC BY 4.0", "258,496 parameters", "only the first 6 rows"):  # fmt: skip
         assert fact in text, fact
     assert text.startswith("---\nlicense: apache-2.0\n") and "# random:" in text

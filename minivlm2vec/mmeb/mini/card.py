@@ -4,9 +4,9 @@ Written into the checkpoint's folder (or -o DIR): scores.json, and README.md, th
 same card; without DATA it is written again from scores.json. How the checkpoint was trained stands in
 training.json beside it:
 
-    {"command": "minivlm2vec train mini.toml",     how it was run
-     "config": "mini.toml",                        a file beside it, which the card shows
-     "sets": ["Emoji-t2i", ...],                   the sets it was trained on; others are unseen tasks
+    {"commands": ["minivlm2vec train train.toml"], how it was made
+     "config": "train.toml",                       a file beside it, which the card shows
+     "sets": ["Emoji-t2i", ...],                   as in the config; all others are unseen tasks
      "steps": 4000, "batch_size": 256, "seed": 0,
      "hardware": "2 cores of ...", "wall_time_s": 5400, "precision": "float32",
      "commit": "b70aab8", "torch": "2.13.0",
@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from minivlm2vec.mmeb.mini.scores import GROUPS, measure
 from minivlm2vec.mmeb.report import TITLES
 from minivlm2vec.mmeb.subsets import META_TASKS
 
-TRAINING = ("command", "config", "sets", "steps", "batch_size", "seed", "hardware", "wall_time_s", "precision",
+TRAINING = ("commands", "config", "sets", "steps", "batch_size", "seed", "hardware", "wall_time_s", "precision",
             "commit", "torch")  # fmt: skip
 # What the checkpoint is meant to reach: the figure's name, the sets, the least P@1.
 AIMS = (
@@ -127,7 +128,7 @@ and direction. Training saw two styles, Noto and Twemoji; the third, Fluent, was
 
 Twemoji drawings: Creative Commons Attribution 4.0, https://creativecommons.org/licenses/by/4.0/legalcode. Drawings
 were resized, varied, put on plain backgrounds, combined and cropped. No author endorses this use. Fluent drawings
-were used for evaluation alone.
+were used for evaluation alone (and, with the others, to find equal drawings).
 """
 
 
@@ -147,11 +148,11 @@ def _trained(training: dict[str, Any] | None, config: str | None) -> str:
         "precision": training["precision"],
         "torch": training["torch"],
         "commit": f"`{training['commit']}`",
-        "sets": ", ".join(training["sets"]),
+        "sets": ", ".join(name if n == 1 else f"{name} (x{n})" for name, n in Counter(training["sets"]).items()),
     }
     lines = [
         "## Training\n",
-        f"InfoNCE on pairs of a query and its target: `{training['command']}`\n",
+        "By contrast, on pairs of a query and its target.\n",
         "| | |\n|:--|:--|",
     ]
     lines += [f"| {key} | {value} |" for key, value in rows.items()]
@@ -185,8 +186,8 @@ concepts were never shown. **Chance** is a random order. **Pixels** is the neare
 32 x 32 RGB pictures: the nearest candidate picture or, where candidates are texts, the answer of the nearest training
 picture of the same task (among answers that are candidates). It ignores the query's text, breaks ties at random, and
 has no answer (n/a) without a picture in the query, or where training has none of the right answers. In the styles of
-training a single emoji of a seen concept is itself a training picture: there the baseline looks the answer up, and the
-model was trained on that very drawing. † marks tasks that training has not seen.
+training a single emoji of a seen concept is itself a training picture: there the baseline looks the name or class up,
+and the model was trained on that very drawing. † marks tasks that training has not seen.
 """
 
 
@@ -262,7 +263,7 @@ _LIMITS = """
 
 
 def _reproduce(training: dict[str, Any] | None) -> str:
-    train = f"\n{training['command']}" if training else ""
+    train = "".join(f"\n{one}" for one in training["commands"]) if training else ""
     return f"""\
 ## To reproduce
 
