@@ -1,10 +1,10 @@
-"""silu_mul at the decoder's MLP, bias + quick_gelu at the tower's."""
+"""silu_mul and its gradient at the decoder's MLP, bias + quick_gelu at the tower's."""
 
 from collections.abc import Iterator
 
 import torch
 
-from bench.common import Case, Work, compiled, entry, upcast
+from bench.common import Case, Work, backward_work, compiled, entry, upcast
 from bench.shapes import FF, VF, decoder_rows, dtype_of, randn, tower_rows
 from minivlm2vec_kernels import ops, reference
 
@@ -14,6 +14,7 @@ def cases(device: torch.device, sweep: bool = False) -> Iterator[Case]:
     for rows in decoder_rows(device):
         moved = 3 * rows * FF * size
         yield case("silu_mul", rows, FF, moved, device, sweep, lambda rows=rows: (rows, 2 * FF))
+        yield backward_case(rows, device, sweep)
     for rows in tower_rows(device):
         moved = (2 * rows + 1) * VF * size
         yield case("quick_gelu", rows, VF, moved, device, sweep, lambda rows=rows: (rows, VF))
@@ -37,6 +38,24 @@ def work(kernel: str, shape: tuple[int, int], device: torch.device, sweep: bool)
             function = compiled(plain)
             providers["torch.compile"] = lambda: function(*tensors)
     return Work(providers, lambda: plain(*upcast(*tensors)))
+
+
+def backward_case(rows: int, device: torch.device, sweep: bool) -> Case:
+    dtype = dtype_of(device)
+    moved = 5 * rows * FF * dtype.itemsize
+    build = lambda: work_backward(randn(rows, 2 * FF, device=device), sweep)  # noqa: E731
+    return Case("silu_mul_backward", f"{rows} x {FF}", dtype, 0, moved, build)
+
+
+def work_backward(x: torch.Tensor, sweep: bool) -> Work:
+    found = {"torch": reference.silu_mul}
+    if x.is_cuda:
+        found["triton"] = lambda x: ops.silu_mul(x, backend="triton")
+        found |= {} if sweep else {"torch.compile": compiled(reference.silu_mul)}
+    work = backward_work(found, (x,))
+    if sweep:
+        work.providers.update(candidates("silu_mul_backward", work.providers["triton"]))
+    return work
 
 
 def sweep(device: torch.device) -> Iterator[Case]:

@@ -1,11 +1,11 @@
-"""rms_norm and add_rms_norm at the decoder's width."""
+"""rms_norm and add_rms_norm at the decoder's width, and their gradients."""
 
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
-from bench.common import Case, Work, compiled, entry, upcast
+from bench.common import Case, Work, backward_work, compiled, entry, upcast
 from bench.shapes import D, decoder_rows, dtype_of, randn
 from minivlm2vec_kernels import ops, reference
 
@@ -16,6 +16,8 @@ def cases(device: torch.device) -> Iterator[Case]:
     for rows in decoder_rows(device):
         yield case("rms_norm", rows, device)
         yield case("add_rms_norm", rows, device)
+        yield backward_case("rms_norm", rows, device)
+        yield backward_case("add_rms_norm", rows, device)
 
 
 def case(kernel: str, rows: int, device: torch.device, sweep: bool = False) -> Case:
@@ -44,17 +46,41 @@ def baselines(kernel, plain, tensors) -> dict:
     return found
 
 
+def backward_case(kernel: str, rows: int, device: torch.device, sweep: bool = False) -> Case:
+    dtype = dtype_of(device)
+    passes = 3 if kernel == "rms_norm" else 4  # the output's gradient(s) and what was normalised in, one gradient out
+    build = lambda: work_backward(kernel, rows, device, sweep)  # noqa: E731
+    return Case(f"{kernel}_backward", f"{rows} x {D}", dtype, 0, (passes * rows + 2) * D * dtype.itemsize, build)
+
+
+def work_backward(kernel: str, rows: int, device: torch.device, sweep: bool) -> Work:
+    x, residual, weight = (randn(n, D, device=device) for n in (rows, rows, 1))
+    tensors = (x, weight[0]) if kernel == "rms_norm" else (x, residual, weight[0])
+    op, plain = getattr(ops, kernel), getattr(reference, kernel)
+    found = {"torch": lambda *tensors: plain(*tensors, EPS)}
+    if device.type == "cuda":
+        found["triton"] = lambda *tensors: op(*tensors, EPS, backend="triton")
+        found |= {} if sweep else {"torch.compile": compiled(found["torch"])}
+        if kernel == "rms_norm":
+            found["F.rms_norm"] = lambda x, weight: F.rms_norm(x, (D,), weight, EPS)
+    work = backward_work(found, tensors)
+    if sweep:
+        work.providers.update(candidates(work.providers["triton"], "BACKWARD_SETTINGS"))
+    return work
+
+
 def sweep(device: torch.device) -> Iterator[Case]:
     for rows in decoder_rows(device):
         yield case("add_rms_norm", rows, device, sweep=True)
+        yield backward_case("add_rms_norm", rows, device, sweep=True)
 
 
-def candidates(op) -> dict:
+def candidates(op, table: str = "SETTINGS") -> dict:
     from minivlm2vec_kernels import rms_norm_triton
 
     def with_settings(setting):
         def call():
-            with entry(rms_norm_triton.SETTINGS, 4096, setting):
+            with entry(getattr(rms_norm_triton, table), 4096, setting):
                 return op()
 
         return call

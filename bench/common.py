@@ -8,16 +8,18 @@ timed: no time is reported for an output whose error against float32 is more tha
 
 import csv
 import datetime
+import functools
 import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 RESULTS = Path(__file__).with_name("results")
@@ -168,34 +170,41 @@ class Session:
 def check(work: Work, case: Case) -> dict[str, tuple[float, bool]]:
     """Largest error of each provider against float32, and whether it may be timed.
 
-    The limit is twice the reference's error, and at least a millionth of the largest value, as the reference
-    may be exact. The reference and our kernel must run; a baseline that cannot is named and left out.
+    The limit of each output is twice the reference's error, and at least a millionth of its largest value, as the
+    reference may be exact; of several outputs the error furthest from its limit is reported. The reference and our
+    kernel must run; a baseline that cannot is named and left out.
     """
     exact = as_tuple(work.exact())
     errors = {}
     for name, provider in work.providers.items():
         try:
-            errors[name] = largest_error(provider(), exact)
+            errors[name] = [largest_error(y, z) for y, z in zip(as_tuple(provider()), exact, strict=True)]
         except Exception as error:
             if name in (OURS, REFERENCE):
                 raise
             print(f"{case.kernel} {case.name}: no {name}: {type(error).__name__}: {first_line(error)}")
-    limit = max(2 * errors.get(REFERENCE, 0.0), 1e-6 * largest(exact))
-    for name, error in errors.items():
+    torchs = errors.get(REFERENCE, [0.0] * len(exact))
+    limits = [max(2 * error, 1e-6 * largest(z)) for error, z in zip(torchs, exact, strict=True)]
+    found = {}
+    for name, each in errors.items():
+        error, limit = max(zip(each, limits, strict=True), key=lambda pair: _share(*pair))
+        found[name] = error, error <= limit
         if not error <= limit:
             print(f"{case.kernel} {case.name}: {name} is wrong by {error:.2e}, limit {limit:.2e}: not timed")
-    return {name: (error, error <= limit) for name, error in errors.items()}
+    return found
 
 
-def largest_error(outputs: Outputs, exact: tuple[Tensor, ...]) -> float:
-    outputs = as_tuple(outputs)
-    return max(
-        (a.float() - b.float()).abs().max().item() if a.numel() else 0.0 for a, b in zip(outputs, exact, strict=True)
-    )
+def _share(error: float, limit: float) -> float:
+    """How much of its limit an error takes; NaN is worse than any other."""
+    return error / limit if limit and error == error else (0.0 if error == 0 else float("inf"))
 
 
-def largest(outputs: tuple[Tensor, ...]) -> float:
-    return max(x.float().abs().max().item() if x.numel() else 0.0 for x in outputs)
+def largest_error(output: Tensor, exact: Tensor) -> float:
+    return (output.float() - exact.float()).abs().max().item() if exact.numel() else 0.0
+
+
+def largest(x: Tensor) -> float:
+    return x.float().abs().max().item() if x.numel() else 0.0
 
 
 def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
@@ -214,6 +223,34 @@ def compiled(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
     """torch.compile for the one shape of a case; anew for each, so that none runs out of recompiles."""
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
+
+
+# Gradients
+
+
+def backward_work(
+    ops: dict[str, Callable[..., Outputs]], tensors: Sequence[Tensor], exact_tensors: Sequence[Tensor] | None = None
+) -> Work:
+    """The way back through each op alone, for random gradients of its outputs: an output is the gradient of every
+    tensor. The graphs are made here and kept. exact_tensors: of which "torch" in float32 is exact; upcast ones."""
+    with torch.no_grad():
+        seeds = [torch.randn_like(y) for y in as_tuple(ops[REFERENCE](*tensors))]
+    providers = {name: backward(op, tensors, seeds) for name, op in ops.items()}
+    wide = exact_tensors or upcast(*tensors)
+    return Work(providers, lambda: backward(ops[REFERENCE], wide, upcast(*seeds))())
+
+
+def backward(op: Callable[..., Outputs], tensors: Sequence[Tensor], seeds: Sequence[Tensor]) -> Provider:
+    """The forward runs at the first call, which is not timed: where a baseline cannot run, `check` says so."""
+
+    @functools.cache
+    def graph() -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        keeps_buffers = torch._functorch.config.patch(donated_buffer=False)  # of torch.compile, for many ways back
+        with torch.enable_grad(), keeps_buffers:
+            return as_tuple(op(*leaves)), leaves
+
+    return lambda: torch.autograd.grad(*graph(), seeds, retain_graph=True)
 
 
 # Timing

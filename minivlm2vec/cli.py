@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     # The optional parts import what their extras bring only when they run.
+    from .demo.cli import add_arguments as demo_arguments
     from .files.cli import add_embed_arguments, add_search_arguments
     from .mmeb.cli import add_arguments as mmeb_arguments
     from .mmeb.cli import run as run_mmeb
@@ -34,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="minivlm2vec", description="Text and images to vectors, with VLM2Vec-Full.")
     parser.add_argument("--version", action="version", version=f"minivlm2vec {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo_arguments(commands.add_parser("demo", help="see what it does, with the bundled model and pictures"))
     _similarity_arguments(commands.add_parser("similarity", help="score targets against queries"))
     add_embed_arguments(commands.add_parser("embed", help="folders and tables to files of vectors"))
     add_search_arguments(commands.add_parser("search", help="find rows by text, image or likeness"))
@@ -50,9 +52,11 @@ def _parser() -> argparse.ArgumentParser:
 def add_model_arguments(parser: argparse.ArgumentParser, *, positional: bool = False) -> None:
     """--model and how to load it; shared by the commands that embed."""
     if positional:
-        parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or Hub name")
+        parser.add_argument("model", metavar="MODEL", help='a checkpoint folder, a Hub name, or "mini"')
     else:
-        parser.add_argument("--model", default="TIGER-Lab/VLM2Vec-Full", help="folder or Hub name (%(default)s)")
+        parser.add_argument(
+            "--model", default="TIGER-Lab/VLM2Vec-Full", help='folder, Hub name, or "mini" (%(default)s)'
+        )
     parser.add_argument("--adapter", metavar="NAME", help="a LoRA or DoRA in PEFT's format: folder or Hub name")
     parser.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
@@ -119,7 +123,7 @@ def _similarity(args: argparse.Namespace) -> int:
 
 def _info_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Prints modules, shapes, parameters, bytes and FLOPs. Reads config.json alone."
-    parser.add_argument("path", metavar="PATH", help="a checkpoint folder, a config.json, or a Hub name")
+    parser.add_argument("path", metavar="PATH", help='a checkpoint folder, a config.json, a Hub name, or "mini"')
     parser.add_argument("--json", action="store_true", help="for machines")
     parser.set_defaults(run=_info)
 

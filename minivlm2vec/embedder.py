@@ -85,7 +85,8 @@ class Embedder:
         """Loads a checkpoint in the published Hugging Face layout.
 
         Args:
-            name_or_path: a folder, or a name on the Hub such as "TIGER-Lab/VLM2Vec-Full".
+            name_or_path: a folder, or a name on the Hub such as "TIGER-Lab/VLM2Vec-Full"; "mini" is the small
+                demonstration model that ships with this package ("./mini" is a folder).
             device: default CUDA where there is one, else MPS, else the CPU.
             dtype: default the checkpoint's.
             num_crops: the most crops an image is cut into; default that of preprocessor_config.json.

@@ -20,7 +20,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias)
 
     def add_to(self, residual: Tensor, x: Tensor, *, backend: str | None = None) -> Tensor:
-        """residual + x W^T + b; `residual` is written over when no gradient is needed."""
+        """residual + x W^T + b; `residual` is written over where gradients are disabled."""
         return ops.linear_add(x, self.weight, residual, self.bias, backend=backend)
 
     def silu_mul(self, x: Tensor, *, backend: str | None = None) -> Tensor:

@@ -14,7 +14,7 @@ the same key, shape and seed give the same numbers in every checkpoint:
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def new_checkpoint(
     seed: int = 0,
     dtype: str | None = None,
     num_crops: int = 4,
-    tokenizer: str | Path | None = None,
+    tokenizer: str | Path | tokenizers.Tokenizer | None = None,
     max_shard_bytes: int = 5_000_000_000,
     show_progress: bool = False,
 ) -> Path:
@@ -95,7 +95,7 @@ def new_checkpoint(
         config: keys of config.json that replace the preset's (nested dicts are merged).
         seed: of the weights.
         dtype: "float32", "float16" or "bfloat16"; default the preset's.
-        tokenizer: a tokenizer.json to copy; default is one made here that has a token for every byte.
+        tokenizer: one, or a tokenizer.json to copy; default is one made here that has a token for every byte.
         max_shard_bytes: a file holds at most so many bytes, or a single tensor.
 
     Returns the folder. Raises ValueError for an unknown preset or a folder that is in use, CheckpointError for a
@@ -111,7 +111,9 @@ def new_checkpoint(
     _write_weights(path, raw, parsed, seed, max_shard_bytes, show_progress)
     _write_json(path / "preprocessor_config.json", _preprocessor_config(parsed, num_crops))
     if tokenizer is None:
-        byte_tokenizer(parsed.decoder.vocab_size).save(str(path / "tokenizer.json"))
+        tokenizer = byte_tokenizer(parsed.decoder.vocab_size)
+    if isinstance(tokenizer, tokenizers.Tokenizer):
+        tokenizer.save(str(path / "tokenizer.json"))
     else:
         (path / "tokenizer.json").write_bytes(Path(tokenizer).read_bytes())
     _write_json(path / "config.json", raw)  # last: a folder with it is complete
@@ -196,13 +198,19 @@ def random_tensor(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def byte_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
-    """A tokenizer in the published format (BPE with byte fallback, "▁" for spaces, BOS in front) without merges:
-    a token for every byte, one for "▁" and a few special ones. Needs vocab_size >= 320."""
+    """A tokenizer in the published format that merges nothing: a token for every byte. Needs vocab_size >= 320."""
     if vocab_size < 320:
         raise ValueError(f"vocab_size is {vocab_size}; the byte tokenizer needs at least 320")
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁"]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    return phi3_tokenizer((), ())
+
+
+def phi3_tokenizer(pieces: Sequence[str], merges: Sequence[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """A tokenizer in the published format (BPE with byte fallback, "▁" for spaces, BOS in front): a few special
+    tokens, one for every byte and one for "▁", then `pieces`, which `merges` make."""
+    first = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁"]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*first, *pieces]))}
+    bpe = models.BPE(vocab, list(merges), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = tokenizers.Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([
         decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)

@@ -6,10 +6,12 @@ again before the next tensor, so loading needs the model's own memory and little
 
 import hashlib
 import json
+import logging
 import os
 import struct
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -41,6 +43,9 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CONFIGS = ("config.json", "preprocessor_config.json", "tokenizer.json")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 FILES = ["*.safetensors", "*.safetensors.index.json", *CONFIGS, "tokenizer_config.json", ADAPTER_CONFIG]
+MINI = Path(__file__).parent / "mini"  # the bundled checkpoint
+
+log = logging.getLogger("minivlm2vec")
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,12 @@ def resolve(
     config_only: bool = False,
 ) -> Path:
     """The folder of a checkpoint. A name that is no folder here is looked up on the Hugging Face Hub, of which
-    only safetensors and JSON files are fetched (into its usual cache); with `config_only`, config.json alone."""
+    only safetensors and JSON files are fetched (into its usual cache); with `config_only`, config.json alone.
+
+    The string "mini" is the small checkpoint that ships with this package, wherever one is; a folder of that name is
+    "./mini", or a Path."""
+    if name_or_path == "mini":
+        return _bundled(announce=not config_only)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
@@ -82,6 +92,26 @@ def resolve(
             + (" (local_files_only: the cache alone was looked at)" if local_files_only else "")
             + f": {type(e).__name__}: {e}"
         ) from e
+
+
+def _bundled(*, announce: bool) -> Path:
+    absent = [name for name in ("config.json", "tokenizer.json", "model.safetensors") if not (MINI / name).is_file()]
+    if absent:
+        raise CheckpointError(f"'mini' is the checkpoint that ships with this package, and {MINI} has no "
+                              f"{', no '.join(absent)}: install minivlm2vec again (a folder of that name "
+                              "is ./mini)")  # fmt: skip
+    if announce:
+        _say_that_mini_is_small()
+    return MINI
+
+
+@cache  # once a process, however often it is loaded
+def _say_that_mini_is_small() -> None:
+    beside = "; the folder ./mini was not taken" if Path("mini").is_dir() and not Path("mini").samefile(MINI) else ""
+    log.warning(
+        "'mini' is a small demonstration model, trained on emoji: it shows how things work, and knows nothing of "
+        f'photographs. The real one is "TIGER-Lab/VLM2Vec-Full"{beside}.'
+    )
 
 
 def load_model(

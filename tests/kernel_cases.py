@@ -1,7 +1,11 @@
 """Sizes and ways of calling that the kernel tests share."""
 
+import warnings
+
 import pytest
 import torch
+
+from tests.conftest import check_error
 
 # The interpreter rounds to bfloat16 towards zero and multiplies matrices of it wrongly: that is for a card.
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -27,3 +31,40 @@ def captured(op):
         out.fill_(float("nan"))
     graph.replay()
     return outs
+
+
+def gradients(op, tensors, seeds):
+    """The gradients of sum(op(*tensors) * seeds) by every tensor. An op may return one output or several."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    outs = op(*leaves)
+    return torch.autograd.grad(outs if isinstance(outs, tuple) else (outs,), leaves, seeds)
+
+
+def check_gradients(op, same_dtype, exact, tensors, generator, atol=0.0):
+    """Each gradient of `op` against autograd's through the reference at the tensors' dtype, and through `exact` in
+    float64; see `check_error`. The outputs' gradients are random."""
+    with torch.no_grad():
+        outs = same_dtype(*tensors)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    seeds = [torch.randn(y.shape, device=y.device, generator=generator).to(y.dtype) for y in outs]
+    wide = gradients(exact, [t.double() for t in tensors], [s.double() for s in seeds])
+    all_of_them = gradients(op, tensors, seeds), gradients(same_dtype, tensors, seeds), wide
+    for tensor, ours, torchs, best in zip(tensors, *all_of_them, strict=True):
+        assert ours.dtype == tensor.dtype and ours.shape == tensor.shape
+        check_error(ours, torchs, best, atol)
+
+
+def check_finite_differences(op, tensors, step, atol):
+    """torch.autograd.gradcheck of `op` in float32, the kernels' widest: along random directions, by central
+    differences, whose error is of the order of step^2 and of 1e-7 / step."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Input #.* is not a double precision")
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        assert torch.autograd.gradcheck(op, leaves, eps=step, atol=atol, rtol=0, fast_mode=True)
+
+
+def compiled_gradients(op, tensors, seeds):
+    """`gradients` of `op` under torch.compile, without a graph break."""
+    torch._dynamo.reset()
+    backend = "inductor" if torch.cuda.is_available() else "aot_eager"
+    return gradients(torch.compile(op, fullgraph=True, backend=backend), tensors, seeds)

@@ -44,6 +44,29 @@ def test_nan_is_not_timed():
     assert providers_timed(torch=off_by(0.1), triton=off_by(float("nan"))) == ["torch"]
 
 
+def test_each_output_has_its_own_limit(capsys):
+    """A wrong small output does not hide behind the rounding of a large one."""
+    large, small = 1e4 * EXACT, EXACT
+    outputs = {"torch": (large + 10, small), "triton": (large, small + 0.1), "other": (large + 15, small)}
+    work = Work({name: lambda y=y: y for name, y in outputs.items()}, lambda: (large, small))
+    errors = common.check(work, case(torch=broken))
+    assert {name: timed for name, (_, timed) in errors.items()} == {"torch": True, "triton": False, "other": True}
+    assert "triton is wrong by 1.00e-01, limit 4.00e-06: not timed" in capsys.readouterr().out
+
+
+def test_the_way_back_is_run_again_and_again():
+    tensors = (torch.randn(3, 4), torch.randn(4))
+    ops = {"torch": lambda x, w: (x * w, x + w), "doubled": lambda x, w: (2 * x * w, x + w)}
+    with torch.no_grad():  # as bench.run does
+        work = common.backward_work(ops, tensors)
+        first, again = (work.providers["torch"]() for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)) and len(first) == 2
+    assert {name: timed for name, (_, timed) in common.check(work, case(torch=broken)).items()} == {
+        "torch": True,
+        "doubled": False,
+    }
+
+
 def test_exact_reference_leaves_room_for_rounding():
     assert providers_timed(torch=off_by(0), triton=off_by(1e-6)) == ["torch", "triton"]
 

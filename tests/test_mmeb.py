@@ -18,7 +18,7 @@ from minivlm2vec.errors import InputError
 from minivlm2vec.mmeb import dataset, report, score, subsets
 from minivlm2vec.mmeb.dataset import Dataset, Images, Pair, open_dataset
 from minivlm2vec.mmeb.encode import Group, Store, as_input, fingerprint
-from minivlm2vec.mmeb.mini import bundled, tasks
+from minivlm2vec.mmeb.mini import build, bundled
 from minivlm2vec.mmeb.score import METRICS, CollapsedEmbeddings, figures, score_rows
 
 from .files_data import make_adapter
@@ -321,7 +321,7 @@ def test_unknown_names_suggest_the_nearest(data):
     with pytest.raises(FileNotFoundError, match="neither a folder nor a dataset's name"):
         open_dataset(data / "nowhere" / "at" / "all")
     _, chosen = open_dataset(MINI, meta_tasks=["grounding"])
-    assert {one.meta_task for one in chosen} == {"grounding"} and len(chosen) == 5
+    assert {one.meta_task for one in chosen} == {"grounding"} and len(chosen) == 8
 
 
 def test_only_what_is_needed_is_fetched_from_the_hub(monkeypatch, data):
@@ -527,15 +527,15 @@ def test_command_on_the_bundled_data_with_a_tiny_checkpoint(tmp_path, capsys):
     from minivlm2vec.new_checkpoint import new_checkpoint
 
     new_checkpoint(tmp_path / "tiny", preset="tiny")
-    names = [one.name for one in tasks.EVAL]
+    names = [one.name for one in build.evaluated(build.TRIMMED)]
     arguments = ["--model", str(tmp_path / "tiny"), "--data", "mini", "-o", str(tmp_path / "out"), "--quiet",
                  "--limit", "6", "--device", "cpu", "--num-crops", "1"]  # fmt: skip
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    for words in (*names, "Classification (5)", "VQA (7)", "Retrieval (10)", "Grounding (5)", "IND (13)", "All (27)"):
+    for words in (*names, "Classification (5)", "VQA (10)", "Retrieval (11)", "Grounding (6)", "IND (13)", "All (32)"):
         assert words in printed
     scores = [json.loads((tmp_path / "out" / f"{name}_score.json").read_text()) for name in names]
-    assert [one["num_pred"] for one in scores] == [6] * 27
+    assert [one["num_pred"] for one in scores] == [6] * 41
     assert main([*arguments, "--subsets", "Emoji-Gruop"]) == 1
     assert "did you mean Emoji-Group?" in capsys.readouterr().err
 

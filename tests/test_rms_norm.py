@@ -2,9 +2,20 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from minivlm2vec_kernels import ops, reference
-from tests.kernel_cases import DTYPES, ROWS, WIDTHS, captured, compiled
+from minivlm2vec_kernels import ops, reference, rms_norm_triton
+from tests.kernel_cases import (
+    DTYPES,
+    ROWS,
+    WIDTHS,
+    captured,
+    check_finite_differences,
+    check_gradients,
+    compiled,
+    compiled_gradients,
+    gradients,
+)
 
 EPS = 1e-5
 ATOL = {
@@ -81,6 +92,82 @@ def test_under_compile(device, generator):
     torch.testing.assert_close(y, reference.rms_norm(x, weight, EPS))
 
 
+# ------------------------------------------------------------------------------------------------------ gradients
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [*((r, 64) for r in (0, 1, 2, 17, 65)), (5, 1), (5, 100), (3, 3072)])
+def test_gradients(rows, width, dtype, device, generator):
+    x, residual, weight = inputs(rows, width, dtype, device, generator)
+    norm, total = gradient_ops("triton"), gradient_ops("torch")
+    for ours, torchs, exact, tensors in zip(norm, total, EXACT, [(x, weight), (x, residual, weight)], strict=True):
+        check_gradients(ours, torchs, exact, tensors, generator, GRADIENT_ATOL[dtype])
+
+
+@pytest.mark.parametrize("programs", [1, 3])
+def test_gradient_of_the_weight_is_summed_over_programs(programs, device, generator, monkeypatch):
+    """Programs that take several blocks of rows, of which the last is ragged; eps = 0 bears rows that are not there."""
+    monkeypatch.setattr(rms_norm_triton, "BACKWARD_PROGRAMS", programs)
+    monkeypatch.setitem(rms_norm_triton.BACKWARD_SETTINGS, 64, (4, 4))
+    tensors = inputs(63, 64, torch.float32, device, generator)[::2]
+    op, plain = (lambda x, w, b=b: ops.rms_norm(x, w, 0.0, backend=b) for b in ("triton", "torch"))
+    exact = lambda x, w: F.rms_norm(x, (64,), w, 0.0)  # noqa: E731
+    check_gradients(op, plain, exact, tensors, generator, GRADIENT_ATOL[torch.float32])
+    first, again = (gradients(op, tensors, [torch.ones(63, 64, device=device)]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_finite_differences(device, generator):
+    x, residual, weight = inputs(3, 24, torch.float32, device, generator)
+    norm, total = gradient_ops("triton")
+    check_finite_differences(norm, (x, weight), step=1e-2, atol=2e-3)
+    check_finite_differences(total, (x, residual, weight), step=1e-2, atol=2e-3)
+
+
+def test_gradients_through_views_and_expanded_ones(device, generator):
+    """Rows of a wider buffer; a gradient of one number, expanded; weight alone or input alone; one output unused."""
+    wide, residual, weight = inputs(17, 192, torch.float32, device, generator)
+    results = []
+    for backend in ("triton", "torch"):
+        buffer, w = wide.clone().requires_grad_(), weight[:64].clone().requires_grad_()
+        x = buffer[:, 64:128]
+        ops.rms_norm(x.detach(), w, EPS, backend=backend).sum().backward()
+        ops.rms_norm(x, w.detach(), EPS, backend=backend).sum().backward()
+        ops.rms_norm(x.unflatten(1, (4, 16)), w[:16], EPS, backend=backend).mT.mul(2).mT.sum().backward()
+        ops.add_rms_norm(x, residual[:, :64], w, EPS, backend=backend)[0].sum().backward()
+        ops.add_rms_norm(x, residual[:, :64], w, EPS, backend=backend)[1].sum().backward()
+        results.append((buffer.grad, w.grad))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_under_compile(device, generator):
+    x, residual, weight = inputs(17, 64, torch.float32, device, generator)
+    norm, total = gradient_ops("triton")
+    for op, tensors in [(norm, (x, weight)), (total, (x, residual, weight))]:
+        seeds = [residual] if op is norm else [residual, x]
+        got, expected = compiled_gradients(op, tensors, seeds), gradients(op, tensors, seeds)
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_gradient_of_a_gradient_is_refused(device, generator):
+    x, _, weight = (t.requires_grad_() for t in inputs(3, 64, torch.float32, device, generator))
+    y = ops.rms_norm(x, weight, EPS, backend="triton")
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@pytest.mark.gpu
+def test_gradients_of_a_long_batch(device, generator):
+    x, residual, weight = inputs(8192, 3072, torch.bfloat16, device, generator)
+    norm, total = gradient_ops("triton"), gradient_ops("torch")
+    for ours, torchs, exact, tensors in zip(norm, total, EXACT, [(x, weight), (x, residual, weight)], strict=True):
+        check_gradients(ours, torchs, exact, tensors, generator)
+
+
+# ------------------------------------------------------------------------------------------------------ on a card
+
+
 @pytest.mark.gpu
 def test_in_a_cuda_graph(device, generator):
     x, residual, weight = inputs(1000, 3072, torch.bfloat16, device, generator)
@@ -113,3 +200,18 @@ def inputs(rows, width, dtype, device, generator):
 def references(op, x, weight):
     """At x's dtype, and in float32."""
     return op(x, weight, EPS), op(x.float(), weight.float(), EPS)
+
+
+def gradient_ops(backend):
+    """rms_norm and add_rms_norm of tensors alone."""
+    return (
+        lambda x, w: ops.rms_norm(x, w, EPS, backend=backend),
+        lambda x, r, w: ops.add_rms_norm(x, r, w, EPS, backend=backend),
+    )
+
+
+EXACT = (  # the reference's own statistic is float32
+    lambda x, w: F.rms_norm(x, x.shape[-1:], w, EPS),
+    lambda x, r, w: (F.rms_norm(x + r, x.shape[-1:], w, EPS), x + r),
+)
+GRADIENT_ATOL = {torch.float32: 1e-6, torch.float16: 0.0, torch.bfloat16: 0.0}  # measured

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from minivlm2vec_kernels import ops, reference
-from tests.kernel_cases import DTYPES, captured, compiled
+from tests.kernel_cases import (
+    DTYPES,
+    captured,
+    check_finite_differences,
+    check_gradients,
+    compiled,
+    compiled_gradients,
+    gradients,
+)
 
 HEADS = [(32, 32), (8, 2), (6, 3), (1, 1), (8, 0), (0, 2)]  # query, key-value
 HEAD_DIMS = [32, 48, 64, 80, 96, 128]
@@ -81,6 +89,77 @@ def test_under_compile(device, generator):
     torch.testing.assert_close((q, k, v), views(buffer, 4, 2, 96))
 
 
+# ------------------------------------------------------------------------------------------------------ gradients
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "N", "Nkv", "H"), [(17, 4, 2, 96), (1, 1, 1, 64), (65, 3, 1, 32), (5, 2, 0, 48)])
+def test_gradients_by_the_packed_buffer(T, N, Nkv, H, dtype, device, generator):
+    """q and k turned, v as it is: all views of one buffer, whose gradient gathers theirs."""
+    qkv, cos, sin = inputs(T, N, Nkv, H, dtype, device, generator)
+    cos, sin = 1.5 * cos.to(dtype), 1.5 * sin.to(dtype)  # LongRoPE scales them: the transpose is not the inverse
+    ours, torchs = (turned(cos, sin, N, Nkv, H, backend) for backend in ("triton", "torch"))
+    exact = turned(cos.double(), sin.double(), N, Nkv, H, "torch")
+    check_gradients(ours, torchs, exact, [qkv], generator, ATOL[dtype])
+
+
+def test_finite_differences(device, generator):
+    """Linear, so that a wide step is exact but for rounding."""
+    qkv, cos, sin = inputs(5, 2, 1, 16, torch.float32, device, generator)
+    check_finite_differences(turned(cos, sin, 2, 1, 16, "triton"), [qkv], step=0.5, atol=1e-4)
+
+
+def test_no_argument_is_written_where_gradients_are_needed(device, generator):
+    qkv, cos, sin = inputs(5, 4, 2, 96, torch.float32, device, generator)
+    leaf = qkv.clone().requires_grad_()
+    q, k, _ = views(leaf * 1.0, 4, 2, 96)
+    turned_q, turned_k = ops.rope(q, k, cos, sin, backend="triton")
+    torch.testing.assert_close((turned_q, turned_k), reference.rope(*views(qkv, 4, 2, 96)[:2], cos, sin))
+    torch.testing.assert_close((q, k), views(qkv, 4, 2, 96)[:2], rtol=0, atol=0)
+    (turned_q.sum() + 2 * turned_k[:, :1].sum() + q.sum()).backward()  # expanded gradients; q is used before and after
+    expected = qkv.clone().requires_grad_()
+    q, k, _ = views(expected, 4, 2, 96)
+    turned_q, turned_k = reference.rope(q, k, cos, sin)
+    (turned_q.sum() + 2 * turned_k[:, :1].sum() + q.sum()).backward()
+    torch.testing.assert_close(leaf.grad, expected.grad)
+
+
+def test_one_of_two_needs_a_gradient(device, generator):
+    """As behind a frozen projection of queries, and where queries are turned alone."""
+    qkv, cos, sin = inputs(5, 4, 4, 32, torch.float32, device, generator)
+    q, k, _ = (x.contiguous() for x in views(qkv, 4, 4, 32))
+    for number in (0, 1):
+        leaves = [q.clone(), k.clone()]
+        leaves[number].requires_grad_()
+        out = ops.rope(*leaves, cos, sin, backend="triton")
+        (gradient,) = torch.autograd.grad(out[number].square().sum(), leaves[number])
+        torch.testing.assert_close(gradient, 2 * (q, k)[number])  # a rotation keeps the length
+
+
+def test_gradients_by_cos_and_sin_are_refused(device, generator):
+    qkv, cos, sin = inputs(5, 4, 2, 96, torch.float32, device, generator)
+    with pytest.raises(RuntimeError, match="no backward pass"):
+        ops.rope(*views(qkv, 4, 2, 96)[:2], cos.requires_grad_(), sin, backend="triton")
+
+
+def test_gradients_under_compile(device, generator):
+    qkv, cos, sin = inputs(17, 4, 2, 96, torch.float32, device, generator)
+    seeds = views(torch.randn(qkv.shape, device=device, generator=generator), 4, 2, 96)
+    got = compiled_gradients(turned(cos, sin, 4, 2, 96, "triton"), [qkv], seeds)
+    torch.testing.assert_close(got, gradients(turned(cos, sin, 4, 2, 96, "torch"), [qkv], seeds))
+
+
+@pytest.mark.gpu
+def test_gradients_of_a_long_batch(device, generator):
+    qkv, cos, sin = inputs(8192, 32, 32, 96, torch.bfloat16, device, generator)
+    cos, sin = cos.bfloat16(), sin.bfloat16()
+    ours, torchs = (turned(cos, sin, 32, 32, 96, backend) for backend in ("triton", "torch"))
+    check_gradients(ours, torchs, turned(cos.double(), sin.double(), 32, 32, 96, "torch"), [qkv], generator)
+
+
+# ------------------------------------------------------------------------------------------------------ on a card
+
+
 @pytest.mark.gpu
 def test_in_a_cuda_graph(device, generator):
     qkv, cos, sin = inputs(1000, 32, 32, 96, torch.bfloat16, device, generator)
@@ -116,3 +195,13 @@ def views(qkv, N, Nkv, H):
     """q [T, N, H], k, v [T, Nkv, H]."""
     parts = qkv.split([N * H, Nkv * H, Nkv * H], dim=-1)
     return tuple(x.unflatten(-1, (-1, H)) for x in parts)
+
+
+def turned(cos, sin, N, Nkv, H, backend):
+    """qkv -> q and k turned, and v."""
+
+    def op(qkv):
+        q, k, v = views(qkv, N, Nkv, H)
+        return *ops.rope(q, k, cos, sin, backend=backend), v * 1.0
+
+    return op

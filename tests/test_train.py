@@ -273,8 +273,8 @@ def test_chunk_size_and_checkpointing_change_no_gradient(base, tmp_path, checkpo
 
 
 @pytest.mark.parametrize("target", ["down_proj", "qkv_proj", "out_proj"])
-def test_checkpointing_keeps_inputs_that_frozen_layers_write_over(base, tmp_path, target):
-    """With adapters behind a frozen block, the block adds to its input in place."""
+def test_checkpointing_keeps_the_inputs_of_frozen_layers(base, tmp_path, target):
+    """With adapters behind a frozen block: in inference the block adds to its input in place, here it must not."""
     lora = LoraConfig(r=2, lora_dropout=0.3, target_modules=(target,))
     results = []
     for checkpointing in (False, True):

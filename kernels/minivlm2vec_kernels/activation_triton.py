@@ -1,16 +1,18 @@
-"""The activations of the two MLPs: SwiGLU's silu(gate) * up, and bias + quick_gelu.
+"""The activations of the two MLPs: SwiGLU's silu(gate) * up with its gradient, and bias + quick_gelu.
 
 Shapes: R rows, F features; a program takes BF features of one row.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .launch import as_rows, check_shape, compiled_as_op, on_device_of
+from .launch import as_rows, check_shape, compiled_as_op, dense_rows, on_device_of
 
 # kernel -> (largest BF, warps): 16 elements a thread for each operand, two 16-byte loads of bf16
-SETTINGS = {"silu_mul": (2048, 4), "quick_gelu": (2048, 4)}
+SETTINGS = {"silu_mul": (2048, 4), "quick_gelu": (2048, 4), "silu_mul_backward": (2048, 4)}
 
 
 @triton.jit
@@ -24,6 +26,23 @@ def silu_mul_kernel(gate_up, out, F, stride, BF: tl.constexpr):
     up = tl.load(gate_up + row * stride + F + cols, mask=inside, other=0.0).to(tl.float32)
     y = gate * tl.sigmoid(gate) * up
     tl.store(out + row * F + cols, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def silu_mul_backward_kernel(dout, gate_up, dgate_up, F, stride_dout, stride, BF: tl.constexpr):
+    """dgate = dout * up * (a + gate * a * (1 - a)), dup = dout * gate * a, with a = sigmoid(gate), in float32."""
+    blocks = tl.cdiv(F, BF)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    cols = (tl.program_id(0) % blocks) * BF + tl.arange(0, BF)  # [BF]
+    inside = cols < F
+    dy = tl.load(dout + row * stride_dout + cols, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up + row * stride + cols, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * stride + F + cols, mask=inside, other=0.0).to(tl.float32)
+    a = tl.sigmoid(gate)
+    dgate, dup = dy * up * (a + gate * a * (1 - a)), dy * gate * a
+    dtype = dgate_up.dtype.element_ty
+    tl.store(dgate_up + row * 2 * F + cols, dgate.to(dtype), mask=inside)
+    tl.store(dgate_up + row * 2 * F + F + cols, dup.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -57,6 +76,39 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     with on_device_of(x):
         silu_mul_kernel[(x.shape[0] * triton.cdiv(F, BF),)](x, out, F, x.stride(0), BF=BF, num_warps=warps)
     return out
+
+
+def _fake_silu_mul_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(gate_up.shape)
+
+
+@compiled_as_op(_fake_silu_mul_backward)
+def silu_mul_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
+    """dout [..., F], gate_up [..., 2F] as it was given. Returns its gradient, contiguous."""
+    dgate_up = gate_up.new_empty(gate_up.shape)
+    if dgate_up.numel() == 0:
+        return dgate_up
+    dout, x, F = dense_rows(dout), as_rows(gate_up, "gate_up"), dout.shape[-1]
+    BF, warps = settings("silu_mul_backward", F)
+    with on_device_of(x):
+        silu_mul_backward_kernel[(x.shape[0] * triton.cdiv(F, BF),)](
+            dout, x, dgate_up, F, dout.stride(0), x.stride(0), BF=BF, num_warps=warps
+        )
+    return dgate_up
+
+
+class SiluMul(torch.autograd.Function):
+    """`silu_mul` with a gradient. Keeps gate_up and nothing else."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return silu_mul(gate_up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor) -> Tensor:
+        return silu_mul_backward(dout, *ctx.saved_tensors)
 
 
 def _fake_quick_gelu(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Exact attention over packed sequences of any lengths, forward only: out = softmax(scale * q k^T) v.
+"""Exact attention over packed sequences of any lengths: out = softmax(scale * q k^T) v.
 
 Shapes: T packed tokens (Tq queries, Tk keys), B sequences, N query heads, Nkv key-value heads, H = H0 + H1
         head dim; Lq, Lk queries and keys of one sequence; BM queries of a tile, BN keys of a block.
@@ -18,6 +18,8 @@ What fits it to this model's shapes:
   - Keys up to the diagonal (or the last whole block) take a loop without masks, the rest a loop with them.
     Sequences that fit in one block of keys take no loop at all.
   - 577 = 9 * 64 + 1: up to TAIL queries or keys left over by whole tiles take one of TAIL, not a whole one.
+
+Where gradients are needed m + log2(l) is kept, from which attention_backward_triton.py has every p again.
 """
 
 from typing import NamedTuple
@@ -36,30 +38,33 @@ TAIL = 16  # the smallest side of a tl.dot
 # ------------------------------------------------------------------------------------------------- the kernel
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit(do_not_specialize=["tiles", "stride_lse"])
 def attention_kernel(
-    q, k, v, out, cu_seqlens_q, cu_seqlens_k,
-    scale_log2, heads, group, tiles,
+    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
+    scale_log2, heads, group, tiles, stride_lse,
     stride_qt, stride_qn, stride_kt, stride_kn, stride_vt, stride_vn, stride_ot, stride_on,
     H0: tl.constexpr, H1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
     CAUSAL: tl.constexpr, ONE_BLOCK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, head, tile), tile fastest; of `tiles` as many as the longest sequence has.
 
-    q [Tq, N, H]; k, v [Tk, Nkv, H]; out [Tq, N, H]; cu_seqlens [B + 1] int32; scale_log2 = scale * log2(e);
+    q [Tq, N, H]; k, v [Tk, Nkv, H]; out [Tq, N, H]; lse [N, Tq] float32 or None: log2 of every query's sum of
+    exponentials, inf if it sees no key; cu_seqlens [B + 1] int32; scale_log2 = scale * log2(e);
     group = N / Nkv. TMA: keys and values through tensor descriptors (sm_90), which need 16-byte alignment.
     """
     program = tl.program_id(0)
     tile, head, sequence = program % tiles, program // tiles % heads, program // tiles // heads
     head_kv = (head // group).to(tl.int64)
-    q_start, Lq = _sequence(cu_seqlens_q, sequence)
-    k_start, Lk = _sequence(cu_seqlens_k, sequence)
+    q_start, Lq = sequence_at(cu_seqlens_q, sequence)
+    k_start, Lk = sequence_at(cu_seqlens_k, sequence)
     if tile * BM >= Lq:
         return
     q += q_start * stride_qt + head.to(tl.int64) * stride_qn
     k += k_start * stride_kt + head_kv * stride_kn
     v += k_start * stride_vt + head_kv * stride_vn
     out += q_start * stride_ot + head * stride_on
+    if lse is not None:
+        lse += head.to(tl.int64) * stride_lse + q_start
 
     k0, k1, v0, v1 = k, k + H0, v, v + H0
     if TMA:  # one descriptor a sequence: beyond its last key it reads zeros, so that loads need no masks
@@ -74,17 +79,17 @@ def attention_kernel(
     else:
         row = tile * BM
     if not CAUSAL and BM > TAIL and Lq - row <= TAIL:
-        _attend(q, k, v, out, k0, k1, v0, v1, row, Lq, Lk, scale_log2,
+        _attend(q, k, v, out, lse, k0, k1, v0, v1, row, Lq, Lk, scale_log2,
                 stride_qt, stride_kt, stride_vt, stride_ot,
                 H0, H1, TAIL, BN, TAIL, CAUSAL, ONE_BLOCK, TMA)  # fmt: skip
     else:
-        _attend(q, k, v, out, k0, k1, v0, v1, row, Lq, Lk, scale_log2,
+        _attend(q, k, v, out, lse, k0, k1, v0, v1, row, Lq, Lk, scale_log2,
                 stride_qt, stride_kt, stride_vt, stride_ot,
                 H0, H1, BM, BN, TAIL, CAUSAL, ONE_BLOCK, TMA)  # fmt: skip
 
 
 @triton.jit
-def _sequence(cu_seqlens, i):
+def sequence_at(cu_seqlens, i):
     """Sequence i's start, in 64 bits because strides are multiplied with it, and its length."""
     start, end = tl.load(cu_seqlens + i), tl.load(cu_seqlens + i + 1)
     return start.to(tl.int64), end - start
@@ -92,15 +97,15 @@ def _sequence(cu_seqlens, i):
 
 @triton.jit
 def _attend(
-    q, k, v, out, k0, k1, v0, v1, row, Lq, Lk, scale_log2, stride_qt, stride_kt, stride_vt, stride_ot,
+    q, k, v, out, lse, k0, k1, v0, v1, row, Lq, Lk, scale_log2, stride_qt, stride_kt, stride_vt, stride_ot,
     H0: tl.constexpr, H1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
     CAUSAL: tl.constexpr, ONE_BLOCK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Queries row .. row + BM of one sequence and head. k0, k1, v0, v1: where key blocks of BN come from."""
-    q0 = _rows(q, row, Lq, stride_qt, BM, H0, True, False)  # [BM, H0]
+    q0 = load_rows(q, row, Lq, stride_qt, BM, H0, True, False)  # [BM, H0]
     q1 = q0
     if H1 > 0:
-        q1 = _rows(q + H0, row, Lq, stride_qt, BM, H1, True, False)  # [BM, H1]
+        q1 = load_rows(q + H0, row, Lq, stride_qt, BM, H1, True, False)  # [BM, H1]
     m = tl.full([BM], -1.0e30, tl.float32)  # finite, so that m - m' is never inf - inf
     l = tl.zeros([BM], tl.float32)
     acc0 = tl.zeros([BM, H0], tl.float32)
@@ -134,10 +139,13 @@ def _attend(
                                          scale_log2, stride_kt, stride_vt,
                                          H0, H1, TAIL, True, False)  # fmt: skip
 
-    norm = 1.0 / tl.where(l > 0, l, 1.0)  # a query that sees no key gets zeros
-    _store(out, acc0 * norm[:, None], row, Lq, stride_ot, BM, H0)
+    some = tl.where(l > 0, l, 1.0)  # a query that sees no key gets zeros
+    norm = 1.0 / some
+    store_rows(out, acc0 * norm[:, None], row, Lq, stride_ot, BM, H0)
     if H1 > 0:
-        _store(out + H0, acc1 * norm[:, None], row, Lq, stride_ot, BM, H1)
+        store_rows(out + H0, acc1 * norm[:, None], row, Lq, stride_ot, BM, H1)
+    if lse is not None:
+        tl.store(lse + rows, tl.where(l > 0, m + tl.log2(some), float("inf")), mask=(rows >= 0) & (rows < Lq))
 
 
 @triton.jit
@@ -146,10 +154,10 @@ def _step(
     H0: tl.constexpr, H1: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Adds keys col .. col + BN to the running softmax. MASKED: query i sees no key beyond last[i]."""
-    key0 = _rows(k0, col, Lk, stride_kt, BN, H0, MASKED, TMA)  # [BN, H0]
+    key0 = load_rows(k0, col, Lk, stride_kt, BN, H0, MASKED, TMA)  # [BN, H0]
     s = tl.dot(q0, key0.T, input_precision="ieee")  # [BM, BN]
     if H1 > 0:
-        key1 = _rows(k1, col, Lk, stride_kt, BN, H1, MASKED, TMA)  # [BN, H1]
+        key1 = load_rows(k1, col, Lk, stride_kt, BN, H1, MASKED, TMA)  # [BN, H1]
         s = tl.dot(q1, key1.T, s, input_precision="ieee")
     if MASKED:
         s = tl.where(col + tl.arange(0, BN)[None, :] <= last[:, None], s, float("-inf"))
@@ -159,17 +167,17 @@ def _step(
     alpha = tl.math.exp2(m - m_new)
     l = l * alpha + tl.sum(p, 1)
 
-    value0 = _rows(v0, col, Lk, stride_vt, BN, H0, MASKED, TMA)  # [BN, H0]
+    value0 = load_rows(v0, col, Lk, stride_vt, BN, H0, MASKED, TMA)  # [BN, H0]
     p = p.to(value0.dtype)
     acc0 = tl.dot(p, value0, acc0 * alpha[:, None], input_precision="ieee")  # [BM, H0]
     if H1 > 0:
-        value1 = _rows(v1, col, Lk, stride_vt, BN, H1, MASKED, TMA)  # [BN, H1]
+        value1 = load_rows(v1, col, Lk, stride_vt, BN, H1, MASKED, TMA)  # [BN, H1]
         acc1 = tl.dot(p, value1, acc1 * alpha[:, None], input_precision="ieee")  # [BM, H1]
     return acc0, acc1, l, m_new
 
 
 @triton.jit
-def _rows(
+def load_rows(
     source, row, end, stride, BR: tl.constexpr, BC: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr
 ):  # fmt: skip
     """Rows row .. row + BR from a descriptor or a pointer; zeros for those outside 0 .. end.  [BR, BC]"""
@@ -185,7 +193,7 @@ def _rows(
 
 
 @triton.jit
-def _store(out, x, row, end, stride, BR: tl.constexpr, BC: tl.constexpr):
+def store_rows(out, x, row, end, stride, BR: tl.constexpr, BC: tl.constexpr):
     rows = tl.arange(0, BR)
     pointers = out + tl.cast(row, tl.int64) * stride + rows[:, None] * stride + tl.arange(0, BC)[None, :]
     tl.store(pointers, x.to(out.dtype.element_ty), mask=((row + rows >= 0) & (row + rows < end))[:, None])
@@ -260,12 +268,13 @@ def attention(
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, max_seqlen_k: int, cu_seqlens_q: Tensor,
-    max_seqlen_q: int, causal: bool, scale: float | None, tile: Tile,
+    max_seqlen_q: int, causal: bool, scale: float | None, tile: Tile, lse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`attention` with a given tile, for tests and for the bench's sweep."""
+    """`attention` with a given tile, for tests and for the bench's sweep. lse [N, Tq] float32 is filled
+    if given; then rows beyond the last sequence are zeros, as NaN times no gradient were a NaN in a weight's."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    _check(q, k, v, cu_seqlens_k, cu_seqlens_q, scale)
-    out = q.new_empty(q.shape)
+    check_inputs(q, k, v, cu_seqlens_k, cu_seqlens_q, scale)
+    out = q.new_empty(q.shape) if lse is None else torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     N, H0, H1 = q.shape[1], *split_head_dim(q.shape[2])
     programs = (len(cu_seqlens_q) - 1) * N * triton.cdiv(max_seqlen_q, tile.BM)
     if out.numel() == 0 or programs == 0:
@@ -274,8 +283,8 @@ def launch(
         triton.set_allocator(_descriptor_memory)  # a context variable, so each thread has its own
     with on_device_of(q):
         attention_kernel[(programs,)](
-            q, k, v, out, cu_seqlens_q, cu_seqlens_k,
-            scale * LOG2_E, N, N // k.shape[1], triton.cdiv(max_seqlen_q, tile.BM),
+            q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
+            scale * LOG2_E, N, N // k.shape[1], triton.cdiv(max_seqlen_q, tile.BM), len(q),
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
             H0=H0, H1=H1, BM=tile.BM, BN=tile.BN, TAIL=TAIL,
             CAUSAL=causal, ONE_BLOCK=max_seqlen_k <= tile.BN, TMA=tile.tma,
@@ -299,7 +308,7 @@ def _descriptor_memory(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")  # the caching allocator aligns to 512
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, cu_seqlens_q: Tensor, scale: float) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, cu_seqlens_q: Tensor, scale: float) -> None:
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"q must be float16, bfloat16 or float32, got {q.dtype}")
     if v.shape != k.shape or q.shape[2] != k.shape[2]:

@@ -41,6 +41,12 @@ def as_rows(x: Tensor, name: str) -> Tensor:
     return x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
 
 
+def dense_rows(gradient: Tensor) -> Tensor:
+    """A gradient [..., D] as dense rows [R, D], copied where it is not: autograd hands out expanded ones."""
+    dense = gradient.dim() > 0 and gradient.stride(-1) == 1
+    return as_rows(gradient if dense else gradient.contiguous(), "gradient")
+
+
 def check_shape(x: Tensor, shape: Sequence[int], name: str) -> None:
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")

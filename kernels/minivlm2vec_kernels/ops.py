@@ -21,27 +21,31 @@ BACKENDS = ("auto", "triton", "torch")
 BACKEND = os.environ.get("MINIVLM2VEC_BACKEND", "auto")
 
 
-def choose_backend(backend: str | None, *tensors: Tensor) -> str:
-    """Returns "triton" or "torch" for an op on `tensors`.
+def choose_backend(backend: str | None, *tensors: Tensor, backward: bool = False) -> str:
+    """Returns "triton" or "torch" for an op on `tensors`; `backward`: whether its kernels carry gradients.
 
     The argument beats the variable MINIVLM2VEC_BACKEND, which beats auto. Auto takes Triton on a CUDA device
-    when no gradient is needed and torch otherwise. An explicit "triton" that cannot run raises.
+    when no gradient is needed and torch otherwise: no backward kernel has been timed against torch's yet. An
+    explicit "triton" that cannot run raises.
     """
     choice = backend or BACKEND
     if choice not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {choice!r}")
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if choice == "auto":
-        return "triton" if tensors[0].is_cuda and not needs_grad else "torch"
-    if choice == "triton" and needs_grad:
+        return "triton" if tensors[0].is_cuda and not needs_grad(*tensors) else "torch"
+    if choice == "triton" and not backward and needs_grad(*tensors):
         raise RuntimeError(
-            "backend='triton': these kernels have no backward pass; use torch.no_grad(), or backend='torch'"
+            "backend='triton': this op's kernels have no backward pass; use torch.no_grad(), or backend='torch'"
         )
     if choice == "triton" and not tensors[0].is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
             f"backend='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got one on {tensors[0].device}"
         )
     return choice
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def attention(
@@ -75,10 +79,11 @@ def attention(
         raise ValueError("cu_seqlens_q and max_seqlen_q go together")
     if cu_seqlens_q is None and q.shape[0] != k.shape[0]:
         raise ValueError(f"{q.shape[0]} queries but {k.shape[0]} keys: cu_seqlens_q is needed")
-    if choose_backend(backend, q, k, v) == "triton":
-        from . import attention_triton
+    if choose_backend(backend, q, k, v, backward=True) == "triton":
+        from . import attention_backward_triton, attention_triton
 
-        return attention_triton.attention(q, k, v, cu_seqlens, max_seqlen, causal, scale, cu_seqlens_q, max_seqlen_q)
+        op = attention_backward_triton.Attention.apply if needs_grad(q, k, v) else attention_triton.attention
+        return op(q, k, v, cu_seqlens, max_seqlen, causal, scale, cu_seqlens_q, max_seqlen_q)
     return reference.attention(
         q, k, v, cu_seqlens, max_seqlen,
         causal=causal, scale=scale, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
@@ -87,10 +92,12 @@ def attention(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps), statistic in float32, cast to x's dtype, then times weight. x [..., D]."""
-    if choose_backend(backend, x, weight) == "torch":
+    if choose_backend(backend, x, weight, backward=True) == "torch":
         return reference.rms_norm(x, weight, eps)
     from . import rms_norm_triton
 
+    if needs_grad(x, weight):
+        return rms_norm_triton.RMSNorm.apply(x, weight, eps)
     return rms_norm_triton.rms_norm(x, weight, eps)
 
 
@@ -98,10 +105,12 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """residual + x, and the RMSNorm of it. x, residual [..., D]. Returns (normed, residual + x)."""
-    if choose_backend(backend, x, residual, weight) == "torch":
+    if choose_backend(backend, x, residual, weight, backward=True) == "torch":
         return reference.add_rms_norm(x, residual, weight, eps)
     from . import rms_norm_triton
 
+    if needs_grad(x, residual, weight):
+        return rms_norm_triton.AddRMSNorm.apply(x, residual, weight, eps)
     return rms_norm_triton.add_rms_norm(x, residual, weight, eps)
 
 
@@ -130,17 +139,19 @@ def linear_add(
 ) -> Tensor:
     """residual + x W^T (+ bias): the end of an attention or MLP block. x [T, K], weight [D, K], residual [T, D].
 
-    When no gradient is needed the result is written over `residual`, which is returned.
+    Under `torch.no_grad()` or inference mode the result is written over `residual`, which is returned.
     """
     return reference.linear_add(x, weight, residual, bias)
 
 
 def silu_mul(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     """silu(gate) * up, where gate is the first half of the last dimension. [..., 2F] -> [..., F]."""
-    if choose_backend(backend, gate_up) == "torch":
+    if choose_backend(backend, gate_up, backward=True) == "torch":
         return reference.silu_mul(gate_up)
     from . import activation_triton
 
+    if needs_grad(gate_up):
+        return activation_triton.SiluMul.apply(gate_up)
     return activation_triton.silu_mul(gate_up)
 
 
@@ -180,8 +191,9 @@ def linear_silu_mul(
 
     On Triton `fused` chooses one kernel (True) or torch's product followed by `silu_mul` (False). None is
     False: at K = 3072 the fused kernel must reach 89 % of cuBLAS's speed to win, which is yet to be measured.
+    It has no gradient.
     """
-    if choose_backend(backend, x, gate_up_weight) == "torch":
+    if choose_backend(backend, x, gate_up_weight, backward=not fused) == "torch":
         return reference.linear_silu_mul(x, gate_up_weight)
     if not fused:
         return silu_mul(F.linear(x, gate_up_weight), backend="triton")
@@ -208,12 +220,15 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None 
 
     q [T, N, H], k [T, Nkv, H], either of them without heads where only the other is to be turned; cos, sin
     [T, H / 2], already scaled, one row a token; cast to q's dtype first.
-    When no gradient is needed q and k may be written over; use what is returned.
+    When no gradient is needed q and k may be written over; use what is returned. The kernel carries no gradient
+    by cos and sin.
     """
-    if choose_backend(backend, q, k, cos, sin) == "torch":
+    if choose_backend(backend, q, k, cos, sin, backward=not needs_grad(cos, sin)) == "torch":
         return reference.rope(q, k, cos, sin)
     from . import rope_triton
 
+    if needs_grad(q, k):
+        return rope_triton.Rope.apply(q, k, cos, sin)
     rope_triton.rope_(q, k, cos, sin)
     return q, k
 

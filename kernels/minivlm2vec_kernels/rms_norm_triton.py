@@ -1,14 +1,16 @@
-"""RMSNorm, and residual add + RMSNorm in one pass over memory.
+"""RMSNorm, and residual add + RMSNorm, in one pass over memory; and their gradients, in one pass as well.
 
-Shapes: R rows, D width; a program takes BM whole rows of BD = the next power of two of D columns.
+Shapes: R rows, D width; a program takes BM whole rows of BD = the next power of two of D columns. Backward, P
+        programs share the rows, and each sums up the weight's gradient of its own.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .launch import as_rows, check_shape, compiled_as_op, on_device_of, whole_rows
+from .launch import as_rows, check_shape, compiled_as_op, dense_rows, on_device_of, whole_rows
 
 # BD -> (BM, warps). 32 elements a thread, so four 16-byte loads of bf16 in flight for each, up to BD = 8192.
 SETTINGS = {
@@ -23,6 +25,23 @@ SETTINGS = {
     16384: (1, 16),
     32768: (1, 16),
 }
+
+# The same, backward: twice the operands and a sum, so half as many elements a thread.
+BACKWARD_SETTINGS = {
+    64: (32, 4),
+    128: (16, 4),
+    256: (8, 4),
+    512: (4, 4),
+    1024: (2, 4),
+    2048: (1, 4),
+    4096: (1, 8),
+    8192: (1, 16),
+    16384: (1, 16),
+    32768: (1, 16),
+}
+BACKWARD_PROGRAMS = 256  # P: about two a multiprocessor; the same on every card, so that sums are too
+
+# -------------------------------------------------------------------------------------------------------- forward
 
 
 @triton.jit
@@ -97,3 +116,107 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, tot
 def settings(D: int) -> tuple[int, int, int]:
     """(BD, BM, warps) for rows of D elements."""
     return whole_rows(D, SETTINGS)
+
+
+# ------------------------------------------------------------------------------------------------------- backward
+
+
+@triton.jit
+def rms_norm_backward_kernel(
+    dout, dtotal, s, weight, ds, dweight,
+    R, D, stride_dout, stride_dtotal, stride_s, eps,
+    ADD: tl.constexpr, DWEIGHT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """With n = s / sqrt(mean(s^2) + eps), computed anew, and dn = dout * weight, in float32:
+
+        ds = (dn - n * mean(dn * n)) / sqrt(mean(s^2) + eps) (+ dtotal)      dweight = sum over rows of dout * n
+
+    Program i of P takes blocks i, i + P, ... of BM rows; dweight [P, D] float32 gets its part of the sum in row i.
+    """
+    cols = tl.arange(0, BD)  # [BD]
+    w = tl.load(weight + cols, mask=cols < D, other=0.0).to(tl.float32)  # [BD]
+    dw = tl.zeros([BM, BD], tl.float32)
+    for row in tl.range(tl.program_id(0) * BM, R, tl.num_programs(0) * BM):
+        rows = tl.cast(row, tl.int64) + tl.arange(0, BM)  # [BM]
+        inside = (rows < R)[:, None] & (cols < D)[None, :]  # [BM, BD]
+        n = tl.load(s + rows[:, None] * stride_s + cols[None, :], mask=inside, other=0.0)  # [BM, BD]
+        dtype = n.dtype
+        dn = tl.load(dout + rows[:, None] * stride_dout + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        n = n.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(n * n, axis=1) / D + tl.cast(eps, tl.float32))  # [BM]
+        scale = tl.where(rows < R, scale, 0.0)  # with eps = 0 it were infinite beyond the last row, and dw NaN
+        n = n * scale[:, None]
+        if DWEIGHT:
+            dw += dn * n.to(dtype).to(tl.float32)  # as forward: what the weight was multiplied with
+        dn = dn * w[None, :]
+        dx = (dn - n * (tl.sum(dn * n, axis=1) / D)[:, None]) * scale[:, None]
+        if ADD:
+            dx += tl.load(dtotal + rows[:, None] * stride_dtotal + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        tl.store(ds + rows[:, None] * D + cols[None, :], dx.to(dtype), mask=inside)
+    if DWEIGHT:
+        tl.store(dweight + tl.program_id(0).to(tl.int64) * D + cols, tl.sum(dw, axis=0), mask=cols < D)
+
+
+def _fake_rms_norm_backward(
+    dout: Tensor, dtotal: Tensor | None, s: Tensor, weight: Tensor, eps: float, with_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return s.new_empty(s.shape), weight.new_empty(weight.shape if with_weight else (0,))
+
+
+@compiled_as_op(_fake_rms_norm_backward)
+def rms_norm_backward(
+    dout: Tensor, dtotal: Tensor | None, s: Tensor, weight: Tensor, eps: float, with_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """dout, dtotal, s [..., D]: gradients of the norm and (or None) of s itself, s what was normalised.
+
+    Returns (ds, dweight), contiguous, in the dtypes of s and of weight; dweight is empty without `with_weight`.
+    """
+    ds = s.new_empty(s.shape)
+    rows, dout, D = as_rows(s, "s"), dense_rows(dout), s.shape[-1]
+    dtotal = None if dtotal is None else dense_rows(dtotal)
+    BD, BM, warps = whole_rows(D, BACKWARD_SETTINGS)
+    programs = min(triton.cdiv(len(rows), BM), BACKWARD_PROGRAMS)
+    parts = torch.empty(programs if with_weight else 0, D, dtype=torch.float32, device=s.device)
+    if programs:
+        with on_device_of(s):
+            rms_norm_backward_kernel[(programs,)](
+                dout, dtotal, rows, weight.contiguous(), ds, parts,
+                len(rows), D, dout.stride(0), 0 if dtotal is None else dtotal.stride(0), rows.stride(0), eps,
+                ADD=dtotal is not None, DWEIGHT=with_weight, BM=BM, BD=BD, num_warps=warps,
+            )  # fmt: skip
+    return ds, parts.sum(0).to(weight.dtype) if with_weight else weight.new_empty(0)
+
+
+class RMSNorm(torch.autograd.Function):
+    """`rms_norm` with a gradient. Keeps x and nothing else."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return rms_norm(x, weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx, dweight = rms_norm_backward(dout, None, x, weight, ctx.eps, ctx.needs_input_grad[1])
+        return dx, dweight if ctx.needs_input_grad[1] else None, None
+
+
+class AddRMSNorm(torch.autograd.Function):
+    """`add_rms_norm` with a gradient, which is the same for x and residual. Keeps their sum, which is returned."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        out, total = add_rms_norm(x, residual, weight, eps)
+        ctx.save_for_backward(total, weight)
+        ctx.eps = eps
+        return out, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        total, weight = ctx.saved_tensors
+        ds, dweight = rms_norm_backward(dout, dtotal, total, weight, ctx.eps, ctx.needs_input_grad[2])
+        return ds, ds, dweight if ctx.needs_input_grad[2] else None, None

@@ -1,12 +1,14 @@
-"""Rotary position embedding of q and k, in place, in one launch.
+"""Rotary position embedding of q and k in one launch: in place, or into new tensors where gradients are needed.
 
 Shapes: T packed tokens, N query heads, Nkv key-value heads, H head dim. A program takes one token: all its
         query and key heads, so that its cos and sin are read once.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .launch import check_shape, compiled_as_op, on_device_of
 
@@ -20,11 +22,12 @@ def _load_halves(x, heads, dims, stride, N, HALF: tl.constexpr):
     inside = (heads < N)[:, None] & (dims < HALF)[None, :]
     a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
-    return at, inside, a, b
+    return inside, a, b
 
 
 @triton.jit
-def _store_rotated(at, inside, a, b, cos, sin, HALF: tl.constexpr):
+def _store_rotated(x, heads, dims, stride, inside, a, b, cos, sin, HALF: tl.constexpr):
+    at = x + heads[:, None] * stride + dims[None, :]  # [BN, BH]
     dtype = at.dtype.element_ty
     tl.store(at, (a * cos - b * sin).to(dtype), mask=inside)
     tl.store(at + HALF, (b * cos + a * sin).to(dtype), mask=inside)
@@ -32,33 +35,72 @@ def _store_rotated(at, inside, a, b, cos, sin, HALF: tl.constexpr):
 
 @triton.jit
 def rope_kernel(
-    q, k, cos, sin,
-    N, Nkv, stride_q_token, stride_q_head, stride_k_token, stride_k_head, stride_cos, stride_sin,
-    HALF: tl.constexpr, BN: tl.constexpr, BNKV: tl.constexpr, BH: tl.constexpr,
+    q, k, out_q, out_k, cos, sin,
+    N, Nkv, stride_q_token, stride_q_head, stride_k_token, stride_k_head,
+    stride_oq_token, stride_oq_head, stride_ok_token, stride_ok_head, stride_cos, stride_sin,
+    HALF: tl.constexpr, BACKWARD: tl.constexpr, BN: tl.constexpr, BNKV: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """(a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of a head; float32 inside, cos and sin
-    rounded to q's dtype first. Everything is loaded before anything is stored: loads cannot pass a store."""
+    rounded to q's dtype first. BACKWARD: the transpose of that matrix, which is the same with -sin.
+
+    out_q, out_k may be q and k. Everything is loaded before anything is stored: loads cannot pass a store."""
     token = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BH)  # [BH]
     dtype = q.dtype.element_ty
     c = tl.load(cos + token * stride_cos + dims, mask=dims < HALF, other=0.0).to(dtype).to(tl.float32)[None, :]
     s = tl.load(sin + token * stride_sin + dims, mask=dims < HALF, other=0.0).to(dtype).to(tl.float32)[None, :]
+    if BACKWARD:
+        s = -s
 
-    q_at, q_inside, qa, qb = _load_halves(q + token * stride_q_token, tl.arange(0, BN), dims, stride_q_head, N, HALF)
-    k_at, k_inside, ka, kb = _load_halves(
-        k + token * stride_k_token, tl.arange(0, BNKV), dims, stride_k_head, Nkv, HALF
-    )
-    _store_rotated(q_at, q_inside, qa, qb, c, s, HALF)
-    _store_rotated(k_at, k_inside, ka, kb, c, s, HALF)
+    heads, heads_kv = tl.arange(0, BN), tl.arange(0, BNKV)
+    q_inside, qa, qb = _load_halves(q + token * stride_q_token, heads, dims, stride_q_head, N, HALF)
+    k_inside, ka, kb = _load_halves(k + token * stride_k_token, heads_kv, dims, stride_k_head, Nkv, HALF)
+    _store_rotated(out_q + token * stride_oq_token, heads, dims, stride_oq_head, q_inside, qa, qb, c, s, HALF)
+    _store_rotated(out_k + token * stride_ok_token, heads_kv, dims, stride_ok_head, k_inside, ka, kb, c, s, HALF)
 
 
-def _fake_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+def _fake_rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     return None
 
 
-@compiled_as_op(_fake_rope, mutates_args=("q", "k"))
+@compiled_as_op(_fake_rope_, mutates_args=("q", "k"))
 def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Writes over q [T, N, H] and k [T, Nkv, H], views with a dense last dimension; cos, sin [T, H / 2]."""
+    _launch(q, k, q, k, cos, sin, backward=False)
+
+
+def _fake_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@compiled_as_op(_fake_rope)
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
+    """The same into new tensors, contiguous. backward: q and k are gradients of what was returned."""
+    out_q, out_k = _fake_rope(q, k, cos, sin, backward)
+    _launch(q, k, out_q, out_k, cos, sin, backward)
+    return out_q, out_k
+
+
+class Rope(torch.autograd.Function):
+    """`rope` with a gradient by q and k. It is linear in them, so that nothing but cos and sin is kept.
+
+    Not in place: q and k are views of a buffer of which other views (v) are used as well, and writing into it
+    would make autograd rebuild the gradient of the whole from pieces.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return rope(q, k, cos, sin, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+        dq, dk = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk))  # autograd hands out expanded ones
+        return *rope(dq, dk, *ctx.saved_tensors, True), None, None
+
+
+def _launch(q: Tensor, k: Tensor, out_q: Tensor, out_k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> None:
     T, N, H = q.shape
     Nkv = k.shape[1]
     if H % 2:
@@ -74,9 +116,10 @@ def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     BN, BNKV, BH, warps = settings(N, Nkv, H)
     with on_device_of(q):
         rope_kernel[(T,)](
-            q, k, cos, sin,
-            N, Nkv, q.stride(0), q.stride(1), k.stride(0), k.stride(1), cos.stride(0), sin.stride(0),
-            HALF=H // 2, BN=BN, BNKV=BNKV, BH=BH, num_warps=warps,
+            q, k, out_q, out_k, cos, sin,
+            N, Nkv, *q.stride()[:2], *k.stride()[:2], *out_q.stride()[:2], *out_k.stride()[:2],
+            cos.stride(0), sin.stride(0),
+            HALF=H // 2, BACKWARD=backward, BN=BN, BNKV=BNKV, BH=BH, num_warps=warps,
         )  # fmt: skip
 
 

@@ -55,8 +55,8 @@ def write_hits(path: Path, query: Query, hits: list[Hit], meta: dict[str, Any] |
     fields = _fields(meta, root)
     title = query.text if query.text is not None else query.image or f"Like row {query.like}"
     asked = thumbnail(query.image) if query.image else None
-    with ThreadPoolExecutor() as pool, _replacing(path) as f:
-        f.write(_top(title))
+    with ThreadPoolExecutor() as pool, replacing(path) as f:
+        f.write(head_of(title, script=_asset("page.js")))
         image = f'<img src="{asked.uri}" alt="the query\'s image">' if asked and asked.uri else ""
         f.write(f"<header>{image}<div><h1>{html.escape(title)}</h1>{_asked(query, len(hits))}</div></header>\n")
         f.write('<ol class="grid">\n')
@@ -71,8 +71,8 @@ def write_gallery(
     """Writes the page of a whole collection, or its first `limit` rows. Returns how many it shows."""
     fields = _fields(vectors.meta, root)
     count = vectors.shape[0] if limit is None else min(limit, vectors.shape[0])
-    with ThreadPoolExecutor() as pool, _replacing(path) as f:
-        f.write(_top(vectors.path.name))
+    with ThreadPoolExecutor() as pool, replacing(path) as f:
+        f.write(head_of(vectors.path.name, script=_asset("page.js")))
         f.write(_gallery_head(vectors, count))
         for first, scores, rows in nearest(vectors, top, count, device):
             numbers = range(first, first + len(rows))
@@ -180,18 +180,23 @@ def _gallery_head(vectors: VectorFile, count: int) -> str:
     )
 
 
-def _top(title: str) -> str:
-    script = base64.b64encode(hashlib.sha256(_asset("page.js").encode()).digest()).decode()
-    style = base64.b64encode(hashlib.sha256(_asset("page.css").encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; script-src 'sha256-{script}'; base-uri 'none'"
-    )
+def head_of(title: str, *, style: str = "", script: str = "") -> str:
+    """Up to the body: a policy that lets nothing be fetched and nothing run but `script`, and the style of all our
+    pages with `style` behind it."""
+    style = _asset("page.css") + style
+    policy = f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; base-uri 'none'"
+    if script:
+        policy += f"; script-src '{_hash(script)}'"
     return (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(printable(title))} · minivlm2vec</title>\n<style>{_asset('page.css')}</style>\n"
+        f"<title>{html.escape(printable(title))} · minivlm2vec</title>\n<style>{style}</style>\n"
     )
+
+
+def _hash(content: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
 
 
 def _bottom(meta: dict[str, Any] | None) -> str:
@@ -206,7 +211,7 @@ def _asset(name: str) -> str:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
+def replacing(path: Path) -> Iterator[TextIO]:
     """A text file that takes the place of `path` when all went well, and leaves nothing behind otherwise."""
     new = path.with_name(path.name + ".new")
     try:

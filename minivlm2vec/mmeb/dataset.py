@@ -239,7 +239,8 @@ def _find_subsets(root: Path) -> dict[str, Subset]:
 def _subset(name: str, about: dict | None) -> Subset:
     if about is not None:
         task = about.get("meta_task", "other")
-        return Subset(name, task if task in subsets.META_TASKS else "other", about.get("domain", ""))
+        task = task if task in subsets.META_TASKS else "other"
+        return Subset(name, task, about.get("domain", ""), about.get("averaged", True))
     return subsets.MMEB.get(name, Subset(name, "other", ""))
 
 
@@ -250,7 +251,7 @@ def _files(folder: Path) -> list[Path]:
 def _read(folder: Path, limit: int | None) -> Iterator[dict[str, Any]]:
     number = 0
     for path in _files(folder):
-        for row in read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path):
+        for row in read_jsonl(path) if path.suffix == ".jsonl" else read_parquet(path):
             if number == limit:
                 return
             number += 1
@@ -267,7 +268,8 @@ def read_jsonl(path: Path) -> Iterator[Any]:
                 raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
 
 
-def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file. Raises ValueError where it cannot be read."""
     parquet = import_pyarrow().parquet
     try:
         file = parquet.ParquetFile(path)

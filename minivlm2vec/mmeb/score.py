@@ -139,12 +139,18 @@ class Figures:
 
 
 def figures(scored: Sequence[Scored], name: str, replicates: int = REPLICATES) -> Figures:
-    """Means over the rows; the bootstrap resamples rows, seeded by the subset's name."""
+    """Means over the rows, with the bootstrap's."""
     values = 100 * np.array([one.metrics() for one in scored], dtype=np.float64)
+    return Figures(len(values), values.mean(axis=0), bootstrap(values, name, replicates))
+
+
+def bootstrap(values: np.ndarray, name: str, replicates: int = REPLICATES) -> np.ndarray:
+    """[R, M] -> [B, M]: means over rows drawn again with replacement. Seeded by the subset's name, so that whatever is
+    measured of the same rows is drawn alike."""
     n = len(values)
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     counts = rng.multinomial(n, np.full(n, 1 / n), size=replicates)
-    return Figures(n, values.mean(axis=0), counts @ values / n)
+    return counts @ values / n
 
 
 def average(parts: Sequence[Figures]) -> Figures:

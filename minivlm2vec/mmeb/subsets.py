@@ -21,7 +21,7 @@ class Subset:
     name: str
     meta_task: str  # one of META_TASKS
     domain: str  # "IND", "OOD" (of MMEB's training sets), or "" where that is not known
-    averaged: bool = True  # CIFAR-100 lies in the repository but is not one of the 36
+    averaged: bool = True  # CIFAR-100 lies in the repository but is not one of the 36; a subsets.json may say no
 
 
 PUBLISHED_MODELS = (

@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> int:
 
     config = read_config(args.config)
     if args.check:
-        from .data import TrainingData
+        from .data import open_data
 
-        data = TrainingData(config.data, seed=config.seed)
+        data = open_data(config.data, seed=config.seed)
         data.check(thoroughly=True)
         data.batch(0, config.optim.batch_size)
         print(f"{len(data)} rows of {len(data.sets)} sets can be used")

@@ -14,10 +14,12 @@ class DataConfig:
     """[data]: which rows, in what order.
 
     Fields:
-        root: a folder with a folder for each set, or "mini" for the sets that ship with the package.
+        root: a folder with a folder for each set; "mini" for the sets that ship with the package; "mini-drawn" for
+            rows of mini-MMEB's training sets that are drawn as they are needed, without end (see `drawn.DrawnData`).
         sets: their names; default all.
         variant: "original" or "diverse_instruction", the beginning of the files' names.
         images: folder or zip of the pictures; default <root>/images.zip, <root>/images_zip/<set>.zip, else <root>.
+            For "mini-drawn" the folder where npm packages are kept, by default outputs/tarballs.
         rows_per_set: at most so many rows of a set.
         row_choice: which: "random" (the paper) or "first" (the published code).
         sub_batch: batches consist of blocks of so many rows of one set. 1 mixes rows freely, as published; the
@@ -100,6 +102,8 @@ class TrainConfig:
         out: the folder for checkpoints, logs and pictures.
         freeze: names of modules that stay as they are, such as "vision". With [lora] they get no adapter.
         gradient_checkpointing: layers are computed again in the backward pass instead of kept.
+        autocast: products are computed in bfloat16; default on CUDA alone. On a CPU it pays where the processor has
+            such instructions (AVX512_BF16, AMX).
         distributed: what several processes use: "ddp", or "fsdp" (fully_shard), which splits the model too.
         lora: a [lora] table of PEFT's names trains adapters alone; without one, everything is trained.
     """
@@ -113,6 +117,7 @@ class TrainConfig:
     lora: LoraConfig | None = None
     freeze: tuple[str, ...] = ()
     gradient_checkpointing: bool = True
+    autocast: bool | None = None
     distributed: str = "ddp"
     seed: int = 0
 

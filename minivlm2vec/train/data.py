@@ -41,6 +41,15 @@ class Row:
         return {"text": pair.text, "image": self.images.source(pair.image)} if pair.image else {"text": pair.text}
 
 
+def open_data(config: DataConfig, *, seed: int = 0) -> "TrainingData":
+    """The rows that `config.root` names: files, or for "mini-drawn" those of `drawn.DrawnData`."""
+    if config.root == "mini-drawn":
+        from .drawn import DrawnData
+
+        return DrawnData(config, seed=seed)
+    return TrainingData(config, seed=seed)
+
+
 class TrainingData:
     """All rows of the chosen sets, and the batches of a run.
 

@@ -148,16 +148,7 @@ def as_held(value: Tensor, like: Tensor) -> Tensor:
 def checkpoint_layers(model: VLM2Vec) -> None:
     """From now on the layers' activations are computed again in the backward pass instead of kept."""
     for layer in (*model.vision.layers, *model.decoder.layers):
-        layer.forward = functools.partial(checkpoint, _keeping_input(layer.forward), use_reentrant=False)
-
-
-def _keeping_input(forward: Callable) -> Callable:
-    """A layer may write over an input that needs no gradient, from which it would then be computed again."""
-
-    def call(x: Tensor, *args, **kwargs):
-        return forward(x if x.requires_grad else x.clone(), *args, **kwargs)
-
-    return call
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def without_gradient(module: nn.Module) -> None:

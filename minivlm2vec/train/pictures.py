@@ -1,12 +1,11 @@
 """Sheets that show, while a model trains, which targets lie nearest to a few queries."""
 
-import io
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from minivlm2vec.images import open_image, to_rgb
 from minivlm2vec.mmeb.dataset import Images, Pair
 
 CELL, GAP = 168, 6
@@ -34,9 +33,8 @@ def _cell(pair: Pair, images: Images, score: str, colour: tuple[int, int, int]) 
     lines = text[: 3 if pair.image else 10]
     top = CELL - 6 - 13 * len(lines) if pair.image else 20
     if pair.image:
-        source = images.source(pair.image)
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
-            picture = ImageOps.contain(image.convert("RGB"), (CELL - 16, top - 24))
+        image = to_rgb(open_image(images.source(pair.image)))
+        picture = ImageOps.contain(image, (CELL - 16, top - 24))
         cell.paste(picture, ((CELL - picture.width) // 2, 20))
     draw.text((8, 5), score, fill="black", font=font)
     for i, line in enumerate(lines):

@@ -18,7 +18,7 @@ from ..processor import Loaded, Processor
 from ..weights import load_model, resolve
 from . import checkpoint, engine
 from .config import TrainConfig
-from .data import Row, TrainingData, content_id
+from .data import Row, content_id, open_data
 from .gradcache import cached_backward
 from .loss import Targets, contrastive_loss, hit_rate
 from .pictures import draw_sheet
@@ -52,7 +52,7 @@ class Trainer:
         device: default CUDA where there is one, else the CPU; under torchrun, this process' own.
 
     Where `config.out` holds a checkpoint of the same run, the run goes on from there. On CUDA, products are computed
-    in bfloat16 (autocast) and frozen weights kept in it.
+    in bfloat16 (autocast, see `TrainConfig`) and frozen weights kept in it.
 
     Attributes:
         model, data, processor, optimizer, engine; step: how many steps are done; lora: the adapters, or None.
@@ -66,7 +66,7 @@ class Trainer:
         if config.optim.batch_size % engine.world_size():
             raise ValueError(f"optim.batch_size {config.optim.batch_size} is no multiple of {engine.world_size()} "
                              "processes")  # fmt: skip
-        self.data = TrainingData(config.data, seed=config.seed)
+        self.data = open_data(config.data, seed=config.seed)
         self.data.check()
         self.data.batch(0, config.optim.batch_size)  # raises where there are too few rows
         self.source = resolve(config.model)
@@ -74,7 +74,8 @@ class Trainer:
         self.model = self._build_model()
         self.processor = Processor.from_pretrained(self.source, self.model.config, num_crops=config.data.num_crops)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(config.loss.temperature), device=self.device))
-        amp = torch.bfloat16 if self.device.type == "cuda" else None
+        bf16 = self.device.type == "cuda" if config.autocast is None else config.autocast
+        amp = torch.bfloat16 if bf16 else None
         self.engine = engine.Engine(engine.Encoder(self.model, amp), config.distributed, self.device)
         self.parameters, self.optimizer = self._build_optimizer()
         self.step = self._resume()

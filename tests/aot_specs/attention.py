@@ -24,9 +24,9 @@ def _spec(H: int, causal: bool, tile: Tile, group: int = 1, dtype: str = "bf16",
     strides = [f"stride_{x}{dim}" for x in "qkvo" for dim in "tn"]
     types = dict.fromkeys(["q", "k", "v", "out"], f"*{dtype}")
     types |= dict.fromkeys(["cu_seqlens_q", "cu_seqlens_k"], "*i32")
-    types |= dict.fromkeys(["heads", "tiles", *strides], "i32") | {"scale_log2": "fp32"}
+    types |= dict.fromkeys(["heads", "tiles", "stride_lse", *strides], "i32") | {"scale_log2": "fp32"}
     constants = {"H0": H0, "H1": H1, "BM": tile.BM, "BN": tile.BN, "TAIL": attention.TAIL}
-    constants |= {"CAUSAL": causal, "ONE_BLOCK": one_block, "TMA": tile.tma}
+    constants |= {"CAUSAL": causal, "ONE_BLOCK": one_block, "TMA": tile.tma, "lse": None}
     if group == 1:  # Triton makes an integer argument of 1 a constant
         constants["group"] = 1
     else:
@@ -39,7 +39,7 @@ def _spec(H: int, causal: bool, tile: Tile, group: int = 1, dtype: str = "bf16",
         constants=constants,
         num_warps=tile.warps,
         num_stages=tile.stages,
-        unaligned=frozenset({"tiles", "group"}),
+        unaligned=frozenset({"tiles", "group", "stride_lse"}),
         archs=(90,) if tile.tma else (80, 90, 100),
         wgmma=tile.BM >= 64 and dtype == "bf16",
         quick=quick,

@@ -5,8 +5,9 @@
     DIR/MMEB-train/<Set>/original-00000-of-00001.parquet, diverse_instruction-…
                                                         qry, qry_image_path, pos_text, pos_image_path, neg_*
     DIR/MMEB-train/images_zip/<Set>.zip
-    DIR/MMEB-eval/pictures.jsonl                        the single emoji: path, label, class, style
-    DIR/*/subsets.json                                  meta-task and IND/OOD of each set
+    DIR/MMEB-eval/pictures.jsonl, pictures_seen.jsonl   the single emoji, held out and seen in training:
+                                                        path, label, class, style
+    DIR/*/subsets.json                                  meta-task, IND/OOD, concepts and styles of each set
     DIR/ATTRIBUTION.md, DIR/licenses/
 
 The same seed gives the same bytes with the same Pillow and pyarrow (their compressors may change), and the
@@ -39,12 +40,32 @@ class Plan:
     eval_rows: int = 400
     train_rows: int = 1000
     candidates: int = 1000  # at most, per row
+    seen_candidates: int = 300  # the same, where concepts are those of training; each means something else
     jsonl: bool = False  # rows as JSON lines, readable without pyarrow
     webp: bool = False  # pictures as lossy WebP, a third of the size
     concepts: int | None = None  # of each split; None: all
+    seen: tuple[str, ...] | None = None  # which evaluation sets over seen concepts; None: all
 
 
-TRIMMED = Plan(eval_rows=24, train_rows=32, candidates=24, jsonl=True, webp=True, concepts=120)
+TRIMMED = Plan(
+    eval_rows=24,
+    train_rows=32,
+    candidates=24,
+    jsonl=True,
+    webp=True,
+    concepts=120,
+    seen=(
+        "Seen-Grid-Where",
+        "Seen-Scene-Isolate",
+        "Seen-Fluent-Subgroup",
+        "Seen-Fluent-Where",
+        "Seen-Fluent-t2i",
+        "Seen-Fluent-Isolate",
+        "Seen-Fluent-i2t",
+        "Seen-Fluent-Beside",
+        "Seen-Fluent-Position",
+    ),
+)
 
 
 def bundled() -> Path:
@@ -62,7 +83,7 @@ def write(
     train, held_out = load_world(tarballs, plan.seed, report)
     if plan.concepts is not None:
         train, held_out = (world.trimmed(plan.concepts, plan.seed) for world in (train, held_out))
-    write_eval(folder / "MMEB-eval", held_out, plan, report)
+    write_eval(folder / "MMEB-eval", train, held_out, plan, report)
     write_train(folder / "MMEB-train", train, plan, report)
     write_attribution(folder, plan, tarballs)
 
@@ -70,24 +91,31 @@ def write(
 # --- evaluation ------------------------------------------------------------------------------------------
 
 
-def write_eval(folder: Path, world: World, plan: Plan, report: Callable[[str], None]) -> None:
+def write_eval(folder: Path, train: World, held_out: World, plan: Plan, report: Callable[[str], None]) -> None:
     about = {}
     with Pictures(folder / "images.zip", plan.webp) as pictures:
-        for spec in tasks.EVAL:
-            rows = eval_rows(spec, world, plan, pictures)
+        for spec in evaluated(plan):
+            rows = eval_rows(spec, held_out if spec.concepts == "held-out" else train, plan, pictures)
             _write_rows(folder / spec.name / "test", rows, plan.jsonl)
             about[spec.name] = _about(spec, rows)
             widths = [len(row["tgt_text"]) for row in rows]
-            report(f"eval  {spec.name:16} {len(rows):5} rows, {min(widths)} to {max(widths)} candidates")
-        _write_rows(folder / "pictures", list(_catalogue(world, pictures)), jsonl=True)
+            report(f"eval  {spec.name:20} {len(rows):5} rows, {min(widths)} to {max(widths)} candidates")
+        for stem, world in (("pictures", held_out), ("pictures_seen", train)):
+            _write_rows(folder / stem, list(_catalogue(world, pictures)), jsonl=True)
     _write_json(folder / "subsets.json", about)
+
+
+def evaluated(plan: Plan) -> list[tasks.EvalSet]:
+    """The evaluation sets that the plan has."""
+    return [one for one in tasks.EVAL if one.concepts == "held-out" or plan.seen is None or one.name in plan.seen]
 
 
 def eval_rows(spec: tasks.EvalSet, world: World, plan: Plan, pictures: "Pictures") -> list[dict]:
     """Rows of one set: candidates are the positive, the row's own near misses, then others at random."""
     one = tasks.SETS[spec.set]
     world = world.restyled(spec.styles, spec.target_style)
-    seed = f"{plan.seed}/eval/{one.family or spec.set}/{spec.styles}"
+    kind = "eval" if spec.concepts == "held-out" else "eval/seen"
+    seed = f"{plan.seed}/{kind}/{one.family or spec.set}/{spec.styles}"
     sampled = list(_distinct(one, world, plan.eval_rows, seed, pictures, spec.name))
     if one.classes is not None:
         pool = [_placed(item, pictures, spec.name) for item in one.classes(world)]
@@ -95,7 +123,10 @@ def eval_rows(spec: tasks.EvalSet, world: World, plan: Plan, pictures: "Pictures
         pool = [item for _, positive, near in sampled for item in (positive, *near)]
     pool = list(dict.fromkeys(pool))
     rng = random.Random(f"{seed}/candidates")
-    return [_eval_row(query, positive, near, pool, plan.candidates, rng) for query, positive, near in sampled]
+    if spec.concepts == "held-out":
+        return [_eval_row(*row, pool, plan.candidates, rng) for row in sampled]
+    most = min(plan.candidates, plan.seen_candidates)
+    return [_eval_row(*row, pool, most, rng, once=True) for row in sampled]
 
 
 @dataclass(frozen=True)
@@ -130,15 +161,20 @@ def _distinct(
             )
 
 
-def _eval_row(query: Placed, positive: Placed, near: tuple, pool: list, most: int, rng: random.Random) -> dict:
+def _eval_row(
+    query: Placed, positive: Placed, near: tuple, pool: list, most: int, rng: random.Random, once: bool = False
+) -> dict:
+    """`once`: no two of the candidates that are added mean the same (as two drawings of a dog do)."""
     chosen = [positive, *near]
     taken = {(item.text, item.path) for item in chosen}
-    means = {positive.meaning}
+    means = {positive.meaning, *((item.meaning for item in near) if once else ())}
     for item in rng.sample(pool, len(pool)):
         if len(chosen) == most:
             break
         if item.meaning not in means and (item.text, item.path) not in taken:
             chosen.append(item)
+            if once:
+                means.add(item.meaning)
     return {
         "qry_text": query.text,
         "qry_img_path": query.path,
@@ -148,7 +184,7 @@ def _eval_row(query: Placed, positive: Placed, near: tuple, pool: list, most: in
 
 
 def _catalogue(world: World, pictures: "Pictures") -> Iterator[dict]:
-    """Every held-out concept in every style, with its words: a small picture collection to search in."""
+    """Every concept in every style, with its words: a small picture collection to search in."""
     for concept in world.concepts:
         for style in tasks.STYLES:
             path = pictures.add(drawing.single(world, style, concept), "Emoji")
@@ -161,6 +197,8 @@ def _about(spec: tasks.EvalSet, rows: list[dict]) -> dict:
         "domain": spec.domain,
         "about": tasks.SETS[spec.set].about,
         "styles": list(spec.styles or tasks.STYLES[:2]),
+        "concepts": spec.concepts,
+        "averaged": spec.concepts == "held-out",
         "rows": len(rows),
     }
 

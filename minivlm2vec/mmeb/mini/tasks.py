@@ -7,7 +7,7 @@ paraphrases are for the `diverse_instruction` split of the training files.
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
@@ -450,21 +450,22 @@ TRAIN = (
 
 @dataclass(frozen=True)
 class EvalSet:
-    """An evaluation set: which rows, in which styles. None: the styles of training."""
+    """An evaluation set: which rows, in which styles (None: those of training), of which concepts."""
 
     name: str
     set: str
     styles: tuple[str, ...] | None = None
     target_style: str | None = None  # for style to style
+    concepts: str = "held-out"  # or "seen": those of training, in rows and canvases that training does not draw
 
     @property
     def domain(self) -> str:
-        """OOD is a task, or a style, that training has not seen. Concepts are held out in both."""
+        """OOD is a task, or a style, that training has not seen, whatever the concepts."""
         return "IND" if self.set in TRAIN and self.styles is None else "OOD"
 
 
 _FLUENT = ("fluent",)
-EVAL = (
+_HELD_OUT = (
     *(EvalSet(name, name) for name in SETS),
     EvalSet("Fluent-Subgroup", "Emoji-Subgroup", _FLUENT),
     EvalSet("Fluent-Group", "Emoji-Group", _FLUENT),
@@ -474,4 +475,10 @@ EVAL = (
     EvalSet("Fluent-i2i", "Emoji-i2i", STYLES, "fluent"),
     EvalSet("Fluent-Change", "Scene-Change", _FLUENT),
     EvalSet("Fluent-Isolate", "Scene-Isolate", _FLUENT),
+    EvalSet("Fluent-i2t", "Emoji-i2t", _FLUENT),
+    EvalSet("Fluent-Beside", "Grid-Beside", _FLUENT),
+    EvalSet("Fluent-Position", "Grid-Position", _FLUENT),
+    EvalSet("Fluent-Color", "Grid-Color", _FLUENT),
+    EvalSet("Fluent-Point", "Scene-Point", _FLUENT),
 )
+EVAL = (*_HELD_OUT, *(replace(one, name=f"Seen-{one.name}", concepts="seen") for one in _HELD_OUT))

@@ -1,0 +1,122 @@
+"""The model's answers, how many are right, and how long they took.
+
+C candidates of a question, D width of a vector.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..embedder import Embedder
+from ..mmeb.dataset import Images, Pair
+from ..mmeb.encode import as_input
+from ..mmeb.score import METRICS, Scored, figures, unit_rows
+from .questions import SEARCH, Asked, Material, Question
+
+TIMED_QUERIES = 9
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question's candidates, nearest first; where a right one and a wrong one are equally near, the wrong first."""
+
+    question: Question
+    candidates: tuple[Pair, ...]
+    scores: tuple[float, ...]  # cosines
+    rank: int  # of the first right one, from 1
+
+    def is_right(self, place: int) -> bool:
+        return self.candidates[place] in self.question.right
+
+
+@dataclass(frozen=True)
+class Result:
+    """One set. Percentages of questions whose nearest candidate is right, with a 95% bootstrap interval."""
+
+    asked: Asked
+    answers: tuple[Answer, ...]
+    precision: float
+    low: float
+    high: float
+
+    @property
+    def chance(self) -> float:
+        """Percentage that answers drawn blindly reach."""
+        questions = self.asked.questions
+        shares = (sum(c in q.right for c in q.candidates) / len(q.candidates) for q in questions)
+        return 100 * sum(shares) / len(questions)
+
+    @property
+    def candidates(self) -> str:
+        """How many a question has to choose from."""
+        counts = {len(question.candidates) for question in self.asked.questions}
+        return str(*counts) if len(counts) == 1 else f"{min(counts)}-{max(counts)}"
+
+
+@dataclass(frozen=True)
+class Times:
+    """In seconds."""
+
+    load: float
+    pictures: int
+    embed_pictures: float
+    others: int
+    embed_others: float
+    query: float  # one text query: embedded and compared with every picture
+
+
+def answer_all(
+    embedder: Embedder, material: Material, images: Images, *, load: float, show_progress: bool = False
+) -> tuple[list[Result], Times]:
+    """Embeds every different input once and answers every question."""
+    pairs = material.pairs()
+    n = len(material.collection)  # they come first
+    inputs = [as_input(pair, images) for pair in pairs]
+    pictures, embed_pictures = _timed_encode(embedder, inputs[:n], show_progress)
+    others, embed_others = _timed_encode(embedder, inputs[n:], show_progress)
+    vectors = unit_rows(np.concatenate([pictures, others]))
+    number = {pair: i for i, pair in enumerate(pairs)}
+    results = [_result(asked, vectors, number) for asked in material.asked]
+    query = _time_of_a_query(embedder, material, vectors[:n])
+    return results, Times(load, n, embed_pictures, len(pairs) - n, embed_others, query)
+
+
+def _result(asked: Asked, vectors: np.ndarray, number: dict[Pair, int]) -> Result:
+    answered = [answer(question, vectors, number) for question in asked.questions]
+    counted = figures([scored for _, scored in answered], asked.name)
+    p1 = METRICS.index("precision@1")
+    low, high = counted.interval()[:, p1]
+    return Result(asked, tuple(one for one, _ in answered), float(counted.mean[p1]), float(low), float(high))
+
+
+def answer(question: Question, vectors: np.ndarray, number: dict[Pair, int]) -> tuple[Answer, Scored]:
+    """Ranks a question's candidates by cosine. vectors: float64 [N, D] of length 1; number: rows of them."""
+    rows = [number[pair] for pair in question.candidates]
+    scores = (vectors[rows] @ vectors[number[question.query]]).astype(np.float32)  # [C]
+    right = np.array([pair in question.right for pair in question.candidates])
+    best = scores[right].max()
+    rank = 1 + int((scores[~right] >= best).sum())
+    order = np.lexsort((right, -scores))
+    ranked = Answer(question, tuple(question.candidates[i] for i in order), tuple(scores[order].tolist()), rank)
+    return ranked, Scored(scores, rank, 1 + int((scores[~right] > best).sum()), int(scores.argmax()))
+
+
+def _timed_encode(embedder: Embedder, inputs: Sequence, show_progress: bool) -> tuple[np.ndarray, float]:
+    start = time.perf_counter()
+    vectors = embedder.encode(inputs, show_progress=show_progress)
+    return vectors, time.perf_counter() - start
+
+
+def _time_of_a_query(embedder: Embedder, material: Material, pictures: np.ndarray) -> float:
+    """Median of a few."""
+    texts = [q.query.text for asked in material.asked if asked.kind is SEARCH for q in asked.questions]
+    pictures = pictures.astype(np.float32)
+    times = []
+    for text in texts[:TIMED_QUERIES]:
+        start = time.perf_counter()
+        (embedder.encode([text]) @ pictures.T).argmax()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

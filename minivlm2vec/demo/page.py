@@ -1,0 +1,126 @@
+"""The answers as one self-contained web page, in the style of `minivlm2vec search --html`."""
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+
+from .. import __version__
+from ..files.page import head_of, replacing
+from ..mmeb.dataset import Images, Pair
+from ..mmeb.mini.sources import PACKAGES
+from .answers import Answer, Result, Times
+from .questions import Kind, Material, shown
+from .tables import WHAT_IS_SEEN, query_name, summary_cells, told
+
+CARDS = 6  # answers of a question on the page
+TYPES = {".webp": "image/webp", ".png": "image/png"}
+
+
+def write(
+    path: Path,
+    results: Sequence[Result],
+    times: Times,
+    material: Material,
+    images: Images,
+    *,
+    model: str,
+    device: str,
+) -> None:
+    """Writes the page; it takes the place of an older one when it is complete."""
+    style = resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")
+    with replacing(path) as f:
+        f.write(head_of(f"{model}: a demonstration", style=style))
+        f.write(_intro(results, times, material, images, model))
+        for kind in dict.fromkeys(result.asked.kind for result in results):
+            f.write(_section(kind, [r for r in results if r.asked.kind is kind], material, images))
+        f.write(_footer(model, device))
+
+
+def _intro(results: Sequence[Result], times: Times, material: Material, images: Images, model: str) -> str:
+    strip = "".join(_img(pair, material, images) for pair in material.collection[:: max(1, times.pictures // 24)][:24])
+    rows = "".join(_summary_row(result) for result in results)
+    return (
+        f"<header><div><h1>What {escape(model)} finds in {times.pictures} emoji</h1>"
+        "<p>Text, an image, or both become one vector; the nearest vector is the answer. "
+        f"{WHAT_IS_SEEN}</p></div></header>\n"
+        f'<div class="strip">{strip}</div>\n'
+        '<div class="scores"><table><thead><tr><th>Nearest answer is right</th><th>Concepts</th><th>Questions</th>'
+        "<th>Candidates</th><th>P@1</th><th></th><th>95%</th><th>Chance</th></tr></thead>\n"
+        f"<tbody>{rows}</tbody></table></div>\n<p>{escape(told(times))}</p>\n"
+    )
+
+
+def _summary_row(result: Result) -> str:
+    kind, concepts, questions, candidates, precision, interval, chance = map(_arrow, summary_cells(result))
+    bar = f'<meter min="0" max="100" value="{result.precision:.1f}"></meter>'
+    return (
+        f"<tr><td>{kind}</td><td>{concepts}</td><td>{questions}</td><td>{candidates}</td><td><b>{precision}</b></td>"
+        f"<td>{bar}</td><td>{interval}</td><td>{chance}</td></tr>\n"
+    )
+
+
+def _section(kind: Kind, results: Sequence[Result], material: Material, images: Images) -> str:
+    """One kind: for each set, some questions and what is nearest to them."""
+    instruction = kind.instruction.removeprefix("<|image_1|>\n").strip().replace("{}", "…")
+    parts = [f"<section><h2>{_arrow(kind.title)}</h2><p>Instruction: “{escape(instruction)}”</p>\n"]
+    for result in results:
+        *_, precision, _, chance = summary_cells(result)
+        parts.append(
+            f"<h3>{result.asked.concepts.capitalize()} concepts<span>P@1 {precision}, chance {chance}, "
+            f"{len(result.answers)} questions, {result.candidates} candidates</span></h3>\n"
+        )
+        parts += [_question(result, result.answers[i], material, images) for i in shown(result.asked)]
+    return "".join([*parts, "</section>\n"])
+
+
+def _question(result: Result, answer: Answer, material: Material, images: Images) -> str:
+    """The question and its nearest candidates; the last gives way to the first right one, where none is among them."""
+    places = list(range(min(CARDS, len(answer.candidates))))
+    if not any(map(answer.is_right, places)):
+        places[-1] = next(i for i in range(len(answer.candidates)) if answer.is_right(i))
+    cards = "".join(_card(answer, i, material, images) for i in places)
+    return (
+        f'<article><div class="asked">{_asked(result, answer, material, images)}</div>'
+        f'<ol class="found{"" if answer.candidates[0].image else " texts"}">{cards}</ol></article>\n'
+    )
+
+
+def _asked(result: Result, answer: Answer, material: Material, images: Images) -> str:
+    query = answer.question.query
+    own = result.asked.kind.own(query.text)
+    picture = f'<div class="well">{_img(query, material, images)}</div>' if query.image else ""
+    words = own or query_name(result, answer, material).strip("[]")
+    return f'{picture}<div class="{"words" if own else "quiet"}">{escape(words)}</div>'
+
+
+def _card(answer: Answer, i: int, material: Material, images: Images) -> str:
+    """A candidate: its place, its score, what it is."""
+    pair, right = answer.candidates[i], answer.is_right(i)
+    inner = _img(pair, material, images) if pair.image else f'<div class="words">{escape(pair.text)}</div>'
+    name = material.names.get(pair.image, "")
+    caption = f'<div class="caption" title="{escape(name)}">{escape(name)}</div>' if pair.image else ""
+    mark = "<em>right</em>" if right else ""
+    return (
+        f'<li class="card{" right" if right else ""}"><div class="well">{inner}</div><div class="about">'
+        f'<div class="score"><span>{i + 1}</span><b>{answer.scores[i]:.2f}</b>{mark}</div>{caption}</div></li>'
+    )
+
+
+def _arrow(text: str) -> str:
+    return escape(text.replace("->", "→"))
+
+
+def _img(pair: Pair, material: Material, images: Images) -> str:
+    data = images.source(pair.image)
+    data = data if isinstance(data, bytes) else data.read_bytes()
+    kind = TYPES[Path(pair.image).suffix]
+    uri = f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    return f'<img src="{uri}" alt="{escape(material.names.get(pair.image, ""))}" decoding="async">'
+
+
+def _footer(model: str, device: str) -> str:
+    credits = "; ".join(f"{package.credit}: {package.licence}" for package in PACKAGES[:3])
+    made = f"{model} on {device}, minivlm2vec {__version__}."
+    return f"<footer>{escape(made)} Pictures, resized and combined: {escape(credits)}.</footer>\n"

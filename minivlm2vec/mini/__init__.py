@@ -1,0 +1,7 @@
+"""The bundled checkpoint `mini`, which demonstrates and tests; README.md here is its model card.
+
+How it was made:
+
+    python -m minivlm2vec.mini outputs/mini-start       # tokenizer, configuration, random weights
+    minivlm2vec train minivlm2vec/mini/train.toml
+"""

@@ -1,0 +1,95 @@
+"""python -m minivlm2vec.mini DIR: what `mini` was trained from: its own tokenizer and random weights."""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from ..mmeb.mini import sources
+from ..mmeb.mini.concepts import World, load_world
+from ..mmeb.mini.tasks import CORNERS, CROP, INSTRUCTIONS, PICTURE
+from ..mmeb.mini.words import plural
+from ..new_checkpoint import new_checkpoint, phi3_tokenizer
+
+VOCAB_SIZE = 4096
+CONFIG: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
+    "num_attention_heads": 3, "num_key_value_heads": 3, "torch_dtype": "bfloat16",
+    "max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "sliding_window": None,
+    "rope_scaling": None, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+    "img_processor": {
+        "image_dim_out": 192, "num_img_tokens": 1,
+        "vision_config": {"hidden_size": 192, "num_hidden_layers": 4, "intermediate_size": 768,
+                          "num_attention_heads": 3, "image_size": 32, "patch_size": 16},
+    },
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m minivlm2vec.mini", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--tarballs", type=Path, default=Path("outputs/tarballs"), help="npm packages (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    try:
+        world, _ = load_world(sources.fetch(args.tarballs, print), seed=0)
+        tokenizer = train_tokenizer(world, VOCAB_SIZE)
+        new_checkpoint(args.folder, preset="tiny", config=CONFIG, seed=args.seed, tokenizer=tokenizer)
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"written to {args.folder}")
+    return 0
+
+
+def train_tokenizer(world: World, vocab_size: int) -> tokenizers.Tokenizer:
+    """Byte-pair encoding (arXiv 1508.07909) of the words in names and tags, in the published tokenizer's format. Then
+    the instructions, which every row repeats, become a token each: words are joined from the left, which that format
+    allows."""
+    learner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    learner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    special, joined = len(phi3_tokenizer((), ()).get_vocab()), 600
+    size = vocab_size - special - joined
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, show_progress=False, max_token_length=24)
+    learner.train_from_iterator(_words(world), trainer)
+    pieces, merges = sorted(learner.get_vocab(), key=learner.get_vocab().get), _merges(learner)
+    for phrase in PHRASES:
+        tokens = phi3_tokenizer(pieces, merges).encode(phrase, add_special_tokens=False).tokens
+        for i in range(1, len(tokens)):
+            merges.append(("".join(tokens[:i]), tokens[i]))
+            pieces.append("".join(tokens[: i + 1]))
+    return phi3_tokenizer(list(dict.fromkeys(pieces))[: vocab_size - special], merges)
+
+
+def _words(world: World) -> Iterator[str]:
+    """Names count more than tags, and plurals are seen too."""
+    for concept in world.concepts:
+        yield from (concept.phrase, concept.phrase, concept.subgroup, concept.group, *concept.tags)
+    for thing in world.things:
+        yield from (plural(thing.phrase), f'"{thing.phrase}"')
+    yield from PHRASES
+
+
+def _phrases() -> Iterator[str]:
+    """What instructions and questions say besides names, as the tokenizer gets it: text between tags and names."""
+    for text in (PICTURE, CROP, *itertools.chain(*INSTRUCTIONS.values())):
+        yield text.split("{}")[0].removeprefix("<|image_1|>").rstrip(' "')
+    yield from (f"what is in the {corner}?" for corner in CORNERS)
+    yield from ("what is to the left of the", "what is to the right of the", "what is above the", "what is below the")
+    yield from ("how many", "what color is the", "replace the", "with a", "are there?")
+
+
+PHRASES = tuple(dict.fromkeys(_phrases()))
+
+
+def _merges(tokenizer: tokenizers.Tokenizer) -> list[tuple[str, str]]:
+    return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,357 @@
+"""python -m minivlm2vec.mmeb.mini.card CHECKPOINT [DATA]: score a checkpoint on mini-MMEB and write its model card.
+
+Written into the checkpoint's folder (or -o DIR): scores.json, and README.md, the card. The same scores give the
+same card; without DATA it is written again from scores.json. How the checkpoint was trained stands in
+training.json beside it:
+
+    {"command": "minivlm2vec train mini.toml",     how it was run
+     "config": "mini.toml",                        a file beside it, which the card shows
+     "sets": ["Emoji-t2i", ...],                   the sets it was trained on; others are unseen tasks
+     "steps": 4000, "batch_size": 256, "seed": 0,
+     "hardware": "2 cores of ...", "wall_time_s": 5400, "precision": "float32",
+     "commit": "b70aab8", "torch": "2.13.0",
+     "notes": ["..."]}                             anything else worth telling; may be left out
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from minivlm2vec.mmeb.mini import sources
+from minivlm2vec.mmeb.mini.scores import GROUPS, measure
+from minivlm2vec.mmeb.report import TITLES
+from minivlm2vec.mmeb.subsets import META_TASKS
+
+TRAINING = ("command", "config", "sets", "steps", "batch_size", "seed", "hardware", "wall_time_s", "precision",
+            "commit", "torch")  # fmt: skip
+# What the checkpoint is meant to reach: the figure's name, the sets, the least P@1.
+AIMS = (
+    ("text to image, seen concepts, held-out style", ("Seen-Fluent-t2i",), 80),
+    ("image to text, seen concepts, held-out style", ("Seen-Fluent-i2t",), 80),
+    ("grounding, seen concepts, held-out style", ("Seen-Fluent-Isolate", "Seen-Fluent-Point"), 60),
+    (
+        "positional VQA, seen concepts, held-out style",
+        ("Seen-Fluent-Where", "Seen-Fluent-Beside", "Seen-Fluent-Position"),
+        60,
+    ),
+    ("classes of held-out concepts", ("Emoji-Subgroup", "Fluent-Subgroup"), 40),
+)
+TITLE = {
+    GROUPS[0]: "Seen concepts, styles of training",
+    GROUPS[1]: "Seen concepts, held-out style",
+    GROUPS[2]: "Held-out concepts, styles of training",
+    GROUPS[3]: "Held-out concepts, held-out style",
+}
+
+
+def card(name: str, scores: dict[str, Any], training: dict[str, Any] | None, config: str | None) -> str:
+    """The model card in Markdown, with the Hub's YAML header.
+
+    scores: see `scores.measure`. training: see the top of this file. config: the text of the training config.
+    """
+    parts = [
+        _HEADER,
+        f"# {name}: a small demonstration of minivlm2vec\n",
+        _WHAT,
+        _architecture(scores["checkpoint"]),
+        _data(scores["concepts"]),
+        _trained(training, config),
+        _results(scores, training),
+        _LIMITS,
+        _reproduce(training),
+    ]
+    return "\n".join(parts)
+
+
+# --- what it is ------------------------------------------------------------------------------------------
+
+_HEADER = """\
+---
+license: apache-2.0
+library_name: minivlm2vec
+pipeline_tag: feature-extraction
+language: en
+tags:
+- multimodal-embeddings
+- image-text-retrieval
+- vlm2vec
+- phi3_v
+- demonstration
+---
+"""
+_WHAT = """\
+It turns any mix of a short English text and pictures of emoji into one vector of length 1, and the vectors of things
+that belong together are near: a name and its picture, a picture and its class, a scene and a question about it and
+the answer. It ships with the package so that a fresh machine finds things without any download.
+
+It is **not** VLM2Vec and knows nothing but emoji: not photographs, not documents, not the world. It shows that the
+code trains and what an embedder does, and it serves tests. For real work take the published model:
+`Embedder.from_pretrained("TIGER-Lab/VLM2Vec-Full")`.
+"""
+
+
+def _architecture(facts: dict[str, Any]) -> str:
+    v, d = facts["vision"], facts["decoder"]
+    heads = f"{d['heads']} heads" + (f" ({d['kv_heads']} of keys and values)" if d["kv_heads"] != d["heads"] else "")
+    crops = (
+        f"at most {facts['crops']} crops of {v['crop']} x {v['crop']} pixels and a global view, patches of {v['patch']}"
+    )
+    return f"""\
+## Model
+
+The architecture of Phi-3.5-vision as VLM2Vec uses it, in small: {facts["parameters"]:,} parameters that run,
+{facts["bytes"] / 1e6:.1f} MB of safetensors in {facts["dtype"]}, vectors of {facts["dimension"]} numbers.
+
+| part | layers | width | heads | MLP | |
+|:--|--:|--:|--:|--:|:--|
+| image tower (CLIP ViT) | {v["layers"]} | {v["width"]} | {v["heads"]} | {v["mlp"]} | {crops} |
+| decoder (Phi-3) | {d["layers"]} | {d["width"]} | {heads} | {d["mlp"]} | {d["vocabulary"]:,} tokens |
+"""
+
+
+def _data(concepts: dict[str, int]) -> str:
+    works = "\n".join(f"| {one.credit} | npm `{one.spec}` | {one.licence} |" for one in sources.PACKAGES)
+    return f"""\
+## Data
+
+mini-MMEB: tasks in MMEB's form, drawn from emoji. {concepts["seen"]:,} concepts were for training and
+{concepts["held out"]:,} held out before anything was drawn, after merging equal drawings and variants of skin, gender
+and direction. Training saw two styles, Noto and Twemoji; the third, Fluent, was held out whole.
+
+| work | package | licence |
+|:--|:--|:--|
+{works}
+
+Twemoji drawings: Creative Commons Attribution 4.0, https://creativecommons.org/licenses/by/4.0/legalcode. Drawings
+were resized, varied, put on plain backgrounds, combined and cropped. No author endorses this use. Fluent drawings
+were used for evaluation alone.
+"""
+
+
+# --- how it was trained ----------------------------------------------------------------------------------
+
+
+def _trained(training: dict[str, Any] | None, config: str | None) -> str:
+    if training is None:
+        return "## Training\n\nNot recorded: there is no training.json beside the checkpoint.\n"
+    minutes = training["wall_time_s"] / 60
+    pairs = training["steps"] * training["batch_size"]
+    rows = {
+        "steps": f"{training['steps']:,} of {training['batch_size']:,} pairs: {pairs:,} in all",
+        "seed": training["seed"],
+        "hardware": training["hardware"],
+        "wall time": f"{minutes:.0f} minutes" if minutes < 600 else f"{minutes / 60:.1f} hours",
+        "precision": training["precision"],
+        "torch": training["torch"],
+        "commit": f"`{training['commit']}`",
+        "sets": ", ".join(training["sets"]),
+    }
+    lines = [
+        "## Training\n",
+        f"InfoNCE on pairs of a query and its target: `{training['command']}`\n",
+        "| | |\n|:--|:--|",
+    ]
+    lines += [f"| {key} | {value} |" for key, value in rows.items()]
+    lines += ["", *(f"- {note}" for note in training.get("notes", ()))]
+    if config is not None:
+        lines.append(f"\n`{training['config']}`:\n\n```toml\n{config.strip()}\n```\n")
+    return "\n".join(lines)
+
+
+# --- scores ----------------------------------------------------------------------------------------------
+
+
+def _results(scores: dict[str, Any], training: dict[str, Any] | None) -> str:
+    trained = set(training["sets"]) if training else None
+    parts = [_LEGEND, _aims(scores["sets"], trained), _summary(scores["averages"])]
+    parts += [_table(one, scores["sets"], trained) for one in GROUPS]
+    measured = scores["measured"]
+    parts.append(
+        f"Scored in {measured['seconds']} s on {measured['device']} ({measured['threads']} threads, torch "
+        f"{measured['torch']}).\n" + "".join(f"\n- {note}" for note in scores["notes"])
+    )
+    return "\n".join(parts)
+
+
+_LEGEND = """\
+## Scores
+
+Precision@1 in percent over a row's own candidates (ties are counted against the model) with the 95% bootstrap interval
+over rows. **Seen** concepts are those of training, in scenes and grids that training did not draw; **held-out**
+concepts were never shown. **Chance** is a random order. **Pixels** is the nearest neighbour by the squared distance of
+32 x 32 RGB pictures: the nearest candidate picture or, where candidates are texts, the answer of the nearest training
+picture of the same task (among answers that are candidates). It ignores the query's text, breaks ties at random, and
+has no answer (n/a) without a picture in the query, or where training has none of the right answers. In the styles of
+training a single emoji of a seen concept is itself a training picture: there the baseline looks the answer up, and the
+model was trained on that very drawing. † marks tasks that training has not seen.
+"""
+
+
+def _aims(sets: dict[str, dict], trained: set[str] | None) -> str:
+    lines = ["| aim | at least | set | P@1 | reached |\n|:--|--:|:--|--:|:--|"]
+    for what, names, least in AIMS:
+        for name in names:
+            if name in sets:
+                p = sets[name]["precision@1"]
+                reached = "yes" if p["mean"] >= least else "no"
+                lines.append(f"| {what} | {least} | {name}{_mark(sets[name], trained)} | {_interval(p)} | {reached} |")
+    return "\n".join(lines) + "\n"
+
+
+def _summary(averages: dict[str, dict[str, dict]]) -> str:
+    """Means by meta-task, a column for each group."""
+    groups = [one for one in GROUPS if one in averages]
+    lines = ["Means over sets (in brackets chance):\n",
+             "| | " + " | ".join(TITLE[one] for one in groups) + " |",
+             "|:--|" + "--:|" * len(groups)]  # fmt: skip
+    for task in (*META_TASKS, "all"):
+        if any(task in averages[one] for one in groups):
+            cells = [_average(averages[one].get(task)) for one in groups]
+            lines.append(f"| {TITLES[task]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _average(mean: dict[str, Any] | None) -> str:
+    return "" if mean is None else f"{mean['precision@1']['mean']:.1f} ({mean['chance']:.1f})"
+
+
+def _table(group: str, sets: dict[str, dict], trained: set[str] | None) -> str:
+    members = {name: one for name, one in sets.items() if one["group"] == group}
+    lines = [f"### {TITLE[group]}\n",
+             "| set | | n | candidates | P@1 [95%] | chance | pixels [95%] |",
+             "|:--|:--|--:|--:|--:|--:|--:|"]  # fmt: skip
+    for task in META_TASKS:
+        lines += [_line(name, one, trained) for name, one in members.items() if one["meta_task"] == task]
+    return "\n".join(lines) + "\n"
+
+
+def _line(name: str, one: dict[str, Any], trained: set[str] | None) -> str:
+    low, high = one["candidates"]
+    width = f"{low}" if low == high else f"{low}-{high}"
+    pixels = _interval(one["pixels"]) if one["pixels"] else "n/a"
+    return (
+        f"| {name}{_mark(one, trained)} | {one['about']} | {one['rows']} | {width} | {_interval(one['precision@1'])} "
+        f"| {one['chance']:.1f} | {pixels} |"
+    )
+
+
+def _mark(one: dict[str, Any], trained: set[str] | None) -> str:
+    return " †" if trained is not None and one["task"] not in trained else ""
+
+
+def _interval(p: dict[str, float]) -> str:
+    return f"{p['mean']:.1f} [{p['low']:.1f}, {p['high']:.1f}]"
+
+
+# --- limits, commands ------------------------------------------------------------------------------------
+
+_LIMITS = """
+## Limits
+
+- Only emoji on plain backgrounds, alone (64 x 64 pixels) or up to nine on a canvas of 128 x 128, and short English
+  phrases as mini-MMEB words them. Other pictures and texts get vectors too, and they mean nothing.
+- Names of things it has never seen it can only guess from the words they share with others ("flag of ..."); classes,
+  places and likeness carry over better.
+- Variants of skin and gender are merged into one emoji before training, so it cannot tell them apart.
+- One training run, one seed: the intervals are over rows, not over runs.
+- Scores here say nothing about MMEB or about the published VLM2Vec models.
+"""
+
+
+def _reproduce(training: dict[str, Any] | None) -> str:
+    train = f"\n{training['command']}" if training else ""
+    return f"""\
+## To reproduce
+
+```sh
+pip install 'minivlm2vec[mmeb,train]'
+python -m minivlm2vec.mmeb.mini DATA                    # fetches four npm packages (160 MB)\
+{train}
+python -m minivlm2vec.mmeb.mini.card CHECKPOINT DATA    # scores.json and this card
+```
+"""
+
+
+# --- command ---------------------------------------------------------------------------------------------
+
+
+def read_training(checkpoint: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """training.json of a checkpoint and the text of the config that it names; None where there is none.
+
+    Raises ValueError naming the file and what it lacks.
+    """
+    path = checkpoint / "training.json"
+    if not path.exists():
+        return None, None
+    try:
+        training = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    missing = [key for key in TRAINING if key not in training]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    config = checkpoint / training["config"]
+    if not config.exists():
+        raise ValueError(f"{path} names the config {training['config']}, which is not beside it")
+    return training, config.read_text(encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        _run(args)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    out = args.out or args.checkpoint
+    training, config = read_training(args.checkpoint)  # first: a mistake in it should not wait for the scores
+    file = out / "scores.json"
+    if args.data is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            scores = measure(
+                args.checkpoint,
+                args.data,
+                args.work or Path(temporary),
+                limit=args.limit,
+                allow_collapsed=args.allow_collapsed,
+                show_progress=not args.quiet,
+            )
+        file.write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    elif not file.exists():
+        raise ValueError(f"without DATA the card is written from {file}, which does not exist")
+    scores = json.loads(file.read_text(encoding="utf-8"))
+    text = card(args.name or args.checkpoint.resolve().name, scores, training, config)
+    (out / "README.md").write_text(text, encoding="utf-8")
+    trained = set(training["sets"]) if training else None
+    print(_aims(scores["sets"], trained) + "\n" + _summary(scores["averages"]) + f"\nwritten to {out / 'README.md'}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m minivlm2vec.mmeb.mini.card",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument(
+        "data", type=Path, nargs="?", metavar="DATA", help="what the builder wrote; without: no scoring"
+    )
+    parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="for scores.json and README.md (CHECKPOINT)")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep the evaluator's files here, and go on from them")
+    parser.add_argument("--name", help="of the model, in the card (the folder's)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each set")
+    parser.add_argument("--allow-collapsed", action="store_true", help="score vectors that carry no information")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

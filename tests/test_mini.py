@@ -1,0 +1,198 @@
+"""What the bundled checkpoint is trained from: rows drawn without end, its tokenizer, its configuration."""
+
+import copy
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import minivlm2vec.mini.__main__ as start
+from minivlm2vec.config import VLM2VecConfig
+from minivlm2vec.mmeb.mini import concepts, stream, tasks
+from minivlm2vec.new_checkpoint import new_checkpoint
+from minivlm2vec.tokenizer import Tokenizer
+from minivlm2vec.train.config import DataConfig, TrainConfig, read_config
+from minivlm2vec.train.data import content_id
+from minivlm2vec.train.drawn import DrawnData
+from minivlm2vec.train.trainer import Trainer
+from minivlm2vec.weights import load_model
+
+from .test_mmeb_mini import tarballs, worlds  # noqa: F401 (fixtures)
+
+NOTHING = stream.Variation(turn=0, shrink=1, squeeze=0, hue=0, colour=0, shade=0, blend=0)
+TRAIN_TOML = Path(start.__file__).with_name("train.toml")
+
+
+@pytest.fixture(scope="module")
+def world(worlds):  # noqa: F811
+    return worlds[0]
+
+
+@pytest.fixture(scope="module")
+def data(world):
+    return DrawnData(DataConfig("mini-drawn", sub_batch=2), seed=3, world=world)
+
+
+def test_a_row_depends_on_its_number_alone(world):
+    one, *_ = stream.rows(world, "Grid-Where", [5, 6], stream.Variation(), "seed")
+    again = stream.rows(world, "Grid-Where", [9, 5], stream.Variation(), "seed")[1]
+    other = stream.rows(world, "Grid-Where", [5], stream.Variation(), "another seed")[0]
+    assert one.query.text == again.query.text and one.query.image.tobytes() == again.query.image.tobytes()
+    assert other.query.image.tobytes() != one.query.image.tobytes()
+
+
+def test_without_variation_rows_are_those_of_the_files(world):
+    (row,) = stream.rows(world, "Scene-Isolate", [7], None, "s")
+    rng = random.Random("s/Scene-Isolate/7")
+    expected = tasks.SETS["Scene-Isolate"].row(world, rng, rng.randrange(len(tasks.INSTRUCTIONS["Scene-Isolate"])))
+    assert row.query.text == expected.query.text and row.query.image.tobytes() == expected.query.image.tobytes()
+
+
+def test_a_drawing_that_comes_twice_in_a_row_is_the_same(world):
+    """The crop of a thing is a piece of the scene."""
+    (row,) = stream.rows(world, "Scene-Isolate", [1], stream.Variation(), "s")
+    scene, crop = np.asarray(row.query.image), np.asarray(row.positive.image)
+    windows = np.lib.stride_tricks.sliding_window_view(scene, crop.shape)
+    assert (windows == crop).all(axis=(-1, -2, -3)).any()
+
+
+def test_variation_of_nothing_changes_nothing():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (64, 64, 4), dtype=np.uint8)
+    pixels[..., 3] = 255
+    image = Image.fromarray(pixels, "RGBA")
+    same = stream.vary(image, NOTHING, random.Random(0))
+    assert np.abs(np.asarray(same).astype(int) - np.asarray(image)).max() <= 1
+
+
+@pytest.mark.parametrize("part", ["turn", "hue", "colour", "shade"])
+def test_variation_stays_within_its_bounds(part):
+    image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    image.paste((200, 80, 60, 255), (8, 24, 56, 40))
+    only = {f: getattr(stream.Variation(), f) if f == part else getattr(NOTHING, f) for f in vars(NOTHING)}
+    changed = [np.asarray(stream.vary(image, stream.Variation(**only), random.Random(i))) for i in range(30)]
+    assert len({x.tobytes() for x in changed}) > 10
+    for x in changed:
+        inside = x[x[..., 3] > 250][:, :3].astype(float)
+        red, green, blue = inside.mean(0)
+        if part == "turn":
+            assert (abs(inside - (200, 80, 60)) <= 2).all() and 0.9 < len(inside) / (48 * 16) < 1.1
+        if part == "hue":
+            assert red > max(green, blue) and abs(inside.mean() - 340 / 3) < 3  # grey stays
+        if part == "colour":
+            assert red > max(green, blue)
+        if part == "shade":
+            assert 0.65 * 200 < red <= 200
+    if part == "shade":  # one side is darker
+        assert sum(np.ptp(x[24:40, 8:56, 0]) > 4 for x in changed) > 15
+
+
+def test_batches_depend_on_the_step_alone_and_mix_blocks_of_sets(data, world):
+    again = DrawnData(DataConfig("mini-drawn", sub_batch=2), seed=3, world=world)
+    names = lambda rows: [row.name for row in rows]  # noqa: E731
+    assert names(data.batch(4, 8)) == names(again.batch(4, 8)) != names(data.batch(5, 8))
+    rows = [row for step in range(13) for row in data.batch(step, 8)]  # 52 blocks: four rounds of 13 sets
+    sets = [row.name.split(",")[0] for row in rows]
+    assert sets[::2] == sets[1::2] and {name: sets.count(name) for name in tasks.TRAIN} == dict.fromkeys(tasks.TRAIN, 8)
+    assert len(set(names(rows))) == len(rows)
+    other = DrawnData(DataConfig("mini-drawn", sub_batch=2), seed=4, world=world)
+    assert names(other.batch(4, 8)) != names(data.batch(4, 8))
+
+
+def test_a_set_that_is_named_twice_comes_twice_as_often(world):
+    config = DataConfig("mini-drawn", sets=("Emoji-t2i", "Emoji-t2i", "Grid-Count"))
+    rows = DrawnData(config, world=world).batch(0, 30)
+    assert sum(row.name.startswith("Emoji-t2i") for row in rows) == 20
+    with pytest.raises(ValueError, match=r"Emoji-t2t is no training set; there are Emoji-Subgroup"):
+        DrawnData(DataConfig("mini-drawn", sets=("Emoji-t2t",)), world=world)
+
+
+def test_drawn_rows_show_training_concepts_in_training_styles(worlds):  # noqa: F811
+    world, held_out = worlds
+    asked = set()
+
+    class Watched(dict):
+        def __getitem__(self, key):
+            asked.add(key)
+            return super().__getitem__(key)
+
+    watched = copy.copy(world)
+    watched.drawings = Watched(world.drawings)
+    DrawnData(DataConfig("mini-drawn", sub_batch=4), world=watched).batch(0, 4 * 26)
+    assert {style for style, _ in asked} == set(concepts.SEEN_STYLES)
+    assert not {code for _, code in asked} & {one.code for one in held_out.concepts}
+
+
+def test_no_picture_is_a_wrong_answer_for_its_equal(data, world):
+    """Two drawings of one thing have one content id, so that `mask_duplicates` keeps them apart from wrong ones."""
+    rows = DrawnData(DataConfig("mini-drawn", sets=("Emoji-t2i",)), world=world).batch(0, 150)
+    by_text = {}
+    for row in rows:
+        name = row.query.text.split(":")[-1].split("?")[-1].strip()
+        by_text.setdefault(name, set()).add(content_id(row.positives[0], row.images))
+    assert len(rows) > 2 * len(by_text) > 20 and all(len(ids) == 1 for ids in by_text.values())
+    assert len(set().union(*by_text.values())) == len(by_text)
+    for row in data.batch(0, 26):
+        assert not set(row.positives) & set(row.negatives)
+
+
+def test_texts_are_all_hard_negatives_and_pictures_one(data):
+    rows = {row.name.split(",")[0]: row for row in data.batch(0, 26)}
+    assert len(rows["Grid-Where"].negatives) == 3 and not any(n.image for n in rows["Grid-Where"].negatives)
+    assert len(rows["Scene-Change"].negatives) == 1 and rows["Scene-Change"].negatives[0].image
+
+
+def test_the_tokenizer_has_a_token_for_an_instruction(world, tmp_path):
+    start.train_tokenizer(world, start.VOCAB_SIZE).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    assert len(tokenizer) <= start.VOCAB_SIZE
+    for text in ("\nRepresent the given image.\n", "\nRepresent the given image for classification\n"):
+        assert len(tokenizer(text)) <= 3  # with the BOS, and perhaps the line's end
+    for text in (world.concepts[0].phrase, "Grüße, 猫 & co.\n", "  two  spaces", "what is in the top left corner?"):
+        assert tokenizer.tokenizer.decode(tokenizer(text)) == text
+    assert len(tokenizer(world.concepts[0].phrase)) < len(world.concepts[0].phrase)
+
+
+def test_the_configuration_is_of_3_to_8_million_parameters(tmp_path):
+    folder = new_checkpoint(tmp_path / "m", config=start.CONFIG)
+    model = load_model(folder)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert 3e6 < parameters < 8e6 and 2 * parameters < 12e6
+    assert VLM2VecConfig.from_json(folder).vision.image_size == 32
+
+
+def test_the_checked_in_run_is_readable():
+    config = read_config(TRAIN_TOML)
+    assert set(config.data.sets) == set(tasks.TRAIN) and config.data.root == "mini-drawn"
+
+
+def test_it_trains_on_drawn_rows_and_goes_on_exactly(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("minivlm2vec.train.drawn._training_world", lambda folder: world)
+    new_checkpoint(tmp_path / "start", preset="tiny")
+    whole, halves = (_train(tmp_path, name, stops) for name, stops in (("whole", [4]), ("halves", [2, 4])))
+    for name, p in whole.model.named_parameters():
+        assert torch.equal(p, halves.model.get_parameter(name)), name
+    assert (tmp_path / "whole/pictures/step-000004.png").exists()
+
+
+def _train(folder, name, stops):
+    config = {
+        "model": str(folder / "start"), "out": str(folder / name), "autocast": True,
+        "data": DataConfig("mini-drawn", sub_batch=2, num_crops=1, workers=1),
+    }  # fmt: skip
+    from minivlm2vec.train.config import LogConfig, OptimConfig
+
+    for stop in stops:
+        optim = OptimConfig(batch_size=6, chunk_size=5, steps=4, lr=1e-3, warmup=1)
+        log = LogConfig(save=2, pictures=4, picture_rows=9)
+        trainer = Trainer(TrainConfig(**config, optim=optim, log=log), device="cpu")
+        if stop == 4:
+            trainer.run()
+        else:
+            for step in range(stop):
+                trainer.train_step(trainer.prepare(trainer.own_rows(step)))
+            trainer.save()
+    return trainer
