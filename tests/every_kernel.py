@@ -35,6 +35,7 @@ def launches(generator: torch.Generator, capability: tuple[int, int] | None) -> 
     yield from of_rows(make, capability)
     yield from of_images(make)
     yield from of_attention(make, capability)
+    yield from of_gradients(make)
     yield from of_linear(make, capability)
 
 
@@ -108,6 +109,40 @@ def of_attention(make: Maker, capability: tuple[int, int] | None) -> Iterator[La
     yield "attention, head dim 48", lambda: ops.attention(*x.split(1, dim=1), whole, 65, causal=True, backend="triton")
     y = x.float()
     yield "attention, float32", lambda: ops.attention(*y.split(1, dim=1), whole, 65, causal=True, backend="triton")
+
+
+def of_gradients(make: Maker) -> Iterator[Launch]:
+    """What goes back through each op that has kernels for it."""
+    R, D = 17, 100
+    x, residual, weight = make.strided(R, D), make.strided(R, D), make(D)
+    options = {"backend": "triton"}
+    yield "gradient of rms_norm", lambda: gradients(lambda *a: ops.rms_norm(*a, 1e-5, **options), x, weight)
+    yield (
+        "gradient of add_rms_norm",
+        lambda: gradients(lambda *a: ops.add_rms_norm(*a, 1e-5, **options), x, residual, weight),
+    )
+    yield "gradient of silu_mul", lambda: gradients(lambda a: ops.silu_mul(a, **options), x)
+    q, k = make(R, 3, 48), make(R, 1, 48)
+    cos, sin = make(R, 24), make(R, 24)
+    yield "gradient of rope", lambda: gradients(lambda q, k: ops.rope(q, k, cos, sin, **options), q, k)
+    lengths, few = [65, 1, 17], [3, 1, 0]
+    cu, cu_few = make.sequences(lengths), make.sequences(few)
+    for causal, H, last in ((True, 96, {}), (False, 64, {}), (True, 96, {"cu_seqlens_q": cu_few, "max_seqlen_q": 3})):
+        k, v = make(83, 2 * H).unflatten(1, (2, H)).split(1, dim=1)
+        q = make(4 if last else 83, 2, H)
+        call = {"causal": causal, **last, **options}
+        yield (
+            f"gradient of attention {causal=} {H=} {len(q)} queries",
+            lambda a=(q, k, v), call=call: gradients(lambda *qkv: ops.attention(*qkv, cu, 65, **call), *a),
+        )
+
+
+def gradients(op: Callable, *inputs: Tensor) -> tuple[Tensor, ...]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        outs = op(*leaves)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        return torch.autograd.grad(outs, leaves, [torch.ones_like(out) for out in outs])
 
 
 def of_linear(make: Maker, capability: tuple[int, int] | None) -> Iterator[Launch]:
