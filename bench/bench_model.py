@@ -3,15 +3,17 @@ the same network that is known to us.
 
     model           ours, kernel by kernel             model_graphs    replayed as a CUDA graph
     model_prefixes  12 of 30 tokens in common          model_fp8       precision="fp8"
-    tower           the image tower on crops
+    tower           the image tower on crops           model_compiled  against one compiled graph of the decoder
 
 Workloads: a 64 queries of 30 tokens; a1 one of them; b 32 images at 4 crops, with 20 tokens each; b1 one of them;
 c 16 images at 16 crops; d a mixed list of queries, images of two shapes and long texts.
 
 Providers: "triton" is ours; "torch" our torch path; "transformers eager" and "sdpa" are transformers' modules on the
 right-padded batch, as the original runs them; "packed + compile" is our packed and pruned network with each layer
-compiled and torch's varlen attention, the strongest peer that can be had without writing a kernel. No provider is
-timed whose vectors are not right: see `check_vectors`. An error is 1 - the smallest cosine to float32.
+compiled and torch's varlen attention, the strongest peer that can be had without writing a kernel; "packed + whole
+compile" has the tower and the decoder with its pooling compiled as one graph each, which takes minutes, so its cases
+come last. No provider is timed whose vectors are not right: see `check_vectors`. An error is 1 - the smallest cosine
+to float32.
 
 FLOPs are those of `minivlm2vec.info`, bytes those of the weights: the floor is the larger of the two at the measured
 peaks, and its share is the larger of pct_matmul and pct_copy.
@@ -138,6 +140,8 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield make("model_fp8", name, workloads[name], fp8)
     for crops in (160, 40, 5) if full else (3,):
         yield tower_case(config, device, crops)
+    for name in ("a1", "d", "b") if full else ():
+        yield make("model_compiled", name, workloads[name], compiled_whole)
 
 
 def model_case(config, device, kernel: str, name: str, work: Workload, providers: Callable) -> Case:
@@ -191,6 +195,11 @@ def fp8(model: VLM2Vec, batch: PackedBatch, work: Workload) -> dict[str, Provide
     quantised = quantize_fp8(sharing_weights(model, model.backend))
     name = OURS if model.backend == "triton" else "fp8"
     return {name: functools.partial(quantised, batch), "bf16": functools.partial(model, batch)}
+
+
+def compiled_whole(model: VLM2Vec, batch: PackedBatch, work: Workload) -> dict[str, Provider]:
+    peer = PackedCompiled(model, whole=True)
+    return {OURS: functools.partial(model, batch), "packed + whole compile": functools.partial(peer, batch)}
 
 
 def tower_case(config, device, crops: int) -> Case:
@@ -327,15 +336,31 @@ def packed_compiled(model: VLM2Vec, batch: PackedBatch) -> dict[str, Provider]:
 
 class PackedCompiled:
     """Our packed and pruned network without our kernels: each layer compiled for the case's shapes (one compilation
-    serves all layers), attention by torch's varlen_attn, residuals added out of place, as the compiler likes it."""
+    serves all layers), attention by torch's varlen_attn, residuals added out of place, as the compiler likes it.
 
-    def __init__(self, model: VLM2Vec):
+    whole: instead, all layers of the tower are one graph, and those of the decoder with the pooling another.
+    attention, backend: other attention than varlen_attn, and another compiler, where there is no card.
+    """
+
+    def __init__(
+        self,
+        model: VLM2Vec,
+        *,
+        whole: bool = False,
+        attention: Callable | None = None,
+        backend: str | Callable = "inductor",
+    ):
         torch._dynamo.reset()
-        self.model, self._attention = sharing_weights(model, "torch"), varlen_attention()
-        for layer in [*self.model.vision.layers, *self.model.decoder.layers]:
-            layer.compile(dynamic=False)
-        last = self.model.decoder.layers[-1]
-        last.forward_last = torch.compile(last.forward_last, dynamic=False)
+        self.model, self._attention = sharing_weights(model, "torch"), attention or varlen_attention()
+        options = {"dynamic": False, "fullgraph": whole, "backend": backend}
+        vision, decoder = self.model.vision, self.model.decoder
+        if whole:
+            vision._encode = torch.compile(vision._encode, **options)
+            self.model.decode = torch.compile(self.model.decode, **options)
+            return
+        for layer in [*vision.layers, *decoder.layers]:
+            layer.compile(**options)
+        decoder.layers[-1].forward_last = torch.compile(decoder.layers[-1].forward_last, **options)
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         with self._torch_ops():

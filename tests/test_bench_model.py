@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from bench import bench_model, common, run
 from bench.bench_model import COMMON, FULL, batch_of, bytes_of, check_vectors, flops_of
@@ -9,6 +10,8 @@ from bench.common import Case, Work
 from minivlm2vec.config import VLM2VecConfig
 from minivlm2vec.info import empty_model
 from minivlm2vec.new_checkpoint import base_config
+
+from .helpers import close
 
 CPU = torch.device("cpu")
 CONFIG = VLM2VecConfig.from_dict(base_config("full"))
@@ -66,6 +69,38 @@ def test_cases_run_without_a_gpu(monkeypatch, capsys):
     assert all(r.tokens_s or r.crops_s for r in session.rows)
     out = capsys.readouterr().out
     assert "cosine of fp8 to bf16" in out and "not timed" not in out
+
+
+def in_one_call(q, k, v, cu_seqlens, max_seqlen, *, causal, cu_seqlens_q=None, **_):
+    """The pack's attention as one masked product, which torch.compile takes as a part of its graph."""
+    row, key = torch.arange(len(q), device=q.device), torch.arange(len(k), device=k.device)
+    cu_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
+    of_row, of_key = torch.searchsorted(cu_q[1:], row, right=True), torch.searchsorted(cu_seqlens[1:], key, right=True)
+    mask = of_row[:, None] == of_key[None]
+    if causal:
+        left = lambda cu, of, i: cu[1:][of] - i  # noqa: E731  (tokens to the end of its sequence)
+        mask = mask & (left(cu_q, of_row, row)[:, None] <= left(cu_seqlens, of_key, key)[None])
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(0, 1)
+
+
+@pytest.mark.parametrize("whole, graphs", [(False, 3), (True, 2)])
+@torch.no_grad()
+def test_the_compiled_peer_is_the_same_network(whole, graphs):
+    """A graph each of the tower's layer, the decoder's and its last one; or of the tower and of the decoder."""
+    made = []
+
+    def compiler(graph, inputs):
+        made.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    config = VLM2VecConfig.from_dict(base_config("tiny"))
+    model = bench_model.random_model(config, torch.float32, CPU)
+    batch = batch_of(config, bench_model.SMALL["d"], CPU)
+    peer = bench_model.PackedCompiled(model, whole=whole, attention=in_one_call, backend=compiler)
+    for _ in range(2):
+        close("vectors", peer(batch), model(batch), 1e-5)
+    assert len(made) == graphs
 
 
 def test_is_registered():

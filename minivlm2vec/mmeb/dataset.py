@@ -251,11 +251,16 @@ def _files(folder: Path) -> list[Path]:
 def _read(folder: Path, limit: int | None) -> Iterator[dict[str, Any]]:
     number = 0
     for path in _files(folder):
-        for row in read_jsonl(path) if path.suffix == ".jsonl" else read_parquet(path):
+        for row in read_rows(path):
             if number == limit:
                 return
             number += 1
             yield row
+
+
+def read_rows(path: Path) -> Iterator[Any]:
+    """The rows of a file of JSON lines or of Parquet, as its name says; errors as below."""
+    return read_jsonl(path) if path.suffix == ".jsonl" else read_parquet(path)
 
 
 def read_jsonl(path: Path) -> Iterator[Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from minivlm2vec.mmeb.dataset import Images, Pair, import_pyarrow, read_jsonl
+from minivlm2vec.mmeb.dataset import Images, Pair, read_rows
 
 from .config import DataConfig
 
@@ -173,16 +173,7 @@ def _read_files(folder: Path, variant: str) -> Iterator[Any]:
     if not files:
         raise FileNotFoundError(f"{folder} holds no {variant}*.parquet and no {variant}*.jsonl")
     for path in files:
-        yield from read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
-
-
-def _read_parquet(path: Path) -> Iterator[Any]:
-    pyarrow = import_pyarrow()
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
-            yield from batch.to_pylist()
-    except (OSError, pyarrow.ArrowException) as e:
-        raise ValueError(f"{path} is not a readable parquet file: {e}") from None
+        yield from read_rows(path)
 
 
 def _row(name: str, raw: Any, images: Images) -> Row:
