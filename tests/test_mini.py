@@ -23,7 +23,7 @@ from minivlm2vec.weights import load_model
 from .test_mmeb_mini import tarballs, worlds  # noqa: F401 (fixtures)
 
 NOTHING = stream.Variation(turn=0, shrink=1, squeeze=0, hue=0, colour=0, shade=0, blend=0)
-TRAIN_TOML = Path(start.__file__).with_name("train.toml")
+FOLDER = Path(start.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +164,10 @@ def test_the_configuration_is_of_3_to_8_million_parameters(tmp_path):
     assert VLM2VecConfig.from_json(folder).vision.image_size == 32
 
 
-def test_the_checked_in_run_is_readable():
-    config = read_config(TRAIN_TOML)
-    assert set(config.data.sets) == set(tasks.TRAIN) and config.data.root == "mini-drawn"
+def test_the_checked_in_runs_are_readable():
+    first, second = (read_config(FOLDER / f"train-{i}.toml") for i in (1, 2))
+    assert set(first.data.sets) < set(second.data.sets) == set(tasks.TRAIN)
+    assert second.model == f"{first.out}/step-{first.optim.steps:06d}"
 
 
 def test_it_trains_on_drawn_rows_and_goes_on_exactly(world, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 How it was made:
 
-    python -m minivlm2vec.mini outputs/mini-start       # tokenizer, configuration, random weights
-    minivlm2vec train minivlm2vec/mini/train.toml
+    python -m minivlm2vec.mini outputs/mini-start            # tokenizer, configuration, random weights
+    minivlm2vec train minivlm2vec/mini/train-1.toml          # single drawings
+    minivlm2vec train minivlm2vec/mini/train-2.toml          # everything
 """

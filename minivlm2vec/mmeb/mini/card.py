@@ -5,9 +5,10 @@ same card; without DATA it is written again from scores.json. How the checkpoint
 training.json beside it:
 
     {"commands": ["minivlm2vec train train.toml"], how it was made
-     "config": "train.toml",                       a file beside it, which the card shows
-     "sets": ["Emoji-t2i", ...],                   as in the config; all others are unseen tasks
-     "steps": 4000, "batch_size": 256, "seed": 0,
+     "runs": [{"config": "train.toml",             one after the other; files beside it, which the card shows
+               "steps": 4000, "batch_size": 256}],
+     "sets": ["Emoji-t2i", ...],                   as in the configs; all others are unseen tasks
+     "seed": 0,
      "hardware": "2 cores of ...", "wall_time_s": 5400, "precision": "float32",
      "commit": "b70aab8", "torch": "2.13.0",
      "notes": ["..."]}                             anything else worth telling; may be left out
@@ -26,8 +27,7 @@ from minivlm2vec.mmeb.mini.scores import GROUPS, measure
 from minivlm2vec.mmeb.report import TITLES
 from minivlm2vec.mmeb.subsets import META_TASKS
 
-TRAINING = ("commands", "config", "sets", "steps", "batch_size", "seed", "hardware", "wall_time_s", "precision",
-            "commit", "torch")  # fmt: skip
+TRAINING = ("commands", "runs", "sets", "seed", "hardware", "wall_time_s", "precision", "commit", "torch")
 # What the checkpoint is meant to reach: the figure's name, the sets, the least P@1.
 AIMS = (
     ("text to image, seen concepts, held-out style", ("Seen-Fluent-t2i",), 80),
@@ -48,10 +48,10 @@ TITLE = {
 }
 
 
-def card(name: str, scores: dict[str, Any], training: dict[str, Any] | None, config: str | None) -> str:
+def card(name: str, scores: dict[str, Any], training: dict[str, Any] | None, configs: list[str]) -> str:
     """The model card in Markdown, with the Hub's YAML header.
 
-    scores: see `scores.measure`. training: see the top of this file. config: the text of the training config.
+    scores: see `scores.measure`. training: see the top of this file. configs: the texts of its runs' configs.
     """
     parts = [
         _HEADER,
@@ -59,7 +59,7 @@ def card(name: str, scores: dict[str, Any], training: dict[str, Any] | None, con
         _WHAT,
         _architecture(scores["checkpoint"]),
         _data(scores["concepts"]),
-        _trained(training, config),
+        _trained(training, configs),
         _results(scores, training),
         _LIMITS,
         _reproduce(training),
@@ -135,13 +135,15 @@ were used for evaluation alone (and, with the others, to find equal drawings).
 # --- how it was trained ----------------------------------------------------------------------------------
 
 
-def _trained(training: dict[str, Any] | None, config: str | None) -> str:
+def _trained(training: dict[str, Any] | None, configs: list[str]) -> str:
     if training is None:
         return "## Training\n\nNot recorded: there is no training.json beside the checkpoint.\n"
     minutes = training["wall_time_s"] / 60
-    pairs = training["steps"] * training["batch_size"]
+    runs = training["runs"]
+    pairs = sum(run["steps"] * run["batch_size"] for run in runs)
     rows = {
-        "steps": f"{training['steps']:,} of {training['batch_size']:,} pairs: {pairs:,} in all",
+        "steps": ", then ".join(f"{run['steps']:,} of {run['batch_size']:,} pairs" for run in runs)
+        + f": {pairs:,} pairs in all",
         "seed": training["seed"],
         "hardware": training["hardware"],
         "wall time": f"{minutes:.0f} minutes" if minutes < 600 else f"{minutes / 60:.1f} hours",
@@ -157,8 +159,8 @@ def _trained(training: dict[str, Any] | None, config: str | None) -> str:
     ]
     lines += [f"| {key} | {value} |" for key, value in rows.items()]
     lines += ["", *(f"- {note}" for note in training.get("notes", ()))]
-    if config is not None:
-        lines.append(f"\n`{training['config']}`:\n\n```toml\n{config.strip()}\n```\n")
+    for run, config in zip(runs, configs, strict=True):
+        lines.append(f"\n`{run['config']}`:\n\n```toml\n{config.strip()}\n```\n")
     return "\n".join(lines)
 
 
@@ -279,14 +281,14 @@ python -m minivlm2vec.mmeb.mini.card CHECKPOINT DATA    # scores.json and this c
 # --- command ---------------------------------------------------------------------------------------------
 
 
-def read_training(checkpoint: Path) -> tuple[dict[str, Any] | None, str | None]:
-    """training.json of a checkpoint and the text of the config that it names; None where there is none.
+def read_training(checkpoint: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """training.json of a checkpoint and the texts of the configs that it names; None where there is none.
 
     Raises ValueError naming the file and what it lacks.
     """
     path = checkpoint / "training.json"
     if not path.exists():
-        return None, None
+        return None, []
     try:
         training = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -294,10 +296,11 @@ def read_training(checkpoint: Path) -> tuple[dict[str, Any] | None, str | None]:
     missing = [key for key in TRAINING if key not in training]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
-    config = checkpoint / training["config"]
-    if not config.exists():
-        raise ValueError(f"{path} names the config {training['config']}, which is not beside it")
-    return training, config.read_text(encoding="utf-8")
+    configs = [checkpoint / run["config"] for run in training["runs"]]
+    absent = [config.name for config in configs if not config.exists()]
+    if absent:
+        raise ValueError(f"{path} names the config {', '.join(absent)}, which is not beside it")
+    return training, [config.read_text(encoding="utf-8") for config in configs]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -312,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     out = args.out or args.checkpoint
-    training, config = read_training(args.checkpoint)  # first: a mistake in it should not wait for the scores
+    training, configs = read_training(args.checkpoint)  # first: a mistake in it should not wait for the scores
     file = out / "scores.json"
     if args.data is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -329,7 +332,7 @@ def _run(args: argparse.Namespace) -> None:
     elif not file.exists():
         raise ValueError(f"without DATA the card is written from {file}, which does not exist")
     scores = json.loads(file.read_text(encoding="utf-8"))
-    text = card(args.name or args.checkpoint.resolve().name, scores, training, config)
+    text = card(args.name or args.checkpoint.resolve().name, scores, training, configs)
     (out / "README.md").write_text(text, encoding="utf-8")
     trained = set(training["sets"]) if training else None
     print(_aims(scores["sets"], trained) + "\n" + _summary(scores["averages"]) + f"\nwritten to {out / 'README.md'}")
