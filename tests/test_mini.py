@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import minivlm2vec.mini.__main__ as start
+from minivlm2vec import Embedder
 from minivlm2vec.config import VLM2VecConfig
 from minivlm2vec.mmeb.mini import concepts, stream, tasks
 from minivlm2vec.new_checkpoint import new_checkpoint
@@ -197,3 +198,23 @@ def _train(folder, name, stops):
                 trainer.train_step(trainer.prepare(trainer.own_rows(step)))
             trainer.save()
     return trainer
+
+
+def test_packaging_halves_the_file_and_keeps_the_vectors(tmp_path):
+    trained = new_checkpoint(tmp_path / "trained", config={"torch_dtype": "float32"})
+    assert start.main(["package", str(trained), str(tmp_path / "packaged")]) == 0
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (trained, tmp_path / "packaged")]
+    assert 0.45 < sizes[1] / sizes[0] < 0.6
+    a, b = (
+        Embedder.from_pretrained(str(f), device="cpu").encode(["a cat"])[0] for f in (trained, tmp_path / "packaged")
+    )
+    assert a.dtype == b.dtype == np.float32 and float(a @ b) > 0.99999
+    assert start.main(["package", str(tmp_path / "absent"), str(tmp_path / "x")]) == 1
+
+
+def test_start_writes_a_checkpoint_with_its_own_tokenizer(tarballs, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(start.sources, "fetch", lambda folder, report: tarballs)
+    assert start.main(["start", str(tmp_path / "start")]) == 0
+    assert (
+        len(Embedder.from_pretrained(str(tmp_path / "start"), device="cpu").encode(["Represent the given image."])) == 1
+    )

@@ -268,7 +268,8 @@ def test_the_card_says_what_was_measured(scored):
     assert found["sets"]["Grid-Position"]["chance"] == 25 and found["sets"]["Grid-Position"]["pixels"] is None
     assert found["sets"]["Scene-Matching"]["pixels"]["mean"] == 25  # all candidates have the query's own picture
     assert found["sets"]["Emoji-t2i"]["pixels"] is None and found["sets"]["Fluent-i2i"]["pixels"]["mean"] > 30
-    for fact in ("wall time | 90 minutes", "1,200 of 256 pairs, then 10 of 32 pairs: 307,520", "`abc1234`", "| seed | 7 |", "- resumed once",
+    for fact in ("wall time | 90 minutes", "1,200 of 256 pairs, then 10 of 32 pairs: 307,520",
+                 "`abc1234`", "| seed | 7 |", "- resumed once",
                  "Emoji-t2i (x2), Emoji-i2t |", "\nminivlm2vec train mini.toml\n",
                  'model = "start"', "CC BY 4.0", "258,496 parameters", "only the first 6 rows"):  # fmt: skip
         assert fact in text, fact
