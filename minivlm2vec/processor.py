@@ -39,8 +39,8 @@ class Planned:
     """
 
     input_ids: list[int]
-    image_index: np.ndarray
-    image_source: np.ndarray
+    image_index: np.ndarray = field(default_factory=lambda: _EMPTY)
+    image_source: np.ndarray = field(default_factory=lambda: _EMPTY)
     sources: tuple[Any, ...] = ()
     names: tuple[str, ...] = ()
     grids: tuple[Grid, ...] = ()
@@ -131,19 +131,43 @@ class Processor:
         Raises InputError.
         """
         text, sources = _text_and_images(item)
-        names = tuple(image_name(s) for s in sources)
         text = _with_prompt(_with_tags(text, len(sources)), prompt, bool(sources))
+        if not sources:
+            return self._bounded(Planned(self.tokenizer(text)[:max_length]))
+        pieces = IMAGE_TAG.split(text)  # text, number, text, number, … text
+        return self.plan_pieces(pieces[::2], sources, [int(n) for n in pieces[1::2]], num_crops=num_crops)
+
+    def plan_pieces(
+        self,
+        pieces: Sequence[str],
+        images: Sequence[Any],
+        numbers: Sequence[int] | None = None,
+        *,
+        num_crops: int | None = None,
+    ) -> Planned:
+        """As `plan`, of texts and the images between them: pieces[0], an image, pieces[1], …
+
+        Every piece is tokenised by itself, with a BOS; a tag in it is ordinary text.
+        numbers: which images stand there, from 1; default each once, in their order.
+
+        Raises InputError.
+        """
+        numbers = range(1, len(images) + 1) if numbers is None else numbers
+        if len(pieces) != len(numbers) + 1:
+            raise InputError(f"{len(pieces)} pieces of text do not fit around {len(numbers)} images")
         num_crops = self.num_crops if num_crops is None else num_crops
-        grids = tuple(self._grid(s, n, num_crops) for s, n in zip(sources, names, strict=True))
-        planned = self._tokenize(text, grids, max_length)
-        limit = self.config.decoder.max_position_embeddings
-        if len(planned[0]) > limit:
-            raise InputError(
-                f"{len(planned[0])} tokens are more than the {limit} of max_position_embeddings"
-                + ("" if grids else "; max_length cuts a text"),
-                name="text" if not grids else "text and images",
-            )
-        return Planned(*planned, sources=sources, names=names, grids=grids, num_crops=num_crops)
+        names = tuple(image_name(s) for s in images)
+        grids = tuple(self._grid(s, n, num_crops) for s, n in zip(images, names, strict=True))
+        sizes = [self._num_image_tokens([g]) for g in grids]
+        first = np.cumsum([0, *sizes])
+        ids, index, source = self.tokenizer(pieces[0]), [], []
+        for number, piece in zip(numbers, pieces[1:], strict=True):
+            size = sizes[number - 1]
+            index.append(np.arange(len(ids), len(ids) + size))
+            source.append(np.arange(first[number - 1], first[number]))
+            ids = ids + [0] * size + self.tokenizer(piece)
+        places = np.concatenate([_EMPTY, *index]), np.concatenate([_EMPTY, *source])
+        return self._bounded(Planned(ids, *places, tuple(images), names, grids, num_crops))
 
     def load(self, planned: Planned) -> Loaded:
         """Decodes and cuts the images. Touches no shared state and mostly runs without the interpreter lock."""
@@ -199,22 +223,15 @@ class Processor:
             draft(image, num_crops, self.crop_size)
         return to_rgb(image, name=name, exif_transpose=self.exif_transpose)
 
-    def _tokenize(
-        self, text: str, grids: tuple[Grid, ...], max_length: int | None
-    ) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """Ids, the places of image tokens among them, and which image token goes to each place."""
-        if not grids:
-            return self.tokenizer(text)[:max_length], _EMPTY, _EMPTY
-        pieces = IMAGE_TAG.split(text)  # text, number, text, number, … text
-        sizes = [self._num_image_tokens([g]) for g in grids]
-        first = np.cumsum([0, *sizes])
-        ids, index, source = self.tokenizer(pieces[0]), [], []
-        for number, piece in zip(map(int, pieces[1::2]), pieces[2::2], strict=True):
-            size = sizes[number - 1]
-            index.append(np.arange(len(ids), len(ids) + size))
-            source.append(np.arange(first[number - 1], first[number]))
-            ids = ids + [0] * size + self.tokenizer(piece)
-        return ids, np.concatenate(index), np.concatenate(source)
+    def _bounded(self, planned: Planned) -> Planned:
+        limit = self.config.decoder.max_position_embeddings
+        if len(planned) > limit:
+            raise InputError(
+                f"{len(planned)} tokens are more than the {limit} of max_position_embeddings"
+                + ("" if planned.grids else "; max_length cuts a text"),
+                name="text and images" if planned.grids else "text",
+            )
+        return planned
 
 
 _EMPTY = np.empty(0, np.int64)

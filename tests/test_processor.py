@@ -54,6 +54,22 @@ def test_every_piece_begins_with_bos(processor):
     assert middle == [*hello, *run(), *hello]
 
 
+def test_pieces_are_literal(processor):
+    """As text, image, text of a caller who knows no tags."""
+    pieces, images = ["a <|image_1|>", "b", "<|image_2|>"], [picture(), picture(80, 40)]
+    planned = processor.plan_pieces(pieces, images)
+    assert planned.grids == processor.plan({"images": images}).grids
+    kept = np.delete(planned.input_ids, planned.image_index).tolist()
+    assert kept == [t for piece in pieces for t in processor.tokenizer(piece)]
+    assert planned.image_source.tolist() == list(range(len(planned.image_source)))
+    swapped = processor.plan_pieces(["", "", ""], images, [2, 1])
+    tagged = processor.plan({"text": "<|image_2|><|image_1|>", "images": images})
+    assert swapped.input_ids == tagged.input_ids and (swapped.image_source == tagged.image_source).all()
+    assert processor.plan_pieces(["a"], []).input_ids == processor.plan("a").input_ids
+    with pytest.raises(InputError, match="2 pieces of text do not fit around 2 images"):
+        processor.plan_pieces(["a", "b"], images)
+
+
 def test_tag_at_the_end_pools_a_bos(processor):
     """Quirk 2."""
     assert ids(processor, {"text": "<|image_1|>", "image": picture()}) == [BOS, *run(), BOS]
