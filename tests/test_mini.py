@@ -23,7 +23,7 @@ from minivlm2vec.weights import load_model
 
 from .test_mmeb_mini import tarballs, worlds  # noqa: F401 (fixtures)
 
-NOTHING = stream.Variation(turn=0, shrink=1, squeeze=0, hue=0, colour=0, shade=0, blend=0)
+NOTHING = stream.Variation().times(0)
 FOLDER = Path(start.__file__).parent
 
 

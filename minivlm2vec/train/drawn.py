@@ -37,7 +37,7 @@ class DrawnData:
         if unknown:
             raise ValueError(f"data.sets: {', '.join(unknown)} is no training set; there are {', '.join(tasks.TRAIN)}")
         self.world = world or _training_world(Path(config.images or TARBALLS).expanduser())
-        self.variation = stream.Variation()
+        self.variation = stream.Variation().times(config.variation)
 
     def check(self, *, thoroughly: bool = False) -> None:
         """Draws one row of each set; there are no files that could be missing."""

@@ -42,6 +42,12 @@ class Variation:
     shade: float = 0.3
     blend: float = 0.3
 
+    def times(self, strength: float) -> "Variation":
+        """Bounds `strength` times as wide; 0 changes nothing."""
+        shrink = max(0.1, 1 - strength * (1 - self.shrink))
+        others = ("turn", "squeeze", "hue", "colour", "shade", "blend")
+        return Variation(shrink=shrink, **{name: strength * getattr(self, name) for name in others})
+
 
 class Drawings(Mapping):
     """The drawings of a world as one row shows them: varied, but a drawing that comes twice is twice the same."""
