@@ -69,6 +69,11 @@ def test_variation_of_nothing_changes_nothing():
     assert np.abs(np.asarray(same).astype(int) - np.asarray(image)).max() <= 1
 
 
+def test_a_strength_beyond_its_bounds_is_refused(world):
+    with pytest.raises(ValueError, match=r"variation is 3.5; it lies between 0 and 3"):
+        DrawnData(DataConfig("mini-drawn", variation=3.5), world=world)
+
+
 @pytest.mark.parametrize("part", ["turn", "hue", "colour", "shade"])
 def test_variation_stays_within_its_bounds(part):
     image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))

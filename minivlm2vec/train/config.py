@@ -22,7 +22,7 @@ class DataConfig:
             For "mini-drawn" the folder where npm packages are kept, by default outputs/tarballs.
         rows_per_set: at most so many rows of a set.
         row_choice: which: "random" (the paper) or "first" (the published code).
-        variation: how much the drawings of "mini-drawn" vary; 0 not at all, 1 as `mmeb.mini.stream.Variation` says.
+        variation: how much the drawings of "mini-drawn" vary, 0 to 3: 0 not at all, 1 as `mmeb.mini.stream.Variation` says.
         sub_batch: batches consist of blocks of so many rows of one set. 1 mixes rows freely, as published; the
             batch size gives every batch one set.
         max_length: tokens that are kept of a text without images.
@@ -192,7 +192,7 @@ def _check(c: TrainConfig) -> None:
         if not value > 0:
             raise ValueError(f"{name} is {value}; it must be greater than 0")
     counts = {"optim.chunk_size": c.optim.chunk_size, "optim.warmup": c.optim.warmup, "optim.clip": c.optim.clip,
-              "log.save": c.log.save, "log.pictures": c.log.pictures, "data.variation": c.data.variation}  # fmt: skip
+              "log.save": c.log.save, "log.pictures": c.log.pictures}  # fmt: skip
     for name, value in counts.items():
         if value < 0:
             raise ValueError(f"{name} is {value}; it must not be negative")

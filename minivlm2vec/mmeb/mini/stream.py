@@ -43,7 +43,9 @@ class Variation:
     blend: float = 0.3
 
     def times(self, strength: float) -> "Variation":
-        """Bounds `strength` times as wide; 0 changes nothing."""
+        """Bounds `strength` times as wide, from 0, which changes nothing, to 3. Raises ValueError beyond."""
+        if not 0 <= strength <= 3:
+            raise ValueError(f"the strength of variation is {strength}; it lies between 0 and 3")
         shrink = max(0.1, 1 - strength * (1 - self.shrink))
         others = ("turn", "squeeze", "hue", "colour", "shade", "blend")
         return Variation(shrink=shrink, **{name: strength * getattr(self, name) for name in others})
