@@ -22,7 +22,8 @@ class DataConfig:
             For "mini-drawn" the folder where npm packages are kept, by default outputs/tarballs.
         rows_per_set: at most so many rows of a set.
         row_choice: which: "random" (the paper) or "first" (the published code).
-        variation: how much the drawings of "mini-drawn" vary, 0 to 3: 0 not at all, 1 as `mmeb.mini.stream.Variation` says.
+        variation: how much the drawings of "mini-drawn" vary, from 0, not at all, to 3; 1 is
+            `mmeb.mini.stream.Variation`.
         sub_batch: batches consist of blocks of so many rows of one set. 1 mixes rows freely, as published; the
             batch size gives every batch one set.
         max_length: tokens that are kept of a text without images.
