@@ -5,6 +5,7 @@ import torch
 
 from minivlm2vec_kernels import (
     activation_triton,
+    attention_backward_triton,
     image_grids,
     image_patches_triton,
     layer_norm_triton,
@@ -26,7 +27,23 @@ def ops_and_arguments(device):
     crops = torch.randint(0, 256, (2, 4, 4, 3), dtype=torch.uint8, device=device)
     color, features = torch.rand(3, device=device) + 0.5, torch.randn(3, 4, 8, device=device)
     separators = torch.randn(2, 32, device=device).unbind()
+    options = (lengths, 3, True, None, None, None)
     return {
+        "attention_with_lse": (attention_backward_triton.attention_with_lse, q, k, q, *options),
+        "attention_backward": (
+            attention_backward_triton.attention_backward,
+            q,
+            q,
+            k,
+            q,
+            q,
+            angles.mT[:2].contiguous(),
+            *options,
+        ),
+        "rms_norm_backward": (rms_norm_triton.rms_norm_backward, x, x, x, w, 1e-5, True),
+        "rms_norm_backward, weight frozen": (rms_norm_triton.rms_norm_backward, x, None, x, w, 1e-5, False),
+        "silu_mul_backward": (activation_triton.silu_mul_backward, x[:, :32], x),
+        "rope": (rope_triton.rope, q, k, angles, angles, True),
         "rms_norm": (rms_norm_triton.rms_norm, x, w, 1e-5),
         "add_rms_norm": (rms_norm_triton.add_rms_norm, x, x, w, 1e-5),
         "layer_norm": (layer_norm_triton.layer_norm, x, w, w, 1e-5),

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import minivlm2vec.mini.__main__ as start
+from minivlm2vec import Embedder
 from minivlm2vec.config import VLM2VecConfig
 from minivlm2vec.mmeb.mini import concepts, stream, tasks
 from minivlm2vec.new_checkpoint import new_checkpoint
@@ -23,7 +24,7 @@ from minivlm2vec.weights import load_model
 from .test_mmeb_mini import tarballs, worlds  # noqa: F401 (fixtures)
 
 NOTHING = stream.Variation(turn=0, shrink=1, squeeze=0, hue=0, colour=0, shade=0, blend=0)
-TRAIN_TOML = Path(start.__file__).with_name("train.toml")
+FOLDER = Path(start.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +165,10 @@ def test_the_configuration_is_of_3_to_8_million_parameters(tmp_path):
     assert VLM2VecConfig.from_json(folder).vision.image_size == 32
 
 
-def test_the_checked_in_run_is_readable():
-    config = read_config(TRAIN_TOML)
-    assert set(config.data.sets) == set(tasks.TRAIN) and config.data.root == "mini-drawn"
+def test_the_checked_in_runs_are_readable():
+    first, second = (read_config(FOLDER / f"train-{i}.toml") for i in (1, 2))
+    assert set(first.data.sets) < set(second.data.sets) == set(tasks.TRAIN)
+    assert second.model == f"{first.out}/step-{first.optim.steps:06d}"
 
 
 def test_it_trains_on_drawn_rows_and_goes_on_exactly(world, tmp_path, monkeypatch):
@@ -196,3 +198,23 @@ def _train(folder, name, stops):
                 trainer.train_step(trainer.prepare(trainer.own_rows(step)))
             trainer.save()
     return trainer
+
+
+def test_packaging_halves_the_file_and_keeps_the_vectors(tmp_path):
+    trained = new_checkpoint(tmp_path / "trained", config={"torch_dtype": "float32"})
+    assert start.main(["package", str(trained), str(tmp_path / "packaged")]) == 0
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (trained, tmp_path / "packaged")]
+    assert 0.45 < sizes[1] / sizes[0] < 0.6
+    a, b = (
+        Embedder.from_pretrained(str(f), device="cpu").encode(["a cat"])[0] for f in (trained, tmp_path / "packaged")
+    )
+    assert a.dtype == b.dtype == np.float32 and float(a @ b) > 0.99999
+    assert start.main(["package", str(tmp_path / "absent"), str(tmp_path / "x")]) == 1
+
+
+def test_start_writes_a_checkpoint_with_its_own_tokenizer(tarballs, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(start.sources, "fetch", lambda folder, report: tarballs)
+    assert start.main(["start", str(tmp_path / "start")]) == 0
+    assert (
+        len(Embedder.from_pretrained(str(tmp_path / "start"), device="cpu").encode(["Represent the given image."])) == 1
+    )

@@ -14,8 +14,10 @@ from minivlm2vec.mmeb.subsets import Subset
 from minivlm2vec.new_checkpoint import new_checkpoint
 
 EVAL = bundled() / "MMEB-eval"
-TRAINING = {"command": "minivlm2vec train mini.toml", "config": "mini.toml", "sets": ["Emoji-t2i", "Emoji-i2t"],
-            "steps": 1200, "batch_size": 256, "seed": 7, "hardware": "one core", "wall_time_s": 5400,
+TRAINING = {"commands": ["minivlm2vec train mini.toml"], "sets": ["Emoji-t2i", "Emoji-i2t", "Emoji-t2i"],
+            "runs": [{"config": "mini.toml", "steps": 1200, "batch_size": 256},
+                     {"config": "more.toml", "steps": 10, "batch_size": 32}],
+            "seed": 7, "hardware": "one core", "wall_time_s": 5400,
             "precision": "float32", "commit": "abc1234", "torch": "2.13.0", "notes": ["resumed once"]}  # fmt: skip
 
 
@@ -247,6 +249,7 @@ def scored(tmp_path_factory):
     new_checkpoint(folder, seed=3)
     (folder / "training.json").write_text(json.dumps(TRAINING))
     (folder / "mini.toml").write_text('model = "start"\nseed = 7\n')
+    (folder / "more.toml").write_text('model = "mini"\n')
     assert card.main([str(folder), str(bundled()), "--limit", "6", "--quiet", "--allow-collapsed"]) == 0
     return folder
 
@@ -265,7 +268,9 @@ def test_the_card_says_what_was_measured(scored):
     assert found["sets"]["Grid-Position"]["chance"] == 25 and found["sets"]["Grid-Position"]["pixels"] is None
     assert found["sets"]["Scene-Matching"]["pixels"]["mean"] == 25  # all candidates have the query's own picture
     assert found["sets"]["Emoji-t2i"]["pixels"] is None and found["sets"]["Fluent-i2i"]["pixels"]["mean"] > 30
-    for fact in ("wall time | 90 minutes", "1,200 of 256 pairs: 307,200", "`abc1234`", "| seed | 7 |", "- resumed once",
+    for fact in ("wall time | 90 minutes", "1,200 of 256 pairs, then 10 of 32 pairs: 307,520",
+                 "`abc1234`", "| seed | 7 |", "- resumed once",
+                 "Emoji-t2i (x2), Emoji-i2t |", "\nminivlm2vec train mini.toml\n",
                  'model = "start"', "CC BY 4.0", "258,496 parameters", "only the first 6 rows"):  # fmt: skip
         assert fact in text, fact
     assert text.startswith("---\nlicense: apache-2.0\n") and "# random:" in text
@@ -300,12 +305,12 @@ def test_what_is_wrong_is_named_before_scoring(scored, tmp_path, capsys):
     assert f"{path} lacks seed, commit" in capsys.readouterr().err
     path.write_text(json.dumps(TRAINING))
     assert card.main([str(tmp_path / "one"), str(bundled())]) == 1
-    assert "names the config mini.toml, which is not beside it" in capsys.readouterr().err
+    assert "names the config mini.toml, more.toml, which is not beside it" in capsys.readouterr().err
 
 
 def test_a_checkpoint_without_a_record_has_a_card_that_says_so(scored):
     found = json.loads((scored / "scores.json").read_text())
-    text = card.card("mini", found, None, None)
+    text = card.card("mini", found, None, [])
     assert "Not recorded" in text and not any(line.startswith("|") and "†" in line for line in text.splitlines())
 
 

@@ -166,27 +166,22 @@ def attention_dkv_kernel(
     dv1 = tl.zeros([BN, H1 if H1 > 0 else 1], tl.float32)
 
     first = tl.arange(0, BN) + col  # [BN] the first query that sees a key
-    row, seen = 0, 0  # of the whole tile: the first that sees any key, and the first block in which all see all
+    row, seen = 0, 0  # of the whole tile: the first that sees any key, and a block from which on all see all
     if CAUSAL:
         first -= Lk - Lq
         row = tl.maximum(col - (Lk - Lq), 0)
         seen = row + tl.cdiv(tl.maximum(col + BN - 1 - (Lk - Lq) - row, 0), BM) * BM
-    whole = seen + tl.maximum(Lq - seen, 0) // BM * BM
     for member in range(group):
         head = head_kv * group + member
-        q_, do = q + q_start * stride_qt + head * stride_qn, dout + q_start * stride_t + head * H
+        queries, do = q + q_start * stride_qt + head * stride_qn, dout + q_start * stride_t + head * H
         l, d = lse + head * Tq + q_start, delta + head * Tq + q_start
         if CAUSAL:
             for i in tl.range(row, tl.minimum(seen, Lq), BM):
-                dk0, dk1, dv0, dv1 = _add_queries(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_, do, l, d, i, Lq, first,
-                                                  scale_log2, stride_qt, stride_t, H0, H1, BM, CAUSAL,
-                                                  True)  # fmt: skip
-        for i in tl.range(seen, whole, BM):
-            dk0, dk1, dv0, dv1 = _add_queries(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_, do, l, d, i, Lq, first,
-                                              scale_log2, stride_qt, stride_t, H0, H1, BM, False, False)  # fmt: skip
-        for i in tl.range(whole, Lq, BM):  # once or not at all
-            dk0, dk1, dv0, dv1 = _add_queries(dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_, do, l, d, i, Lq, first,
-                                              scale_log2, stride_qt, stride_t, H0, H1, BM, False, True)  # fmt: skip
+                dk0, dk1, dv0, dv1 = _add_queries(dk0, dk1, dv0, dv1, k0, k1, v0, v1, queries, do, l, d, i, Lq, first,
+                                                  scale_log2, stride_qt, stride_t, H0, H1, BM, True)  # fmt: skip
+        for i in tl.range(seen, Lq, BM):
+            dk0, dk1, dv0, dv1 = _add_queries(dk0, dk1, dv0, dv1, k0, k1, v0, v1, queries, do, l, d, i, Lq, first,
+                                              scale_log2, stride_qt, stride_t, H0, H1, BM, False)  # fmt: skip
 
     at = k_start * heads_kv * H + head_kv * H
     store_rows(dk + at, dk0 * scale, col, Lk, heads_kv * H, BN, H0)
@@ -199,25 +194,21 @@ def attention_dkv_kernel(
 @triton.jit
 def _add_queries(
     dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse, delta, row, Lq, first, scale_log2, stride_qt, stride_t,
-    H0: tl.constexpr, H1: tl.constexpr, BM: tl.constexpr, DIAGONAL: tl.constexpr, MASKED: tl.constexpr,
+    H0: tl.constexpr, H1: tl.constexpr, BM: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """Adds p^T dout and ds^T q of queries row .. row + BM to dv and dk. Everything is transposed, keys by queries,
-    so that p and ds enter their products from registers. MASKED: some rows may lie beyond the last query.
-    DIAGONAL: key j is seen by no query before first[j]."""
+    so that p and ds enter their products from registers. DIAGONAL: key j is seen by no query before first[j]."""
     rows = row + tl.arange(0, BM)  # [BM]
-    q0 = load_rows(q, row, Lq, stride_qt, BM, H0, MASKED, False)  # [BM, H0]
-    do0 = load_rows(dout, row, Lq, stride_t, BM, H0, MASKED, False)  # [BM, H0]
-    if MASKED:
-        l = tl.load(lse + rows, mask=rows < Lq, other=float("inf"))  # [BM]; inf makes p 0
-        d = tl.load(delta + rows, mask=rows < Lq, other=0.0)  # [BM]
-    else:
-        l, d = tl.load(lse + rows), tl.load(delta + rows)
+    q0 = load_rows(q, row, Lq, stride_qt, BM, H0, True, False)  # [BM, H0]
+    do0 = load_rows(dout, row, Lq, stride_t, BM, H0, True, False)  # [BM, H0]
+    l = tl.load(lse + rows, mask=rows < Lq, other=float("inf"))  # [BM]; inf makes p 0
+    d = tl.load(delta + rows, mask=rows < Lq, other=0.0)  # [BM]
     s = tl.dot(k0, q0.T, input_precision="ieee")  # [BN, BM]
     dp = tl.dot(v0, do0.T, input_precision="ieee")  # [BN, BM]
     q1, do1 = q0, do0
     if H1 > 0:
-        q1 = load_rows(q + H0, row, Lq, stride_qt, BM, H1, MASKED, False)  # [BM, H1]
-        do1 = load_rows(dout + H0, row, Lq, stride_t, BM, H1, MASKED, False)  # [BM, H1]
+        q1 = load_rows(q + H0, row, Lq, stride_qt, BM, H1, True, False)  # [BM, H1]
+        do1 = load_rows(dout + H0, row, Lq, stride_t, BM, H1, True, False)  # [BM, H1]
         s = tl.dot(k1, q1.T, s, input_precision="ieee")
         dp = tl.dot(v1, do1.T, dp, input_precision="ieee")
     if DIAGONAL:
@@ -235,19 +226,14 @@ def _add_queries(
 
 # ---------------------------------------------------------------------------------------------------- their settings
 
-# Pass -> longest sequence up to which a row holds -> tile; settled by registers (tests/aot_table.json), not by timing.
-ANY = 2**31
+# (pass, float32) -> tile. Settled by what the compiler makes of them (tests/aot_table.json): these spill nowhere;
+# `python -m bench.run --sweep --only attention_backward` times them beside others.
 TILES = {
-    "dq": {32: Tile(32, 32, 2, 1), ANY: Tile(64, 64, 4, 2)},
-    "dkv": {32: Tile(32, 32, 2, 1), ANY: Tile(64, 64, 4, 2)},
+    ("dq", False): Tile(64, 32, 4, 2),
+    ("dkv", False): Tile(32, 64, 8, 2),
+    ("dq", True): Tile(16, 16, 8, 1),  # dots without tensor cores
+    ("dkv", True): Tile(16, 16, 4, 1),
 }
-FP32_TILE = Tile(16, 16, 4, 1)  # dots without tensor cores; larger tiles spill
-
-
-def choose_backward_tile(pass_: str, max_seqlen: int, dtype: torch.dtype) -> Tile:
-    if dtype == torch.float32:
-        return FP32_TILE
-    return next(tile for longest, tile in TILES[pass_].items() if max_seqlen <= longest)
 
 
 # ---------------------------------------------------------------------------------------------------- their launchers
@@ -291,8 +277,7 @@ def attention_backward(
     """
     if cu_seqlens_q is None or max_seqlen_q is None:
         cu_seqlens_q, max_seqlen_q = cu_seqlens, max_seqlen
-    longest = max(max_seqlen, max_seqlen_q)
-    tiles = [choose_backward_tile(pass_, longest, q.dtype) for pass_ in ("dq", "dkv")]
+    tiles = [TILES[pass_, q.dtype == torch.float32] for pass_ in ("dq", "dkv")]
     return launch_backward(dout, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q,
                            causal, scale, *tiles)  # fmt: skip
 

@@ -49,11 +49,11 @@ def _equal_lengths(q: Tensor, k: Tensor, v: Tensor, batch: int, causal: bool, sc
     if q.shape[0] == 0 or k.shape[0] == 0:
         return torch.zeros_like(q)  # a query that sees no key
     qs, ks, vs = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))  # [B, N, L, H]
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and not causal and q.shape[1] == k.shape[1]:
-        return _by_products(qs, ks, vs, scale)
     mask, lq, lk = None, qs.shape[2], ks.shape[2]
     if causal and lq == 1:
         causal = False  # one query, aligned to the end, sees every key
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[1] == k.shape[1] and (not causal or lk <= 128):
+        return _by_products(qs, ks, vs, scale, causal)
     if causal and lq != lk:  # the last query sees the last key
         mask = torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq)
     y = F.scaled_dot_product_attention(
@@ -68,12 +68,20 @@ def _equal_lengths(q: Tensor, k: Tensor, v: Tensor, batch: int, causal: bool, sc
     return y.transpose(1, 2).flatten(0, 1)
 
 
-def _by_products(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:  # [B, N, L, H] -> [B L, N, H]
-    """Attention as two products: on a CPU in bfloat16 a quarter faster than the fused function at 577 keys."""
+def _by_products(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool
+) -> Tensor:  # [B, N, L, H] -> [B L, N, H]
+    """Attention as two products: on a CPU in bfloat16 a quarter faster than the fused function at 577 keys, and with
+    its gradient three to five times as fast at 15 to 60."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     n = max(1, (1 << 20) // (q.shape[1] * q.shape[2] * k.shape[2]))  # sequences whose scores stay in the cache
-    groups = zip(q.split(n), k.split(n), v.split(n), strict=True)
-    parts = [torch.matmul(torch.matmul(a * scale, b.mT).softmax(-1), c) for a, b, c in groups]
+    hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1 + k.shape[2] - q.shape[2]) if causal else None
+    parts = []
+    for a, b, c in zip(q.split(n), k.split(n), v.split(n), strict=True):
+        scores = torch.matmul(a * scale, b.mT)
+        if hidden is not None:
+            scores = scores.masked_fill(hidden, float("-inf"))
+        parts.append(torch.matmul(scores.softmax(-1), c))
     return torch.cat(parts).transpose(1, 2).flatten(0, 1)
 
 

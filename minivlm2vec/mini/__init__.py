@@ -2,6 +2,8 @@
 
 How it was made:
 
-    python -m minivlm2vec.mini outputs/mini-start       # tokenizer, configuration, random weights
-    minivlm2vec train minivlm2vec/mini/train.toml
+    python -m minivlm2vec.mini start outputs/mini-start      # tokenizer, configuration, random weights
+    minivlm2vec train minivlm2vec/mini/train-1.toml          # single drawings
+    minivlm2vec train minivlm2vec/mini/train-2.toml          # everything
+    python -m minivlm2vec.mini package outputs/mini-2/step-003200 minivlm2vec/mini
 """

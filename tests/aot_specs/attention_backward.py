@@ -3,7 +3,7 @@ the widest head dim and float32 once each."""
 
 from minivlm2vec_kernels import attention_backward_triton as backward
 from minivlm2vec_kernels.attention_triton import Tile, split_head_dim
-from tests.aot import Spec
+from tests.aot import ARCHS, Spec
 
 OWN = {"dq": ("out", "dq"), "dkv": ("dk", "dv")}  # the tensors, besides those of both passes
 
@@ -13,20 +13,20 @@ def specs() -> list[Spec]:
 
 
 def _specs(pass_: str) -> list[Spec]:
-    long, short = backward.TILES[pass_][backward.ANY], backward.TILES[pass_][32]
+    tile = backward.TILES[pass_, False]
     return [
-        _spec(pass_, 96, True, long, quick=True),
-        _spec(pass_, 96, True, short),
-        _spec(pass_, 96, True, long, group=4),
-        _spec(pass_, 64, False, long),
-        _spec(pass_, 128, True, long),
-        _spec(pass_, 128, True, backward.FP32_TILE, dtype="fp32"),
+        _spec(pass_, 96, True, tile, archs=(90,), quick=True),
+        _spec(pass_, 96, True, tile, group=4),
+        _spec(pass_, 64, False, tile),
+        _spec(pass_, 128, True, tile),
+        _spec(pass_, 128, True, backward.TILES[pass_, True], dtype="fp32"),
     ]
 
 
 def _spec(
-    pass_: str, H: int, causal: bool, tile: Tile, group: int = 1, dtype: str = "bf16", quick: bool = False
-) -> Spec:
+    pass_: str, H: int, causal: bool, tile: Tile, group: int = 1, dtype: str = "bf16", archs: tuple[int, ...] = ARCHS,
+    quick: bool = False,
+) -> Spec:  # fmt: skip
     H0, H1 = split_head_dim(H)
     heads = "heads" if pass_ == "dq" else "heads_kv"
     types = dict.fromkeys(("q", "k", "v", "dout", *OWN[pass_]), f"*{dtype}")
@@ -44,6 +44,7 @@ def _spec(
         num_warps=tile.warps,
         num_stages=tile.stages,
         unaligned=frozenset({"tiles", "Tq", "group"}),
+        archs=archs,
         wgmma=max(tile.BM, tile.BN) >= 64 and dtype == "bf16",
         quick=quick,
         options={"enable_fp_fusion": True},

@@ -4,10 +4,11 @@ Written into the checkpoint's folder (or -o DIR): scores.json, and README.md, th
 same card; without DATA it is written again from scores.json. How the checkpoint was trained stands in
 training.json beside it:
 
-    {"command": "minivlm2vec train mini.toml",     how it was run
-     "config": "mini.toml",                        a file beside it, which the card shows
-     "sets": ["Emoji-t2i", ...],                   the sets it was trained on; others are unseen tasks
-     "steps": 4000, "batch_size": 256, "seed": 0,
+    {"commands": ["minivlm2vec train train.toml"], how it was made
+     "runs": [{"config": "train.toml",             one after the other; files beside it, which the card shows
+               "steps": 4000, "batch_size": 256}],
+     "sets": ["Emoji-t2i", ...],                   as in the configs; all others are unseen tasks
+     "seed": 0,
      "hardware": "2 cores of ...", "wall_time_s": 5400, "precision": "float32",
      "commit": "b70aab8", "torch": "2.13.0",
      "notes": ["..."]}                             anything else worth telling; may be left out
@@ -17,6 +18,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,7 @@ from minivlm2vec.mmeb.mini.scores import GROUPS, measure
 from minivlm2vec.mmeb.report import TITLES
 from minivlm2vec.mmeb.subsets import META_TASKS
 
-TRAINING = ("command", "config", "sets", "steps", "batch_size", "seed", "hardware", "wall_time_s", "precision",
-            "commit", "torch")  # fmt: skip
+TRAINING = ("commands", "runs", "sets", "seed", "hardware", "wall_time_s", "precision", "commit", "torch")
 # What the checkpoint is meant to reach: the figure's name, the sets, the least P@1.
 AIMS = (
     ("text to image, seen concepts, held-out style", ("Seen-Fluent-t2i",), 80),
@@ -47,10 +48,10 @@ TITLE = {
 }
 
 
-def card(name: str, scores: dict[str, Any], training: dict[str, Any] | None, config: str | None) -> str:
+def card(name: str, scores: dict[str, Any], training: dict[str, Any] | None, configs: list[str]) -> str:
     """The model card in Markdown, with the Hub's YAML header.
 
-    scores: see `scores.measure`. training: see the top of this file. config: the text of the training config.
+    scores: see `scores.measure`. training: see the top of this file. configs: the texts of its runs' configs.
     """
     parts = [
         _HEADER,
@@ -58,7 +59,7 @@ def card(name: str, scores: dict[str, Any], training: dict[str, Any] | None, con
         _WHAT,
         _architecture(scores["checkpoint"]),
         _data(scores["concepts"]),
-        _trained(training, config),
+        _trained(training, configs),
         _results(scores, training),
         _LIMITS,
         _reproduce(training),
@@ -127,37 +128,39 @@ and direction. Training saw two styles, Noto and Twemoji; the third, Fluent, was
 
 Twemoji drawings: Creative Commons Attribution 4.0, https://creativecommons.org/licenses/by/4.0/legalcode. Drawings
 were resized, varied, put on plain backgrounds, combined and cropped. No author endorses this use. Fluent drawings
-were used for evaluation alone.
+were used for evaluation alone (and, with the others, to find equal drawings).
 """
 
 
 # --- how it was trained ----------------------------------------------------------------------------------
 
 
-def _trained(training: dict[str, Any] | None, config: str | None) -> str:
+def _trained(training: dict[str, Any] | None, configs: list[str]) -> str:
     if training is None:
         return "## Training\n\nNot recorded: there is no training.json beside the checkpoint.\n"
     minutes = training["wall_time_s"] / 60
-    pairs = training["steps"] * training["batch_size"]
+    runs = training["runs"]
+    pairs = sum(run["steps"] * run["batch_size"] for run in runs)
     rows = {
-        "steps": f"{training['steps']:,} of {training['batch_size']:,} pairs: {pairs:,} in all",
+        "steps": ", then ".join(f"{run['steps']:,} of {run['batch_size']:,} pairs" for run in runs)
+        + f": {pairs:,} pairs in all",
         "seed": training["seed"],
         "hardware": training["hardware"],
         "wall time": f"{minutes:.0f} minutes" if minutes < 600 else f"{minutes / 60:.1f} hours",
         "precision": training["precision"],
         "torch": training["torch"],
         "commit": f"`{training['commit']}`",
-        "sets": ", ".join(training["sets"]),
+        "sets": ", ".join(name if n == 1 else f"{name} (x{n})" for name, n in Counter(training["sets"]).items()),
     }
     lines = [
         "## Training\n",
-        f"InfoNCE on pairs of a query and its target: `{training['command']}`\n",
+        "By contrast, on pairs of a query and its target.\n",
         "| | |\n|:--|:--|",
     ]
     lines += [f"| {key} | {value} |" for key, value in rows.items()]
     lines += ["", *(f"- {note}" for note in training.get("notes", ()))]
-    if config is not None:
-        lines.append(f"\n`{training['config']}`:\n\n```toml\n{config.strip()}\n```\n")
+    for run, config in zip(runs, configs, strict=True):
+        lines.append(f"\n`{run['config']}`:\n\n```toml\n{config.strip()}\n```\n")
     return "\n".join(lines)
 
 
@@ -185,8 +188,8 @@ concepts were never shown. **Chance** is a random order. **Pixels** is the neare
 32 x 32 RGB pictures: the nearest candidate picture or, where candidates are texts, the answer of the nearest training
 picture of the same task (among answers that are candidates). It ignores the query's text, breaks ties at random, and
 has no answer (n/a) without a picture in the query, or where training has none of the right answers. In the styles of
-training a single emoji of a seen concept is itself a training picture: there the baseline looks the answer up, and the
-model was trained on that very drawing. † marks tasks that training has not seen.
+training a single emoji of a seen concept is itself a training picture: there the baseline looks the name or class up,
+and the model was trained on that very drawing. † marks tasks that training has not seen.
 """
 
 
@@ -262,7 +265,7 @@ _LIMITS = """
 
 
 def _reproduce(training: dict[str, Any] | None) -> str:
-    train = f"\n{training['command']}" if training else ""
+    train = "".join(f"\n{one}" for one in training["commands"]) if training else ""
     return f"""\
 ## To reproduce
 
@@ -278,14 +281,14 @@ python -m minivlm2vec.mmeb.mini.card CHECKPOINT DATA    # scores.json and this c
 # --- command ---------------------------------------------------------------------------------------------
 
 
-def read_training(checkpoint: Path) -> tuple[dict[str, Any] | None, str | None]:
-    """training.json of a checkpoint and the text of the config that it names; None where there is none.
+def read_training(checkpoint: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """training.json of a checkpoint and the texts of the configs that it names; None where there is none.
 
     Raises ValueError naming the file and what it lacks.
     """
     path = checkpoint / "training.json"
     if not path.exists():
-        return None, None
+        return None, []
     try:
         training = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -293,10 +296,11 @@ def read_training(checkpoint: Path) -> tuple[dict[str, Any] | None, str | None]:
     missing = [key for key in TRAINING if key not in training]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
-    config = checkpoint / training["config"]
-    if not config.exists():
-        raise ValueError(f"{path} names the config {training['config']}, which is not beside it")
-    return training, config.read_text(encoding="utf-8")
+    configs = [checkpoint / run["config"] for run in training["runs"]]
+    absent = [config.name for config in configs if not config.exists()]
+    if absent:
+        raise ValueError(f"{path} names the config {', '.join(absent)}, which is not beside it")
+    return training, [config.read_text(encoding="utf-8") for config in configs]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -311,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     out = args.out or args.checkpoint
-    training, config = read_training(args.checkpoint)  # first: a mistake in it should not wait for the scores
+    training, configs = read_training(args.checkpoint)  # first: a mistake in it should not wait for the scores
     file = out / "scores.json"
     if args.data is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -328,7 +332,7 @@ def _run(args: argparse.Namespace) -> None:
     elif not file.exists():
         raise ValueError(f"without DATA the card is written from {file}, which does not exist")
     scores = json.loads(file.read_text(encoding="utf-8"))
-    text = card(args.name or args.checkpoint.resolve().name, scores, training, config)
+    text = card(args.name or args.checkpoint.resolve().name, scores, training, configs)
     (out / "README.md").write_text(text, encoding="utf-8")
     trained = set(training["sets"]) if training else None
     print(_aims(scores["sets"], trained) + "\n" + _summary(scores["averages"]) + f"\nwritten to {out / 'README.md'}")
