@@ -11,6 +11,7 @@ the same key, shape and seed give the same numbers in every checkpoint:
     every other matrix or convolution                  1 / sqrt(fan_in) z
 """
 
+import copy
 import json
 import math
 import zlib
@@ -137,7 +138,7 @@ def base_config(preset: str) -> dict[str, Any]:
         "img_processor": {"image_dim_out": 1024, "model_name": "openai/clip-vit-large-patch14-336",
                           "name": "clip_vision_model", "num_img_tokens": 144},
     }  # fmt: skip
-    raw = _merge(published, PRESETS[preset])
+    raw = _merge(published, copy.deepcopy(PRESETS[preset]))
     raw["rope_scaling"] = {"type": "su", **_rope_factors(raw["hidden_size"] // raw["num_attention_heads"])}
     return raw
 

@@ -30,6 +30,11 @@ def edit(folder: Path, change) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def test_a_preset_is_given_away_as_a_copy():
+    base_config("small")["img_processor"]["vision_config"].clear()
+    assert base_config("small")["img_processor"]["vision_config"]
+
+
 @pytest.mark.parametrize("preset", ["tiny", "small", "full"])
 def test_every_published_key_has_one_place(preset):
     """Each key is dropped by name or fills one part of one parameter, and every parameter is filled."""
