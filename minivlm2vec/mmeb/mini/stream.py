@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageChops
 
-from minivlm2vec.mmeb.mini.concepts import World
+from minivlm2vec.mmeb.mini.concepts import SEEN_STYLES, World
 from minivlm2vec.mmeb.mini.tasks import SETS, TRAIN, Item, Row
 
 SIDE = 64  # of a drawing, pixels
@@ -52,7 +52,8 @@ class Variation:
 
 
 class Drawings(Mapping):
-    """The drawings of a world as one row shows them: varied, but a drawing that comes twice is twice the same."""
+    """The drawings of a world as one row shows them: varied, but a drawing that comes twice is twice the same. What
+    a style lacks is shown in one that mini-MMEB has."""
 
     def __init__(self, world: World, variation: Variation, seed: str):
         self.world, self.variation, self.seed = world, variation, seed
@@ -70,10 +71,14 @@ class Drawings(Mapping):
         return len(self.world.drawings)
 
     def _draw(self, key: tuple[str, str], rng: random.Random) -> Image.Image:
-        image = self.world.drawings[key]
-        others = [style for style in self.world.styles if style != key[0]]
+        style, code = key
+        drawings = self.world.drawings
+        if key not in drawings:
+            style = rng.choice(SEEN_STYLES)
+        image = drawings[style, code]
+        others = [other for other in self.world.styles if other != style and (other, code) in drawings]
         if others and rng.random() < self.variation.blend:
-            image = Image.blend(image, self.world.drawings[rng.choice(others), key[1]], rng.random())
+            image = Image.blend(image, drawings[rng.choice(others), code], rng.random())
         return vary(image, self.variation, rng)
 
 
@@ -97,6 +102,8 @@ def rows(world: World, name: str, numbers: Sequence[int], variation: Variation |
         seen = copy.copy(world)  # with its lists of concepts, which take longer to find than a row to draw
         if variation is not None:
             seen.drawings = Drawings(world, variation, mine)
+        if name == "Grid-Color":  # colours are known of these alone
+            seen.styles = SEEN_STYLES
         made.append(one.row(seen, rng, rng.randrange(len(one.instructions))))
     return made
 

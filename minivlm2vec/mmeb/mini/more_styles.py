@@ -1,0 +1,63 @@
+"""More styles for training: emoji sets that come as SVG and by name. mini-MMEB itself has none of them.
+
+They lack many concepts; `stream.Drawings` shows those in another style. Needs resvg-py (extra `mini`).
+"""
+
+import copy
+import io
+import json
+import re
+from pathlib import Path
+
+from PIL import Image
+
+from minivlm2vec.mmeb.mini import sources
+from minivlm2vec.mmeb.mini.concepts import Concept, World, fitted
+
+
+def add_styles(world: World, tarballs: dict[sources.Package, Path]) -> World:
+    """The world with these packages' drawings of its concepts. A style is called as its package."""
+    out = copy.copy(world)
+    out.styles, out.drawings = tuple(world.styles), dict(world.drawings)
+    for package, path in tarballs.items():
+        icons = _read(path)
+        for concept in world.concepts:
+            name = next((name for name in _names(concept) if _body(icons, name)), None)
+            if name is not None:
+                out.drawings[package.name, concept.code] = fitted(_draw(icons, name))
+        out.styles += (package.name,)
+    return out
+
+
+def _read(path: Path) -> dict:
+    ((_, content),) = sources.members(path, "package/icons", ".json")
+    return json.loads(content)
+
+
+def _names(concept: Concept) -> list[str]:
+    """What the sets may call it: words with hyphens, or run together; flags are "for" their country."""
+    words = re.sub("[^a-z0-9]+", "-", re.sub("['’]", "", concept.label.lower()).replace("&", "and")).strip("-")
+    return [words, words.replace("flag-", "flag-for-", 1), words.replace("-", "")]
+
+
+def _body(icons: dict, name: str) -> dict | None:
+    """An icon, or the one that it is another name for; not those that are turned or mirrored."""
+    alias = icons.get("aliases", {}).get(name, {"parent": name})
+    return icons["icons"].get(alias["parent"]) if set(alias) == {"parent"} else None
+
+
+def _draw(icons: dict, name: str) -> Image.Image:
+    try:
+        import resvg_py
+    except ImportError:
+        raise ImportError("drawings in SVG need resvg-py: pip install 'minivlm2vec[mini]'") from None
+    icon = _body(icons, name)
+    left, top, width, height = (
+        icon.get(key, icons.get(key, default))
+        for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+    )
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="128" height="128" '
+        f'viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
+    )
+    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA")
