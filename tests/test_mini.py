@@ -1,7 +1,10 @@
 """What the bundled checkpoint is trained from: rows drawn without end, its tokenizer, its configuration."""
 
 import copy
+import io
+import json
 import random
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,8 @@ import minivlm2vec.mini.__main__ as start
 from minivlm2vec import Embedder
 from minivlm2vec.config import VLM2VecConfig
 from minivlm2vec.mmeb.mini import concepts, stream, tasks
+from minivlm2vec.mmeb.mini import sources as packages
+from minivlm2vec.mmeb.mini.more_styles import add_styles
 from minivlm2vec.new_checkpoint import new_checkpoint
 from minivlm2vec.tokenizer import Tokenizer
 from minivlm2vec.train.config import DataConfig, TrainConfig, read_config
@@ -94,6 +99,42 @@ def test_variation_stays_within_its_bounds(part):
             assert 0.65 * 200 < red <= 200
     if part == "shade":  # one side is darker
         assert sum(np.ptp(x[24:40, 8:56, 0]) > 4 for x in changed) > 15
+
+
+@pytest.fixture
+def more_styles(world, tmp_path):
+    """One more style, which knows three things: one by another name, one in one word, one only mirrored."""
+    pytest.importorskip("resvg_py")
+    first, second, third = (concept.label.replace(" ", "-") for concept in world.concepts[:3])
+    square = '<path fill="#0a0" d="M0 0h32v32H0z"/>'
+    icons = {
+        "width": 32, "height": 32,
+        "icons": {"other": {"body": square}, second.replace("-", ""): {"body": square}},
+        "aliases": {first: {"parent": "other"}, third: {"parent": "other", "hFlip": True}},
+    }  # fmt: skip
+    path = tmp_path / "icons.tgz"
+    with tarfile.open(path, "w:gz") as archive:
+        content = json.dumps(icons).encode()
+        info = tarfile.TarInfo("package/icons.json")
+        info.size = len(content)
+        archive.addfile(info, io.BytesIO(content))
+    return add_styles(world, {packages.FXEMOJI: path})
+
+
+def test_more_styles_are_found_by_name(world, more_styles):
+    new = packages.FXEMOJI.name
+    assert more_styles.styles == (*world.styles, new) and new not in world.styles
+    assert {code for style, code in more_styles.drawings if style == new} == {c.code for c in world.concepts[:2]}
+    drawing = more_styles.drawings[new, world.concepts[0].code]
+    assert drawing.size == (64, 64) and drawing.getpixel((32, 32)) == (0, 170, 0, 255)
+
+
+def test_what_a_style_lacks_is_drawn_in_one_of_mini_mmebs(world, more_styles):
+    code, new = world.concepts[5].code, packages.FXEMOJI.name
+    shown = {stream.Drawings(more_styles, NOTHING, str(i))[new, code].tobytes() for i in range(20)}
+    assert shown <= {world.drawings[style, code].tobytes() for style in concepts.SEEN_STYLES} and len(shown) == 2
+    for name in tasks.TRAIN:
+        assert len(stream.rows(more_styles, name, range(8), stream.Variation(), "s")) == 8
 
 
 def test_batches_depend_on_the_step_alone_and_mix_blocks_of_sets(data, world):

@@ -18,7 +18,8 @@ TRAINING = {"commands": ["minivlm2vec train mini.toml"], "sets": ["Emoji-t2i", "
             "runs": [{"config": "mini.toml", "steps": 1200, "batch_size": 256},
                      {"config": "more.toml", "steps": 10, "batch_size": 32}],
             "seed": 7, "hardware": "one core", "wall_time_s": 5400,
-            "precision": "float32", "commit": "abc1234", "torch": "2.13.0", "notes": ["resumed once"]}  # fmt: skip
+            "precision": "float32", "commit": "abc1234", "torch": "2.13.0", "more_styles": True,
+            "notes": ["resumed once"]}  # fmt: skip
 
 
 def rows_of(*triples):
@@ -271,7 +272,8 @@ def test_the_card_says_what_was_measured(scored):
     for fact in ("wall time | 90 minutes", "1,200 of 256 pairs, then 10 of 32 pairs: 307,520",
                  "`abc1234`", "| seed | 7 |", "- resumed once",
                  "Emoji-t2i (x2), Emoji-i2t |", "\nminivlm2vec train mini.toml\n",
-                 'model = "start"', "CC BY 4.0", "258,496 parameters", "only the first 6 rows"):  # fmt: skip
+                 'model = "start"', "CC BY 4.0", "EmojiOne v2", "258,496 parameters",
+                 "only the first 6 rows"):  # fmt: skip
         assert fact in text, fact
     assert text.startswith("---\nlicense: apache-2.0\n") and "# random:" in text
 

