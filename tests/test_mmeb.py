@@ -405,8 +405,8 @@ def test_processes_share_the_work_and_score_the_same(data, tmp_path):
     run(data, tmp_path / "one", batch_size=16)
     script = tmp_path / "work.py"
     script.write_text(
-        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}\n"
-        "from test_mmeb import Hashing\nfrom minivlm2vec.mmeb.evaluate import evaluate\n"
+        f"import sys; sys.path[:0] = {sys.path!r}\n"
+        "from tests.test_mmeb import Hashing\nfrom minivlm2vec.mmeb.evaluate import evaluate\n"
         "encoder = Hashing()\n"
         f"result = evaluate(encoder, {str(data)!r}, out={str(tmp_path / 'two')!r}, batch_size=16)\n"
         "print(len(encoder.inputs), result is None)\n",
