@@ -48,6 +48,18 @@ def _poisoned(allocate):
 
 
 @pytest.fixture
+def large_tiles(monkeypatch) -> None:
+    """Attention in float32 by tiles that would spill on a card: the interpreter pays by the tile."""
+    from minivlm2vec_kernels import attention_backward_triton, attention_triton
+
+    if DEVICE == "cpu":
+        large = attention_triton.Tile(64, 64, 4, 1)
+        monkeypatch.setattr(attention_triton, "FP32_TILE", large)
+        for pass_ in ("dq", "dkv"):
+            monkeypatch.setitem(attention_backward_triton.TILES, (pass_, True), large)
+
+
+@pytest.fixture
 def assert_error_at_most():
     """The derived tolerance; see `check_error`."""
     return check_error

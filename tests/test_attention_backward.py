@@ -5,23 +5,14 @@ import functools
 import pytest
 import torch
 
-from minivlm2vec_kernels import attention, attention_backward_triton, attention_triton
+from minivlm2vec_kernels import attention, attention_backward_triton
 from minivlm2vec_kernels.attention_triton import Tile
 from tests.kernel_cases import check_finite_differences, check_gradients, compiled_gradients, gradients
 from tests.test_attention import HEAD_DIMS, cumulated, packed
 
 BLOCKS = {"even": (32, 32), "narrow": (32, 16), "wide": (16, 32)}  # rows of a tile, and of a block that it meets
 
-pytestmark = pytest.mark.usefixtures("poison_empty")
-
-
-@pytest.fixture(autouse=True)
-def large_tiles(monkeypatch):
-    """In float32 as well, where on a card they would spill: the interpreter pays by the block."""
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(attention_triton, "FP32_TILE", Tile(64, 64, 4, 1))
-        for pass_ in ("dq", "dkv"):
-            monkeypatch.setitem(attention_backward_triton.TILES, (pass_, True), Tile(64, 64, 4, 1))
+pytestmark = pytest.mark.usefixtures("poison_empty", "large_tiles")
 
 
 def op(cu_q, cu_k, causal, backend="triton", scale=None):

@@ -126,3 +126,21 @@ def test_gradients_reach_every_parameter(models, variant):
     finally:
         ours.requires_grad_(False)
         ours.zero_grad()
+
+
+@pytest.mark.parametrize("models", ["gqa"], indirect=True)
+def test_gradients_through_the_kernels_are_the_references(models, large_tiles):
+    """rms_norm, rope, attention and silu_mul in Triton, forward and backward; both sets of frequencies."""
+    ours, _ = models
+    batch = batch_of([5, LIMIT + 1])
+    ours.requires_grad_(True)
+    try:
+        results = []
+        for backend in ("torch", "triton"):
+            packing = ours.packing(batch, backend=backend)
+            x, _ = ours(ours.embed_tokens(batch.input_ids), packing, last_only=True)
+            results.append(torch.autograd.grad(ours.norm(x, backend).square().sum(), list(ours.parameters())))
+        for (name, _), torchs, tritons in zip(ours.named_parameters(), *results, strict=True):
+            close(name, tritons, torchs, 2e-5 * float(torchs.abs().max()))
+    finally:
+        ours.requires_grad_(False)

@@ -4,7 +4,9 @@ Shapes: T packed tokens, B sequences, N query heads, Nkv key-value heads, H head
         P patches per side of a crop, p pixels per side of a patch, I image tokens, S pixels per side of a crop.
 
 Sequences lie end to end, without padding; `cu_seqlens` [B + 1] int32 holds where each begins, and where the
-last ends. Every op takes `backend=`: None (the environment's choice), "auto", "triton" or "torch".
+last ends. Every op takes `backend=`: None (the environment's choice), "auto", "triton" or "torch". Gradients flow
+through Triton kernels where "triton" is asked for, in attention, rms_norm, add_rms_norm, silu_mul, rope and the
+unfused linear_silu_mul; the other ops refuse.
 """
 
 import os
@@ -71,7 +73,7 @@ def attention(
     Queries are aligned to the end of their keys: with `causal`, query i of Lq sees keys 0 .. Lk - Lq + i.
 
     Padding for CUDA graphs: a sequence may be empty, and a query without any key gets zeros. Rows beyond the last
-    sequence are allowed; they have no influence, and what is returned in their place is unspecified.
+    sequence are allowed; they have no influence and no gradient, and what is returned in their place is unspecified.
     """
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key-value heads")

@@ -1,5 +1,5 @@
-"""Every op in plain torch: the specification that the kernels are tested against, and the path that carries
-gradients and runs on CPUs. It imports nothing but torch.
+"""Every op in plain torch: the specification that the kernels are tested against, and the path that runs on CPUs
+and, unless Triton is asked for, carries gradients. It imports nothing but torch.
 
 Shapes: T packed tokens, B sequences, N query heads, Nkv key-value heads, H head dim, D width, C crops,
         P patches per side of a crop, I image tokens, S pixels per side of a crop.
