@@ -141,6 +141,7 @@ def test_batches_depend_on_the_step_alone_and_mix_blocks_of_sets(data, world):
     again = DrawnData(DataConfig("mini-drawn", sub_batch=2), seed=3, world=world)
     names = lambda rows: [row.name for row in rows]  # noqa: E731
     assert names(data.batch(4, 8)) == names(again.batch(4, 8)) != names(data.batch(5, 8))
+    assert names(data.batch(4, 8, slice(3, 6))) == names(data.batch(4, 8))[3:6]
     rows = [row for step in range(13) for row in data.batch(step, 8)]  # 52 blocks: four rounds of 13 sets
     sets = [row.name.split(",")[0] for row in rows]
     assert sets[::2] == sets[1::2] and {name: sets.count(name) for name in tasks.TRAIN} == dict.fromkeys(tasks.TRAIN, 8)

@@ -22,6 +22,9 @@ from minivlm2vec.mmeb.dataset import Images, Pair, read_rows
 from .config import DataConfig
 
 
+ALL = slice(None)
+
+
 @dataclass(frozen=True)
 class Row:
     """One query with its targets. `name` is the set's and the row's number in the file, for messages."""
@@ -91,8 +94,9 @@ class TrainingData:
                 broken.append(f"{row.name}: {e}")
         _raise_if(broken)
 
-    def batch(self, step: int, batch_size: int) -> list[Row]:
-        """The rows of a step, counted from 0. Raises ValueError where the data has fewer rows than a batch.
+    def batch(self, step: int, batch_size: int, part: slice = ALL) -> list[Row]:
+        """The rows of a step, counted from 0, or a part of them. Raises ValueError where the data has fewer rows than
+        a batch.
 
         An epoch shuffles every set, cuts it into blocks of `sub_batch` rows, and shuffles the blocks; what does not
         fill a block or the last batch comes in another epoch.
@@ -105,7 +109,7 @@ class TrainingData:
             raise ValueError(f"a batch of {batch_size} rows in blocks of {size} is more than the data has: {sizes}")
         epoch, place = divmod(step, batches)
         blocks = self._epoch(epoch)[place * per_batch : (place + 1) * per_batch]
-        return [self.rows[i] for i in blocks.flatten()]
+        return [self.rows[i] for i in blocks.flatten()[part]]
 
     def sample(self, n: int) -> list[Row]:
         """Up to n rows, the same at every call."""

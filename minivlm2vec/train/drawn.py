@@ -1,5 +1,6 @@
 """Training rows of mini-MMEB that are drawn as they are needed, without files and without end."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from minivlm2vec.mmeb.mini.concepts import World, load_world
 from minivlm2vec.mmeb.mini.more_styles import add_styles
 
 from .config import DataConfig
-from .data import Row
+from .data import ALL, Row
 
 ROOT = "mini-drawn"  # the data.root that means this
 TARBALLS = "outputs/tarballs"
@@ -44,23 +45,22 @@ class DrawnData:
         """Draws one row of each set; there are no files that could be missing."""
         self.batch(0, self.config.sub_batch * len(self.names))
 
-    def batch(self, step: int, batch_size: int) -> list[Row]:
-        """The rows of a step, counted from 0."""
-        size = self.config.sub_batch
-        per_batch = batch_size // size
-        return [row for b in range(step * per_batch, (step + 1) * per_batch) for row in self._block(b)]
+    def batch(self, step: int, batch_size: int, part: slice = ALL) -> list[Row]:
+        """The rows of a step, counted from 0, or a part of them; no others are drawn."""
+        rows = range(step * batch_size, (step + 1) * batch_size)[part]
+        return [row for block, numbers in itertools.groupby(rows, lambda i: i // self.config.sub_batch)
+                for row in self._block(block, list(numbers))]  # fmt: skip
 
     def sample(self, n: int) -> list[Row]:
         """n rows, the same at every call, that no batch has."""
         names = [self.names[i % len(self.names)] for i in range(n)]
         return [self._row(name, row, i) for i, name in enumerate(names) for row in self._drawn(name, [i], "sample")]
 
-    def _block(self, block: int) -> list[Row]:
-        """A block's set, and which of the set's rows: `turn` permutes the sets anew in each round."""
-        size, (round_, turn) = self.config.sub_batch, divmod(block, len(self.names))
+    def _block(self, block: int, numbers: Sequence[int]) -> list[Row]:
+        """Rows of one block. Its set: each round goes through all of them in an order of its own."""
+        round_, turn = divmod(block, len(self.names))
         order = np.random.default_rng([self.seed, round_]).permutation(len(self.names))
         name = self.names[order[turn]]
-        numbers = range(block * size, (block + 1) * size)
         return [self._row(name, row, i) for i, row in zip(numbers, self._drawn(name, numbers, "train"), strict=True)]
 
     def _drawn(self, name: str, numbers: Sequence[int], purpose: str) -> list[tasks.Row]:

@@ -149,7 +149,8 @@ class Trainer:
     def own_rows(self, step: int) -> list[Row]:
         """This process' share of the rows of a step, counted from 0."""
         n = self.config.optim.batch_size // engine.world_size()
-        return self.data.batch(step, self.config.optim.batch_size)[engine.rank() * n :][:n]
+        part = slice(engine.rank() * n, (engine.rank() + 1) * n)
+        return self.data.batch(step, self.config.optim.batch_size, part)
 
     def save(self) -> Path:
         """Writes a checkpoint of the present step; to be called by all processes."""

@@ -43,11 +43,11 @@ class Canvas:
             _paste(image, world.drawings[one.style or self.style, one.concept.code], one.left, one.top, one.size)
         return image
 
-    def crop(self, world: World, index: int) -> Image.Image:
-        """The part of the picture that shows one object, with a margin of 2 pixels."""
+    def crop(self, drawn: Image.Image, index: int) -> Image.Image:
+        """The part of the drawn picture that shows one object, with a margin of 2 pixels."""
         one = self.objects[index]
         box = (one.left - 2, one.top - 2, one.left + one.size + 2, one.top + one.size + 2)
-        return self.draw(world).crop(tuple(min(max(side, 0), CANVAS) for side in box))
+        return drawn.crop(tuple(min(max(side, 0), CANVAS) for side in box))
 
     def replaced(self, index: int, concept: Concept) -> "Canvas":
         return self._with(index, replace(self.objects[index], concept=concept))

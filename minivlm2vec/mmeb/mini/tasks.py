@@ -281,9 +281,10 @@ def _scene(world: World, rng: random.Random) -> tuple[Canvas, list[Concept]]:
 
 
 def _cropped(world: World, canvas: Canvas, text: str, index: int) -> Row:
-    crops = [Item(CROP, canvas.crop(world, i), one.concept.code) for i, one in enumerate(canvas.objects)]
+    image = canvas.draw(world)
+    crops = [Item(CROP, canvas.crop(image, i), one.concept.code) for i, one in enumerate(canvas.objects)]
     near = tuple(crop for i, crop in enumerate(crops) if i != index)
-    return Row(Item(text, canvas.draw(world)), crops[index], near)
+    return Row(Item(text, image), crops[index], near)
 
 
 def _corner(x: float, y: float) -> str:
