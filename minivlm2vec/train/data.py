@@ -21,7 +21,6 @@ from minivlm2vec.mmeb.dataset import Images, Pair, read_rows
 
 from .config import DataConfig
 
-
 ALL = slice(None)
 
 
