@@ -102,7 +102,7 @@ def new_checkpoint(
     Returns the folder. Raises ValueError for an unknown preset or a folder that is in use, CheckpointError for a
     config that makes no model.
     """
-    raw = _merge(base_config(preset), config or {})
+    raw = merged(base_config(preset), config or {})
     raw["torch_dtype"] = dtype or raw["torch_dtype"]
     parsed = VLM2VecConfig.from_dict(raw)
     path = Path(path)
@@ -138,7 +138,7 @@ def base_config(preset: str) -> dict[str, Any]:
         "img_processor": {"image_dim_out": 1024, "model_name": "openai/clip-vit-large-patch14-336",
                           "name": "clip_vision_model", "num_img_tokens": 144},
     }  # fmt: skip
-    raw = _merge(published, copy.deepcopy(PRESETS[preset]))
+    raw = merged(published, copy.deepcopy(PRESETS[preset]))
     raw["rope_scaling"] = {"type": "su", **_rope_factors(raw["hidden_size"] // raw["num_attention_heads"])}
     return raw
 
@@ -289,11 +289,12 @@ def _preprocessor_config(config: VLM2VecConfig, num_crops: int) -> dict[str, Any
     }  # fmt: skip
 
 
-def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The base with the changes' keys; dicts in both are merged likewise."""
     out = dict(base)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
-        out[key] = _merge(out[key], value) if both else value
+        out[key] = merged(out[key], value) if both else value
     return out
 
 

@@ -39,7 +39,7 @@ def world(worlds):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def data(world):
-    return DrawnData(DataConfig("mini-drawn", sub_batch=2), seed=3, world=world)
+    return DrawnData(DataConfig("mini-drawn", sub_batch=2, workers=1), seed=3, world=world)
 
 
 def test_a_row_depends_on_its_number_alone(world):
@@ -138,7 +138,7 @@ def test_what_a_style_lacks_is_drawn_in_one_of_mini_mmebs(world, more_styles):
 
 
 def test_batches_depend_on_the_step_alone_and_mix_blocks_of_sets(data, world):
-    again = DrawnData(DataConfig("mini-drawn", sub_batch=2), seed=3, world=world)
+    again = DrawnData(DataConfig("mini-drawn", sub_batch=2, workers=1), seed=3, world=world)
     names = lambda rows: [row.name for row in rows]  # noqa: E731
     assert names(data.batch(4, 8)) == names(again.batch(4, 8)) != names(data.batch(5, 8))
     assert names(data.batch(4, 8, slice(3, 6))) == names(data.batch(4, 8))[3:6]
@@ -146,12 +146,21 @@ def test_batches_depend_on_the_step_alone_and_mix_blocks_of_sets(data, world):
     sets = [row.name.split(",")[0] for row in rows]
     assert sets[::2] == sets[1::2] and {name: sets.count(name) for name in tasks.TRAIN} == dict.fromkeys(tasks.TRAIN, 8)
     assert len(set(names(rows))) == len(rows)
-    other = DrawnData(DataConfig("mini-drawn", sub_batch=2), seed=4, world=world)
+    other = DrawnData(DataConfig("mini-drawn", sub_batch=2, workers=1), seed=4, world=world)
     assert names(other.batch(4, 8)) != names(data.batch(4, 8))
 
 
+def test_several_processes_draw_the_same(data, world):
+    several = DrawnData(DataConfig("mini-drawn", sub_batch=2, workers=2), seed=3, world=world)
+    for ours, theirs in zip(data.batch(1, 16), several.batch(1, 16), strict=True):
+        assert (ours.name, ours.pairs) == (theirs.name, theirs.pairs)
+        assert {n: p.tobytes() for n, p in ours.images.pictures.items()} == {
+            n: p.tobytes() for n, p in theirs.images.pictures.items()
+        }
+
+
 def test_a_set_that_is_named_twice_comes_twice_as_often(world):
-    config = DataConfig("mini-drawn", sets=("Emoji-t2i", "Emoji-t2i", "Grid-Count"))
+    config = DataConfig("mini-drawn", sets=("Emoji-t2i", "Emoji-t2i", "Grid-Count"), workers=1)
     rows = DrawnData(config, world=world).batch(0, 30)
     assert sum(row.name.startswith("Emoji-t2i") for row in rows) == 20
     with pytest.raises(ValueError, match=r"Emoji-t2t is no training set; there are Emoji-Subgroup"):
@@ -169,14 +178,14 @@ def test_drawn_rows_show_training_concepts_in_training_styles(worlds):  # noqa: 
 
     watched = copy.copy(world)
     watched.drawings = Watched(world.drawings)
-    DrawnData(DataConfig("mini-drawn", sub_batch=4), world=watched).batch(0, 4 * 26)
+    DrawnData(DataConfig("mini-drawn", sub_batch=4, workers=1), world=watched).batch(0, 4 * 26)
     assert {style for style, _ in asked} == set(concepts.SEEN_STYLES)
     assert not {code for _, code in asked} & {one.code for one in held_out.concepts}
 
 
 def test_no_picture_is_a_wrong_answer_for_its_equal(data, world):
     """Two drawings of one thing have one content id, so that `mask_duplicates` keeps them apart from wrong ones."""
-    rows = DrawnData(DataConfig("mini-drawn", sets=("Emoji-t2i",)), world=world).batch(0, 150)
+    rows = DrawnData(DataConfig("mini-drawn", sets=("Emoji-t2i",), workers=1), world=world).batch(0, 150)
     by_text = {}
     for row in rows:
         name = row.query.text.split(":")[-1].split("?")[-1].strip()
@@ -204,16 +213,17 @@ def test_the_tokenizer_has_a_token_for_an_instruction(world, tmp_path):
     assert len(tokenizer(world.concepts[0].phrase)) < len(world.concepts[0].phrase)
 
 
-def test_the_configuration_is_of_3_to_8_million_parameters(tmp_path):
-    folder = new_checkpoint(tmp_path / "m", config=start.CONFIG)
-    model = load_model(folder)
-    parameters = sum(p.numel() for p in model.parameters())
-    assert 3e6 < parameters < 8e6 and 2 * parameters < 12e6
+@pytest.mark.parametrize("size", start.SIZES)
+def test_the_configurations_are_of_3_to_8_million_parameters_and_12_megabytes(size, tmp_path):
+    folder = new_checkpoint(tmp_path / "m", config=start.SIZES[size])
+    parameters = sum(p.numel() for p in load_model(folder).parameters())
+    assert 3e6 < parameters < 8e6 and 2 * parameters < 11.6e6  # the tokenizer takes the rest
     assert VLM2VecConfig.from_json(folder).vision.image_size == 32
 
 
 def test_the_checked_in_runs_are_readable():
     first, second = (read_config(FOLDER / f"train-{i}.toml") for i in (1, 2))
+    assert set(read_config(FOLDER / "train-gpu.toml").data.sets) == set(tasks.TRAIN)
     assert set(first.data.sets) < set(second.data.sets) == set(tasks.TRAIN)
     assert (
         second.model == f"{first.out}/step-{first.optim.steps // 2:06d}"

@@ -4,6 +4,8 @@ How it was made:
 
     python -m minivlm2vec.mini start outputs/mini-start      # tokenizer, configuration, random weights
     minivlm2vec train minivlm2vec/mini/train-1.toml          # single drawings
-    minivlm2vec train minivlm2vec/mini/train-2.toml          # all sets, more styles
+    torchrun --nproc-per-node 2 -m minivlm2vec train minivlm2vec/mini/train-2.toml     # all sets, more styles
     python -m minivlm2vec.mini package outputs/mini-2/step-003000 minivlm2vec/mini
+
+train-gpu.toml is for a larger one.
 """

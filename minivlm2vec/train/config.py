@@ -29,7 +29,7 @@ class DataConfig:
             batch size gives every batch one set.
         max_length: tokens that are kept of a text without images.
         num_crops: the most crops an image is cut into.
-        workers: threads that read and cut images.
+        workers: threads that read and cut images; for "mini-drawn" with 2 or more, also processes that draw.
     """
 
     root: str

@@ -1,7 +1,9 @@
 """Training rows of mini-MMEB that are drawn as they are needed, without files and without end."""
 
 import itertools
-from collections.abc import Sequence
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from .data import ALL, Row
 
 ROOT = "mini-drawn"  # the data.root that means this
 TARBALLS = "outputs/tarballs"
+Task = tuple[str, Sequence[int], str]
 
 
 class DrawnData:
@@ -27,7 +30,8 @@ class DrawnData:
     step alone.
 
     Args:
-        config: `images` is the folder of npm tarballs, fetched where they are missing.
+        config: `images` is the folder of npm tarballs, fetched where they are missing. With more than one of
+            `workers`, so many processes draw, since drawing keeps the interpreter busy.
         seed: of the rows and their order. (The split into training and held-out concepts is always that of seed 0.)
         world: what to draw, instead of the training concepts of mini-MMEB.
     """
@@ -39,42 +43,77 @@ class DrawnData:
         if unknown:
             raise ValueError(f"data.sets: {', '.join(unknown)} is no training set; there are {', '.join(tasks.TRAIN)}")
         self.world = world or _training_world(Path(config.images or TARBALLS).expanduser(), config.more_styles)
-        self.variation = stream.Variation().times(config.variation)
+        self.drawer = Drawer(self.world, stream.Variation().times(config.variation))
+        self.draw = self.drawer if config.workers == 1 else DrawingProcesses(self.drawer, config.workers)
 
     def check(self, *, thoroughly: bool = False) -> None:
-        """Draws one row of each set; there are no files that could be missing."""
-        self.batch(0, self.config.sub_batch * len(self.names))
+        """Draws a row of each set; there are no files that could be missing."""
+        self.sample(len(self.names))
 
     def batch(self, step: int, batch_size: int, part: slice = ALL) -> list[Row]:
         """The rows of a step, counted from 0, or a part of them; no others are drawn."""
         rows = range(step * batch_size, (step + 1) * batch_size)[part]
-        return [row for block, numbers in itertools.groupby(rows, lambda i: i // self.config.sub_batch)
-                for row in self._block(block, list(numbers))]  # fmt: skip
+        blocks = itertools.groupby(rows, lambda i: i // self.config.sub_batch)
+        work = [(self._set_of(block), list(numbers), f"{self.seed}/train") for block, numbers in blocks]
+        return [row for rows in self.draw.map(work) for row in rows]
 
     def sample(self, n: int) -> list[Row]:
         """n rows, the same at every call, that no batch has."""
-        names = [self.names[i % len(self.names)] for i in range(n)]
-        return [self._row(name, row, i) for i, name in enumerate(names) for row in self._drawn(name, [i], "sample")]
+        work = [(self.names[i % len(self.names)], [i], f"{self.seed}/sample") for i in range(n)]
+        return [row for rows in self.drawer.map(work) for row in rows]
 
-    def _block(self, block: int, numbers: Sequence[int]) -> list[Row]:
-        """Rows of one block. Its set: each round goes through all of them in an order of its own."""
+    def _set_of(self, block: int) -> str:
+        """Each round of blocks goes through all sets, in an order of its own."""
         round_, turn = divmod(block, len(self.names))
-        order = np.random.default_rng([self.seed, round_]).permutation(len(self.names))
-        name = self.names[order[turn]]
-        return [self._row(name, row, i) for i, row in zip(numbers, self._drawn(name, numbers, "train"), strict=True)]
+        return self.names[np.random.default_rng([self.seed, round_]).permutation(len(self.names))[turn]]
 
-    def _drawn(self, name: str, numbers: Sequence[int], purpose: str) -> list[tasks.Row]:
-        return stream.rows(self.world, name, numbers, self.variation, f"{self.seed}/{purpose}")
 
-    def _row(self, name: str, row: tasks.Row, number: int) -> Row:
-        """Wrong candidates of the row that are texts are all hard negatives, of pictures the first."""
-        near = [item for item in row.near if item.image is None] or list(row.near[:1])
-        pictures: dict[str, Image.Image] = {}
-        query, positive, *negatives = (
-            _pair(item, f"{name}/{number}/{i}", pictures) for i, item in enumerate((row.query, row.positive, *near))
-        )
-        negatives = tuple(pair for pair in dict.fromkeys(negatives) if pair != positive)
-        return Row(f"{name}, row {number}", query, (positive,), negatives, Pictures(pictures))
+class Drawer:
+    """(set, numbers of its rows, seed) -> those rows."""
+
+    def __init__(self, world: World, variation: stream.Variation):
+        self.world, self.variation = world, variation
+
+    def __call__(self, task: Task) -> list[Row]:
+        name, numbers, seed = task
+        drawn = stream.rows(self.world, name, numbers, self.variation, seed)
+        return [_row(name, row, number) for number, row in zip(numbers, drawn, strict=True)]
+
+    def map(self, tasks: Sequence[Task]) -> Iterator[list[Row]]:
+        return map(self, tasks)
+
+
+class DrawingProcesses:
+    """A drawer in several processes, each with a copy of it. They start with the first rows that are asked for."""
+
+    def __init__(self, drawer: Drawer, processes: int):
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(processes, context, initializer=_keep, initargs=(drawer,))
+
+    def map(self, tasks: Sequence[Task]) -> Iterator[list[Row]]:
+        return self.pool.map(_draw, tasks)
+
+
+_kept: list[Drawer] = []  # of a drawing process
+
+
+def _keep(drawer: Drawer) -> None:
+    _kept.append(drawer)
+
+
+def _draw(task: Task) -> list[Row]:
+    return _kept[0](task)
+
+
+def _row(name: str, row: tasks.Row, number: int) -> Row:
+    """Wrong candidates of the row that are texts are all hard negatives, of pictures the first."""
+    near = [item for item in row.near if item.image is None] or list(row.near[:1])
+    pictures: dict[str, Image.Image] = {}
+    query, positive, *negatives = (
+        _pair(item, f"{name}/{number}/{i}", pictures) for i, item in enumerate((row.query, row.positive, *near))
+    )
+    negatives = tuple(pair for pair in dict.fromkeys(negatives) if pair != positive)
+    return Row(f"{name}, row {number}", query, (positive,), negatives, Pictures(pictures))
 
 
 class Pictures:
