@@ -62,7 +62,7 @@ def tile_providers(ours: Callable) -> dict[str, Callable]:
 
     def with_tile(pass_: str, tile: kernel.Tile) -> Callable:
         def call() -> tuple[Tensor, ...]:
-            with entry(kernel.TILES, (pass_, False), tile):
+            with entry(kernel.TILES, pass_, {256: tile}):
                 return ours()
 
         return call

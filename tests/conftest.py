@@ -55,8 +55,7 @@ def large_tiles(monkeypatch) -> None:
     if DEVICE == "cpu":
         large = attention_triton.Tile(64, 64, 4, 1)
         monkeypatch.setattr(attention_triton, "FP32_TILE", large)
-        for pass_ in ("dq", "dkv"):
-            monkeypatch.setitem(attention_backward_triton.TILES, (pass_, True), large)
+        monkeypatch.setattr(attention_backward_triton, "FP32_TILE", large)
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def test_rests_beside_whole_blocks(causal, blocks, generator, monkeypatch):
     """Diagonals that cut blocks anywhere; last blocks that are full, of one row, of one row less."""
     outer, inner = BLOCKS[blocks]
     for pass_, rows in [("dq", (outer, inner)), ("dkv", (inner, outer))]:
-        monkeypatch.setitem(attention_backward_triton.TILES, (pass_, False), Tile(*rows, 4, 1))
+        monkeypatch.setitem(attention_backward_triton.TILES, pass_, {256: Tile(*rows, 4, 1)})
     check(*packed([32, 33, 31], 1, 1, 16, torch.float16, generator), causal, generator)
 
 

@@ -165,23 +165,20 @@ def attention_dkv_kernel(
     dk1 = tl.zeros([BN, H1 if H1 > 0 else 1], tl.float32)
     dv1 = tl.zeros([BN, H1 if H1 > 0 else 1], tl.float32)
 
-    first = tl.arange(0, BN) + col  # [BN] the first query that sees a key
-    row, seen = 0, 0  # of the whole tile: the first that sees any key, and a block from which on all see all
-    if CAUSAL:
-        first -= Lk - Lq
+    first = tl.zeros([BN], tl.int32)  # the first query that sees a key
+    row = 0
+    if CAUSAL:  # the last query sees the last key
+        first = col - (Lk - Lq) + tl.arange(0, BN)
         row = tl.maximum(col - (Lk - Lq), 0)
-        seen = row + tl.cdiv(tl.maximum(col + BN - 1 - (Lk - Lq) - row, 0), BM) * BM
-    for member in range(group):
-        head = head_kv * group + member
-        queries, do = q + q_start * stride_qt + head * stride_qn, dout + q_start * stride_t + head * H
-        l, d = lse + head * Tq + q_start, delta + head * Tq + q_start
-        if CAUSAL:
-            for i in tl.range(row, tl.minimum(seen, Lq), BM):
-                dk0, dk1, dv0, dv1 = _add_queries(dk0, dk1, dv0, dv1, k0, k1, v0, v1, queries, do, l, d, i, Lq, first,
-                                                  scale_log2, stride_qt, stride_t, H0, H1, BM, True)  # fmt: skip
-        for i in tl.range(seen, Lq, BM):
-            dk0, dk1, dv0, dv1 = _add_queries(dk0, dk1, dv0, dv1, k0, k1, v0, v1, queries, do, l, d, i, Lq, first,
-                                              scale_log2, stride_qt, stride_t, H0, H1, BM, False)  # fmt: skip
+    blocks = tl.cdiv(Lq - row, BM)
+    for step in tl.range(0, group * blocks):  # one loop over heads and blocks: two, nested, take more registers
+        head = head_kv * group + step // blocks
+        dk0, dk1, dv0, dv1 = _add_queries(
+            dk0, dk1, dv0, dv1, k0, k1, v0, v1,
+            q + q_start * stride_qt + head * stride_qn, dout + q_start * stride_t + head * H,
+            lse + head * Tq + q_start, delta + head * Tq + q_start,
+            row + step % blocks * BM, Lq, first, scale_log2, stride_qt, stride_t, H0, H1, BM, CAUSAL,
+        )  # fmt: skip
 
     at = k_start * heads_kv * H + head_kv * H
     store_rows(dk + at, dk0 * scale, col, Lk, heads_kv * H, BN, H0)
@@ -194,10 +191,10 @@ def attention_dkv_kernel(
 @triton.jit
 def _add_queries(
     dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse, delta, row, Lq, first, scale_log2, stride_qt, stride_t,
-    H0: tl.constexpr, H1: tl.constexpr, BM: tl.constexpr, DIAGONAL: tl.constexpr,
+    H0: tl.constexpr, H1: tl.constexpr, BM: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Adds p^T dout and ds^T q of queries row .. row + BM to dv and dk. Everything is transposed, keys by queries,
-    so that p and ds enter their products from registers. DIAGONAL: key j is seen by no query before first[j]."""
+    so that p and ds enter their products from registers. CAUSAL: key j is seen by no query before first[j]."""
     rows = row + tl.arange(0, BM)  # [BM]
     q0 = load_rows(q, row, Lq, stride_qt, BM, H0, True, False)  # [BM, H0]
     do0 = load_rows(dout, row, Lq, stride_t, BM, H0, True, False)  # [BM, H0]
@@ -211,7 +208,7 @@ def _add_queries(
         do1 = load_rows(dout + H0, row, Lq, stride_t, BM, H1, True, False)  # [BM, H1]
         s = tl.dot(k1, q1.T, s, input_precision="ieee")
         dp = tl.dot(v1, do1.T, dp, input_precision="ieee")
-    if DIAGONAL:
+    if CAUSAL:
         s = tl.where(rows[None, :] >= first[:, None], s, float("-inf"))
     p = tl.math.exp2(s * scale_log2 - l[None, :])
     ds = (p * (dp - d[None, :])).to(q0.dtype)  # [BN, BM]
@@ -226,14 +223,19 @@ def _add_queries(
 
 # ---------------------------------------------------------------------------------------------------- their settings
 
-# (pass, float32) -> tile. Settled by what the compiler makes of them (tests/aot_table.json): these spill nowhere;
-# `python -m bench.run --sweep --only attention_backward` times them beside others.
+# pass -> largest head dim -> tile. Settled by what the compiler makes of them (tests/aot_table.json): these spill
+# nowhere; `python -m bench.run --sweep --only attention_backward` times them beside others.
 TILES = {
-    ("dq", False): Tile(64, 32, 4, 2),
-    ("dkv", False): Tile(32, 64, 8, 2),
-    ("dq", True): Tile(16, 16, 8, 1),  # dots without tensor cores
-    ("dkv", True): Tile(16, 16, 4, 1),
+    "dq": {256: Tile(64, 32, 4, 2)},
+    "dkv": {96: Tile(32, 64, 4, 2), 256: Tile(32, 64, 8, 2)},
 }
+FP32_TILE = Tile(16, 16, 8, 1)  # dots without tensor cores
+
+
+def choose_backward_tile(pass_: str, H: int, dtype: torch.dtype) -> Tile:
+    if dtype == torch.float32:
+        return FP32_TILE
+    return next(tile for widest, tile in TILES[pass_].items() if H <= widest)
 
 
 # ---------------------------------------------------------------------------------------------------- their launchers
@@ -277,7 +279,7 @@ def attention_backward(
     """
     if cu_seqlens_q is None or max_seqlen_q is None:
         cu_seqlens_q, max_seqlen_q = cu_seqlens, max_seqlen
-    tiles = [TILES[pass_, q.dtype == torch.float32] for pass_ in ("dq", "dkv")]
+    tiles = [choose_backward_tile(pass_, q.shape[2], q.dtype) for pass_ in ("dq", "dkv")]
     return launch_backward(dout, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q,
                            causal, scale, *tiles)  # fmt: skip
 

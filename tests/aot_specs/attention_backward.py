@@ -1,10 +1,13 @@
 """Attention's gradient as the model needs it: causal with head dim 96 (decoder) and full with 64 (image tower);
 the widest head dim and float32 once each."""
 
+import torch
+
 from minivlm2vec_kernels import attention_backward_triton as backward
-from minivlm2vec_kernels.attention_triton import Tile, split_head_dim
+from minivlm2vec_kernels.attention_triton import split_head_dim
 from tests.aot import ARCHS, Spec
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OWN = {"dq": ("out", "dq"), "dkv": ("dk", "dv")}  # the tensors, besides those of both passes
 
 
@@ -13,21 +16,21 @@ def specs() -> list[Spec]:
 
 
 def _specs(pass_: str) -> list[Spec]:
-    tile = backward.TILES[pass_, False]
     return [
-        _spec(pass_, 96, True, tile, archs=(90,), quick=True),
-        _spec(pass_, 96, True, tile, group=4),
-        _spec(pass_, 64, False, tile),
-        _spec(pass_, 128, True, tile),
-        _spec(pass_, 128, True, backward.TILES[pass_, True], dtype="fp32"),
+        _spec(pass_, 96, True, archs=(90,), quick=True),
+        _spec(pass_, 96, True, group=4),
+        _spec(pass_, 64, False),
+        _spec(pass_, 128, True),
+        _spec(pass_, 128, True, dtype="fp32"),
     ]
 
 
 def _spec(
-    pass_: str, H: int, causal: bool, tile: Tile, group: int = 1, dtype: str = "bf16", archs: tuple[int, ...] = ARCHS,
+    pass_: str, H: int, causal: bool, group: int = 1, dtype: str = "bf16", archs: tuple[int, ...] = ARCHS,
     quick: bool = False,
 ) -> Spec:  # fmt: skip
     H0, H1 = split_head_dim(H)
+    tile = backward.choose_backward_tile(pass_, H, DTYPES[dtype])
     heads = "heads" if pass_ == "dq" else "heads_kv"
     types = dict.fromkeys(("q", "k", "v", "dout", *OWN[pass_]), f"*{dtype}")
     types |= dict.fromkeys(("lse", "delta"), "*fp32") | dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "*i32")
