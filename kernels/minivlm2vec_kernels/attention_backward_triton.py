@@ -235,7 +235,7 @@ FP32_TILE = Tile(16, 16, 8, 1)  # dots without tensor cores
 def choose_backward_tile(pass_: str, H: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
         return FP32_TILE
-    return next(tile for widest, tile in TILES[pass_].items() if H <= widest)
+    return next(tile for widest, tile in TILES[pass_].items() if widest >= H)
 
 
 # ---------------------------------------------------------------------------------------------------- their launchers
