@@ -2,6 +2,7 @@
 
 import html.parser
 import io
+import json
 import re
 import subprocess
 import sys
@@ -17,11 +18,23 @@ from minivlm2vec import Embedder, weights
 from minivlm2vec.cli import main
 from minivlm2vec.demo import page, tables
 from minivlm2vec.demo.answers import Answer, answer, answer_all
-from minivlm2vec.demo.questions import GROUNDING, NAMING, SEARCH, Question, read_material
+from minivlm2vec.demo.questions import (
+    ASKING,
+    CONDITIONS,
+    GROUNDING,
+    NAMING,
+    SEARCH,
+    SORTING,
+    Picture,
+    Question,
+    about_pictures,
+    read_material,
+)
 from minivlm2vec.errors import CheckpointError
 from minivlm2vec.mmeb.dataset import Dataset, Pair
 from minivlm2vec.mmeb.evaluate import evaluate
 from minivlm2vec.mmeb.mini import bundled
+from minivlm2vec.mmeb.mini.concepts import HELD_OUT_STYLE
 from minivlm2vec.new_checkpoint import new_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -139,8 +152,8 @@ def test_the_page_is_self_contained(demo):
 
 
 def test_tables_show_what_the_page_shows(demo):
-    out, found, _ = demo
-    lines = re.findall(r"^  (?:seen|held-out) +(.+?)  .*?(\d+) of (\d+)", out, re.MULTILINE)
+    out, found, path = demo
+    lines = re.findall(r"^  (?:seen|new), (?:seen|new) +(.+?)  .*?(\d+) of (\d+)", out, re.MULTILINE)
     assert len(lines) == len(found.questions) >= 12
     for (question, place, candidates), (asked, cards) in zip(lines, found.questions, strict=True):
         assert asked[-1].startswith(question.strip("[]").removesuffix("...")), (asked, question)
@@ -151,7 +164,10 @@ def test_tables_show_what_the_page_shows(demo):
     table = out[out.index("nearest answer is right") :]
     rows = [re.split(r"  +", line) for line in table.splitlines()[2:] if line.endswith("%")]
     cells = [cell.replace("→", "->") for cell in found.cells]
-    assert [cell for row in rows for cell in row] == cells and len(rows) == len(found.questions) / 3
+    assert [cell for row in rows for cell in row] == cells and len(rows) == len(found.questions) / 2
+    assert [row[1] for row in rows] == ["seen, seen", "seen, new", "new, new"] * 5
+    headings = re.findall(r"<h3>(\w+) concepts, (\w+) style<span>P@1 (\d+%)", path.read_text(encoding="utf-8"))
+    assert [(f"{concepts.lower()}, {style}", p1) for concepts, style, p1 in headings] == [(r[1], r[4]) for r in rows]
 
 
 def test_the_printed_lines(demo):
@@ -159,36 +175,117 @@ def test_the_printed_lines(demo):
     long = [line for line in out.splitlines() if len(line) > tables.WIDTH]
     assert not [line for line in long if str(path) not in line and not line.startswith("Next: ")]
     assert re.search(r"\d+ pictures embedded in [\d.]+ s \(\d+/s\)", out) and re.search(r"answered in [\d.]+ ms", out)
+    assert "image_" not in out and "held-out" not in out
     assert f"With pictures: {path} (" in out and "Next: minivlm2vec demo --model TIGER-Lab/VLM2Vec-Full" in out
 
 
 def test_scores_are_those_of_the_evaluator(tiny, dataset, tmp_path):
     e = Embedder.from_pretrained(tiny, device="cpu", show_progress=False)
-    everything = read_material(dataset)
-    material = replace(everything, asked=tuple(a for a in everything.asked if a.kind not in (NAMING, GROUNDING)))
-    results, times = answer_all(e, material, dataset.images, load=1.0)
-    names = [r.asked.name for r in results if r.asked.kind is not SEARCH]
-    expected = evaluate(e, bundled() / "MMEB-eval", out=tmp_path, names=names, show_progress=False).figures
-    for result in results:
-        assert len(result.answers) == len(result.asked.questions)
-        if result.asked.name in expected:
-            low, high = expected[result.asked.name].interval()[:, 0]
-            mean = expected[result.asked.name].mean[0]
-            assert (result.precision, result.low, result.high) == pytest.approx((mean, low, high))
-            assert result.chance == pytest.approx(100 / 24) and result.candidates == "24"
-    assert set(names) == set(expected) and len(names) >= 2
-    assert times.pictures == len(material.collection) and times.pictures + times.others == len(material.pairs())
-
-
-def test_searches_have_all_pictures_as_candidates(dataset):
     material = read_material(dataset)
-    for asked in (a for a in material.asked if a.kind is SEARCH):
-        assert len(asked.questions) == 120
-        for question in asked.questions:
-            assert question.candidates == material.collection
-            (right,) = question.right
-            assert material.names[right.image] == SEARCH.own(question.query.text)
-            assert question.query.text == f"Find me an everyday image that matches the given caption: {material.names[right.image]}\n"  # fmt: skip # noqa: E501
+    search = [a for a in material.asked if a.kind is SEARCH][-1]
+    asking = [a for a in material.asked if a.kind is ASKING]
+    material = replace(material, asked=(search, *asking), collection=search.questions[0].candidates)
+    (_, *results), times = answer_all(e, material, dataset.images, load=1.0)
+    expected = evaluate(
+        e, bundled() / "MMEB-eval", out=tmp_path, names=[a.name for a in asking], show_progress=False
+    ).figures
+    assert [r.asked.name for r in results] == ["Seen-Grid-Where", "Seen-Fluent-Where", "Fluent-Where"]
+    for result in results:
+        low, high = expected[result.asked.name].interval()[:, 0]
+        mean = expected[result.asked.name].mean[0]
+        assert (result.precision, result.low, result.high) == pytest.approx((mean, low, high))
+        assert result.chance == pytest.approx(100 / 24) and result.candidates == "24"
+        assert len(result.answers) == len(result.asked.questions)
+    assert times.pictures == 240 and times.pictures + times.others == len(material.pairs())
+
+
+@pytest.fixture(scope="module")
+def catalogue(dataset):
+    """{"seen" or "new": rows of the file}"""
+    names = {"seen": "pictures_seen.jsonl", "new": "pictures.jsonl"}
+    lines = {c: (dataset.root / name).read_text(encoding="utf-8").splitlines() for c, name in names.items()}
+    return {c: list(map(json.loads, rows)) for c, rows in lines.items()}
+
+
+@pytest.mark.parametrize(
+    "kind, query, candidate, choices",
+    [
+        (SEARCH, ("Find me an everyday image that matches the given caption: {label}\n", ""),
+         ("<|image_1|>\nRepresent the given image.\n", "{path}"), 240),
+        (NAMING, ("<|image_1|>\nFind an image caption describing the given everyday image.\n", "{path}"),
+         ("{label}", ""), 240),
+        (SORTING, ("<|image_1|>\nRepresent the given image for classification\n", "{path}"), ("{class}", ""), 69),
+    ],
+    ids=["search", "naming", "sorting"],
+)  # fmt: skip
+def test_questions_about_single_pictures(dataset, catalogue, kind, query, candidate, choices):
+    """Each of a condition's 120 pictures or names once; all pictures, names or classes of its style as candidates."""
+    material = read_material(dataset)
+    asked = [a for a in material.asked if a.kind is kind]
+    assert [tuple(a.condition) for a in asked] == [("seen", "twemoji"), ("seen", "fluent"), ("new", "fluent")]
+    for a in asked:
+        concepts, style = a.condition
+        drawn = {c: [row for row in rows if row["style"] == style] for c, rows in catalogue.items()}
+        candidates = {_pair(candidate, row) for rows in drawn.values() for row in rows}
+        assert len(candidates) == choices and len(a.questions) == 120
+        expected = {_pair(query, row): frozenset({_pair(candidate, row)}) for row in drawn[concepts]}
+        assert {q.query: q.right for q in a.questions} == expected
+        for q in a.questions:
+            assert len(q.candidates) == choices and set(q.candidates) == candidates
+        assert kind is not SEARCH or candidates < set(material.collection)
+        assert all(material.name(_pair(("", "{path}"), row)) == f"[{row['label']}]" for row in drawn[concepts])
+
+
+def _pair(pattern, row):
+    return Pair(*(part.format(**row) for part in pattern))
+
+
+def test_two_pictures_of_one_name_are_both_right():
+    pictures = [
+        Picture("a", "bat", "mammal", "fluent", "seen"),
+        Picture("b", "bat", "sport", "fluent", "new"),
+        Picture("c", "cat", "mammal", "fluent", "new"),
+        Picture("d", "cat", "mammal", "twemoji", "new"),
+    ]
+    for condition, names in zip(CONDITIONS, ({}, {"bat": "ab"}, {"bat": "ab", "cat": "c"}), strict=True):
+        found = about_pictures(SEARCH, condition, pictures)
+        assert {SEARCH.own(q.query.text): "".join(sorted(p.image for p in q.right)) for q in found} == names
+        assert all([p.image for p in q.candidates] == ["a", "b", "c"] for q in found)
+    (bat, cat) = about_pictures(NAMING, CONDITIONS[2], pictures)
+    assert [p.text for p in bat.candidates] == ["bat", "cat"] and {p.text for p in bat.right} == {"bat"}
+    assert cat.query.image == "c" and {p.text for p in cat.right} == {"cat"}
+    (bat, _) = about_pictures(SORTING, CONDITIONS[2], pictures)
+    assert [p.text for p in bat.candidates] == ["mammal", "sport"] and {p.text for p in bat.right} == {"sport"}
+
+
+def test_sets_are_drawn_as_their_condition_says(dataset):
+    about = json.loads((dataset.root / "subsets.json").read_text(encoding="utf-8"))
+    asked = [a for a in read_material(dataset).asked if a.kind.sets]
+    assert len(asked) == 6 and [a.condition for a in asked] == [*CONDITIONS, *CONDITIONS]
+    for a in asked:
+        assert about[a.name]["concepts"] == {"seen": "seen", "new": "held-out"}[a.condition.concepts]
+        assert (about[a.name]["styles"] == [HELD_OUT_STYLE]) == (a.condition.style == "new")
+        assert a.condition.style == "new" or HELD_OUT_STYLE not in about[a.name]["styles"]
+
+
+def test_crops_are_called_what_questions_call_them(dataset):
+    material = read_material(dataset)
+    asked = [q for a in material.asked if a.kind is GROUNDING for q in a.questions]
+    told = {pair: f"[{GROUNDING.own(q.query.text)}]" for q in asked for pair in q.right}
+    crops = {pair for q in asked for pair in q.candidates}
+    assert len(told) > 50 and len(crops) > len(told)
+    assert all(material.name(pair) == told.get(pair, "[another crop]") for pair in crops)
+
+
+def test_what_is_absent_is_not_asked(tmp_path):
+    for name in ("images.zip", "pictures.jsonl", "Fluent-Where"):
+        (tmp_path / name).symlink_to(bundled() / "MMEB-eval" / name)
+    asked = read_material(Dataset(tmp_path)).asked
+    assert [a.kind for a in asked] == [SEARCH, NAMING, SORTING, ASKING]
+    assert {a.condition for a in asked} == {CONDITIONS[2]} and asked[-1].name == "Fluent-Where"
+    (tmp_path / "pictures.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"no picture to search: pictures_seen\.jsonl and pictures\.jsonl"):
+        read_material(Dataset(tmp_path))
 
 
 def test_ties_count_against_the_right_answer():

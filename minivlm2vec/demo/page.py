@@ -42,21 +42,21 @@ def _intro(results: Sequence[Result], times: Times, material: Material, images: 
     strip = "".join(_img(pair, material, images) for pair in material.collection[:: max(1, times.pictures // 24)][:24])
     rows = "".join(_summary_row(result) for result in results)
     return (
-        f"<header><div><h1>What {escape(model)} finds in {times.pictures} emoji</h1>"
+        f"<header><div><h1>What {escape(model)} finds in {times.pictures} pictures of emoji</h1>"
         "<p>Text, an image, or both become one vector; the nearest vector is the answer. "
         f"{WHAT_IS_SEEN}</p></div></header>\n"
         f'<div class="strip">{strip}</div>\n'
-        '<div class="scores"><table><thead><tr><th>Nearest answer is right</th><th>Concepts</th><th>Questions</th>'
-        "<th>Candidates</th><th>P@1</th><th></th><th>95%</th><th>Chance</th></tr></thead>\n"
+        '<div class="scores"><table><thead><tr><th>Nearest answer is right</th><th>Concepts, style</th>'
+        "<th>Questions</th><th>Candidates</th><th>P@1</th><th></th><th>95%</th><th>Chance</th></tr></thead>\n"
         f"<tbody>{rows}</tbody></table></div>\n<p>{escape(told(times))}</p>\n"
     )
 
 
 def _summary_row(result: Result) -> str:
-    kind, concepts, questions, candidates, precision, interval, chance = map(_arrow, summary_cells(result))
+    kind, seen, questions, candidates, precision, interval, chance = map(_arrow, summary_cells(result))
     bar = f'<meter min="0" max="100" value="{result.precision:.1f}"></meter>'
     return (
-        f"<tr><td>{kind}</td><td>{concepts}</td><td>{questions}</td><td>{candidates}</td><td><b>{precision}</b></td>"
+        f"<tr><td>{kind}</td><td>{seen}</td><td>{questions}</td><td>{candidates}</td><td><b>{precision}</b></td>"
         f"<td>{bar}</td><td>{interval}</td><td>{chance}</td></tr>\n"
     )
 
@@ -67,9 +67,10 @@ def _section(kind: Kind, results: Sequence[Result], material: Material, images: 
     parts = [f"<section><h2>{_arrow(kind.title)}</h2><p>Instruction: “{escape(instruction)}”</p>\n"]
     for result in results:
         *_, precision, _, chance = summary_cells(result)
+        condition = result.asked.condition
         parts.append(
-            f"<h3>{result.asked.concepts.capitalize()} concepts<span>P@1 {precision}, chance {chance}, "
-            f"{len(result.answers)} questions, {result.candidates} candidates</span></h3>\n"
+            f"<h3>{condition.concepts.capitalize()} concepts, {condition.style} style<span>P@1 {precision}, "
+            f"chance {chance}, {len(result.answers)} questions, {result.candidates} candidates</span></h3>\n"
         )
         parts += [_question(result, result.answers[i], material, images) for i in shown(result.asked)]
     return "".join([*parts, "</section>\n"])

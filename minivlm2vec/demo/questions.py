@@ -1,20 +1,32 @@
-"""What the demo asks: sets of mini-MMEB as they ship with the package, and a search in its single pictures.
+"""What the demo asks: for names and classes of the bundled single pictures, and sets of mini-MMEB as they ship.
 
-Everything is drawn in the style that no training picture has. Of the concepts, one half was seen in training (in
-other styles), the other half never.
+Each kind of question is asked under three conditions: about concepts and in styles that training has shown, about
+such concepts in the style that it has not shown, and about concepts that it has not shown in that style.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from ..mmeb.dataset import Dataset, Pair, read_jsonl
+from ..mmeb.mini.concepts import HELD_OUT_STYLE
 from ..mmeb.mini.tasks import INSTRUCTIONS, PICTURE
 
-STYLE = "fluent"
-CONCEPTS = ("seen", "held-out")
-COLLECTIONS = {"seen": "pictures_seen.jsonl", "held-out": "pictures.jsonl"}
+CATALOGUES = {"seen": "pictures_seen.jsonl", "new": "pictures.jsonl"}  # of the single pictures
+
+
+class Condition(NamedTuple):
+    """What is asked about, and how it is drawn; "seen": shown in training."""
+
+    concepts: str  # "seen" or "new"
+    drawn: str  # of the single pictures; grids and scenes of a seen style are in all of those
+
+    @property
+    def style(self) -> str:
+        return "new" if self.drawn == HELD_OUT_STYLE else "seen"
+
+
+CONDITIONS = (Condition("seen", "twemoji"), Condition("seen", HELD_OUT_STYLE), Condition("new", HELD_OUT_STYLE))
 
 
 @dataclass(frozen=True)
@@ -23,7 +35,7 @@ class Kind:
 
     title: str
     instruction: str
-    sets: str  # the end of the names of its sets: "Where" of "Seen-Fluent-Where" and "Fluent-Where"
+    sets: tuple[str, ...] = ()  # those that ask it, in the order of CONDITIONS; none: asked about single pictures
 
     def own(self, text: str) -> str:
         """What a query's text says beside the instruction."""
@@ -31,16 +43,28 @@ class Kind:
         return text[len(head) : len(text) - len(tail)] if "{}" in self.instruction else ""
 
 
-SEARCH = Kind("Text -> image", INSTRUCTIONS["Emoji-t2i"][0], "t2i")
-NAMING = Kind("Image -> text", INSTRUCTIONS["Emoji-i2t"][0], "i2t")
-GROUNDING = Kind("Image + name -> crop", INSTRUCTIONS["Scene-Isolate"][0], "Isolate")
-KINDS = (
-    SEARCH,
-    NAMING,
-    Kind("Image -> class", INSTRUCTIONS["Emoji-Subgroup"][0], "Subgroup"),
-    Kind("Image + question -> text", INSTRUCTIONS["VQA"][0], "Where"),
-    GROUNDING,
+SEARCH = Kind("Text -> image", INSTRUCTIONS["Emoji-t2i"][0])
+NAMING = Kind("Image -> text", INSTRUCTIONS["Emoji-i2t"][0])
+SORTING = Kind("Image -> class", INSTRUCTIONS["Emoji-Subgroup"][0])
+ASKING = Kind(
+    "Image + question -> text", INSTRUCTIONS["VQA"][0], ("Seen-Grid-Where", "Seen-Fluent-Where", "Fluent-Where")
 )
+GROUNDING = Kind(
+    "Image + name -> crop",
+    INSTRUCTIONS["Scene-Isolate"][0],
+    ("Seen-Scene-Isolate", "Seen-Fluent-Isolate", "Fluent-Isolate"),
+)
+KINDS = (SEARCH, NAMING, SORTING, ASKING, GROUNDING)
+
+
+class Picture(NamedTuple):
+    """A single emoji of a catalogue."""
+
+    path: str
+    label: str
+    group: str
+    drawn: str  # in which style
+    concepts: str  # "seen" or "new", as in Condition
 
 
 class Question(NamedTuple):
@@ -51,17 +75,17 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """Questions of one kind about seen, or about held-out concepts."""
+    """Questions of one kind under one condition."""
 
     kind: Kind
-    concepts: str  # one of CONCEPTS
+    condition: Condition
     name: str
     questions: tuple[Question, ...]
 
 
 @dataclass(frozen=True)
 class Material:
-    """All that is asked, the pictures that are searched, and what single pictures show."""
+    """All that is asked, the pictures that are searched, and what pictures show."""
 
     asked: tuple[Asked, ...]
     collection: tuple[Pair, ...]
@@ -76,65 +100,75 @@ class Material:
         return list(found)
 
     def name(self, pair: Pair) -> str:
-        """What a table calls a candidate or a query without text of its own."""
-        return f"[{self.names.get(pair.image, Path(pair.image).stem)}]" if pair.image else pair.text
+        """What a table calls a candidate or a query without text of its own; no question names some of the crops."""
+        return f"[{self.names.get(pair.image, 'another crop')}]" if pair.image else pair.text
 
 
 def read_material(dataset: Dataset) -> Material:
     """Reads what is there of it. Raises ValueError where there is no picture to search."""
-    catalogue = {c: list(_pictures(dataset.root / file)) for c, file in COLLECTIONS.items()}
-    collection = {row["path"]: row["label"] for rows in catalogue.values() for row in rows if row["style"] == STYLE}
-    asked = tuple(one for kind in KINDS for c in CONCEPTS for one in _asked(kind, c, dataset, catalogue[c], collection))
+    pictures = list(_pictures(dataset))
+    asked = tuple(one for kind in KINDS for one in _of_kind(kind, dataset, pictures) if one.questions)
+    searches = (question for one in asked if one.kind is SEARCH for question in one.questions)
+    collection = tuple(dict.fromkeys(pair for question in searches for pair in question.candidates))
     if not collection:
-        raise ValueError(
-            f"{dataset.root} lists no picture in the style {STYLE!r}: {' and '.join(COLLECTIONS.values())}"
-        )
-    names = {row["path"]: row["label"] for rows in catalogue.values() for row in rows}
+        raise ValueError(f"{dataset.root} lists no picture to search: {' and '.join(CATALOGUES.values())}")
+    names = {one.path: one.label for one in pictures}
     for one in asked:
-        names |= _told_by(one)
-    return Material(asked, tuple(Pair(PICTURE, path) for path in collection), names)
+        names |= _crops_named_by(one)
+    return Material(asked, collection, names)
 
 
-def shown(asked: Asked, number: int = 3) -> list[int]:
+def shown(asked: Asked, number: int = 2) -> list[int]:
     """The questions that tables and page show: evenly spaced, whatever the answers."""
     total = len(asked.questions)
     return [i * total // number for i in range(number)] if total > number else list(range(total))
 
 
-def _asked(
-    kind: Kind, concepts: str, dataset: Dataset, rows: list[dict], collection: dict[str, str]
-) -> Iterator[Asked]:
+def _of_kind(kind: Kind, dataset: Dataset, pictures: Sequence[Picture]) -> Iterator[Asked]:
+    """The questions under each condition, perhaps none."""
+    for i, condition in enumerate(CONDITIONS):
+        if kind.sets:
+            yield Asked(kind, condition, kind.sets[i], tuple(_rows(dataset, kind.sets[i])))
+        else:
+            name = f"{kind.title}: {condition.concepts}, {condition.drawn}"
+            yield Asked(kind, condition, name, about_pictures(kind, condition, pictures))
+
+
+def about_pictures(kind: Kind, condition: Condition, pictures: Sequence[Picture]) -> tuple[Question, ...]:
+    """Questions about the condition's pictures; the candidates are those of all pictures drawn in its style."""
+    right: dict[Pair, set[Pair]] = {}
+    drawn = [one for one in pictures if one.drawn == condition.drawn]
+    for one in drawn:  # two pictures of one name are both right for it
+        right.setdefault(_query(kind, one), set()).add(_candidate(kind, one))
+    candidates = tuple(dict.fromkeys(_candidate(kind, one) for one in drawn))
+    queries = dict.fromkeys(_query(kind, one) for one in drawn if one.concepts == condition.concepts)
+    return tuple(Question(query, candidates, frozenset(right[query])) for query in queries)
+
+
+def _query(kind: Kind, picture: Picture) -> Pair:
+    return Pair(kind.instruction.format(picture.label), "" if kind is SEARCH else picture.path)
+
+
+def _candidate(kind: Kind, picture: Picture) -> Pair:
     if kind is SEARCH:
-        labels = dict.fromkeys(row["label"] for row in rows)
-        questions = [_search(label, collection) for label in labels]
-        name = f"{len(collection)} pictures"
-    else:
-        name = f"{'Seen-' if concepts == 'seen' else ''}{STYLE.capitalize()}-{kind.sets}"
-        questions = list(_rows(dataset, name)) if name in dataset.subsets else []
-    if questions:
-        yield Asked(kind, concepts, name, tuple(questions))
+        return Pair(PICTURE, picture.path)
+    return Pair(picture.label if kind is NAMING else picture.group, "")
 
 
-def _search(label: str, collection: dict[str, str]) -> Question:
-    """A name, to be found among all the pictures."""
-    candidates = {Pair(PICTURE, path): shows for path, shows in collection.items()}
-    right = frozenset(pair for pair, shows in candidates.items() if shows == label)
-    return Question(Pair(SEARCH.instruction.format(label), ""), tuple(candidates), right)
+def _crops_named_by(asked: Asked) -> dict[str, str]:
+    found = asked.questions if asked.kind is GROUNDING else ()
+    return {pair.image: GROUNDING.own(question.query.text) for question in found for pair in question.right}
 
 
 def _rows(dataset: Dataset, name: str) -> Iterator[Question]:
-    for row in dataset.rows(dataset.subsets[name]):
+    """Those of a set; none where it is absent."""
+    for row in dataset.rows(dataset.subsets[name]) if name in dataset.subsets else ():
         yield Question(row.query, row.targets, frozenset(row.targets[:1]))
 
 
-def _told_by(asked: Asked) -> dict[str, str]:
-    """Names of pictures, as questions and their right answers tell them."""
-    if asked.kind is NAMING:
-        return {question.query.image: pair.text for question in asked.questions for pair in question.right}
-    if asked.kind is GROUNDING:
-        return {pair.image: asked.kind.own(q.query.text) for q in asked.questions for pair in q.right}
-    return {}
-
-
-def _pictures(path: Path) -> Iterable[dict]:
-    return read_jsonl(path) if path.is_file() else ()
+def _pictures(dataset: Dataset) -> Iterator[Picture]:
+    """Those of the catalogues that are there."""
+    for concepts, file in CATALOGUES.items():
+        path = dataset.root / file
+        for row in read_jsonl(path) if path.is_file() else ():
+            yield Picture(row["path"], row["label"], row["class"], row["style"], concepts)

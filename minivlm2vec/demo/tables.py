@@ -8,10 +8,10 @@ from .questions import Kind, Material, shown
 
 WIDTH = 110
 NEAREST = 3  # answers of a question in a table
-HEAD = ("concepts", "question", "right answer is", "nearest")
+HEAD = ("concepts, style", "question", "right answer is", "nearest")
 WHAT_IS_SEEN = (
-    "Every picture is drawn in a style that the bundled model was not trained on. Seen: concepts that it was trained "
-    "on, in other styles. Held-out: concepts that it was not trained on."
+    "Concepts, style: whether the bundled model was trained on them. Seen, seen: on these emoji as drawn here. Seen, "
+    "new: on these emoji, drawn in other styles. New, new: neither on these emoji nor on anything in this style."
 )
 
 
@@ -27,7 +27,7 @@ def kind_table(kind: Kind, results: Sequence[Result], material: Material) -> str
     """Some questions of one kind, with the nearest answers."""
     asked = [(result, i) for result in results for i in shown(result.asked)]
     rows = [HEAD[:3], *(_cells(result, i, material) for result, i in asked)]
-    widths = [_width(column, most) for column, most in zip(zip(*rows, strict=True), (8, 36, 30), strict=True)]
+    widths = [_width(column, most) for column, most in zip(zip(*rows, strict=True), (15, 36, 30), strict=True)]
     starts = ["  " + "  ".join(map(_fill, row, widths)) + "  " for row in rows]
     nearest = [_nearest(result.answers[i], material, WIDTH - len(starts[0])) for result, i in asked]
     instruction = kind.instruction.removeprefix("<|image_1|>\n").strip().replace("{}", "...")
@@ -37,7 +37,7 @@ def kind_table(kind: Kind, results: Sequence[Result], material: Material) -> str
 
 def summary(results: Sequence[Result]) -> str:
     """P@1 of every set beside chance."""
-    head = ("nearest answer is right", "concepts", "questions", "candidates", "P@1", "95%", "chance")
+    head = ("nearest answer is right", HEAD[0], "questions", "candidates", "P@1", "95%", "chance")
     body = [summary_cells(result) for result in results]
     widths = [_width(column, WIDTH) for column in zip(head, *body, strict=True)]
 
@@ -50,10 +50,10 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def summary_cells(result: Result) -> tuple[str, ...]:
-    """Kind, concepts, questions, candidates, P@1, its interval, chance."""
+    """Kind, concepts and style, questions, candidates, P@1, its interval, chance."""
     return (
         result.asked.kind.title,
-        result.asked.concepts,
+        concepts_and_style(result),
         str(len(result.answers)),
         result.candidates,
         f"{result.precision:.0f}%",
@@ -76,18 +76,23 @@ def place(answer: Answer) -> str:
     return f"{answer.rank} of {len(answer.candidates)}"
 
 
+def concepts_and_style(result: Result) -> str:
+    """ "seen, new": which of the two training has shown."""
+    return f"{result.asked.condition.concepts}, {result.asked.condition.style}"
+
+
 def query_name(result: Result, answer: Answer, material: Material) -> str:
     """The question's own words, or else what its picture shows."""
     return result.asked.kind.own(answer.question.query.text) or material.name(answer.question.query)
 
 
 def _cells(result: Result, index: int, material: Material) -> tuple[str, str, str]:
-    """Concepts, question, the right answer (where the question does not name it) and its place."""
+    """Concepts and style, question, the right answer (where the question does not name it) and its place."""
     answer = result.answers[index]
     query = query_name(result, answer, material)
     right = material.name(next(pair for pair in answer.candidates if pair in answer.question.right))
     told = "" if right.strip("[]") == query.strip("[]") else f"{_cut(right, 18)}: "
-    return result.asked.concepts, query, f"{told}{place(answer)}"
+    return concepts_and_style(result), query, f"{told}{place(answer)}"
 
 
 def _nearest(answer: Answer, material: Material, room: int) -> str:
