@@ -15,7 +15,8 @@ from PIL import Image
 import minivlm2vec.mini.__main__ as start
 from minivlm2vec import Embedder
 from minivlm2vec.config import VLM2VecConfig
-from minivlm2vec.mmeb.mini import concepts, stream, tasks
+from minivlm2vec.mmeb.dataset import Images, read_jsonl
+from minivlm2vec.mmeb.mini import bundled, card, concepts, stream, tasks
 from minivlm2vec.mmeb.mini import sources as packages
 from minivlm2vec.mmeb.mini.more_styles import add_styles
 from minivlm2vec.new_checkpoint import new_checkpoint
@@ -29,6 +30,7 @@ from minivlm2vec.weights import load_model
 from .test_mmeb_mini import tarballs, worlds  # noqa: F401 (fixtures)
 
 NOTHING = stream.Variation().times(0)
+LEAST = 0.5  # P@1 in the style of training; the card has what was measured
 FOLDER = Path(start.__file__).parent
 
 
@@ -278,3 +280,63 @@ def test_start_writes_a_checkpoint_with_its_own_tokenizer(tarballs, tmp_path, mo
     assert (
         len(Embedder.from_pretrained(str(tmp_path / "start"), device="cpu").encode(["Represent the given image."])) == 1
     )
+
+
+# --- the bundled checkpoint itself ---
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return Embedder.from_pretrained("mini", device="cpu", show_progress=False)
+
+
+def test_the_package_holds_at_most_12_megabytes_of_it():
+    files = {path.name: path.stat().st_size for path in FOLDER.iterdir() if path.is_file()}
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "tokenizer.json", "README.md"} <= set(files)
+    assert sum(files.values()) < 12e6
+
+
+def test_its_size(mini):
+    assert 3e6 < sum(p.numel() for p in load_model(FOLDER).parameters()) < 8e6
+    assert mini.encode(["a cat"]).dtype == np.float32
+
+
+def test_its_card_is_made_from_its_scores():
+    """And so no number in it was typed by hand."""
+    scores = json.loads((FOLDER / "scores.json").read_text(encoding="utf-8"))
+    assert card.card("mini", scores, *card.read_training(FOLDER)) == (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+def test_its_training_record_is_that_of_the_configs():
+    training, _ = card.read_training(FOLDER)
+    configs = [read_config(FOLDER / run["config"]) for run in training["runs"]]
+    assert [run["batch_size"] for run in training["runs"]] == [c.optim.batch_size for c in configs]
+    assert all(run["steps"] <= c.optim.steps for run, c in zip(training["runs"], configs, strict=True))
+    assert sorted(training["sets"]) == sorted(name for c in configs for name in c.data.sets)
+    assert training["more_styles"] == any(c.data.more_styles for c in configs)
+
+
+def test_it_finds_pictures_by_name_and_names_by_picture(mini):
+    """Concepts that it knows, in a style that it was trained on: 120 candidates."""
+    rows = [row for row in _catalogue("pictures_seen.jsonl") if row["style"] == "twemoji"]
+    images = Images(bundled() / "MMEB-eval" / "images.zip")
+    pictures = [images.source(row["path"]) for row in rows]
+    names = [row["label"] for row in rows]
+    found = {
+        "text to image": (
+            mini.encode([tasks.INSTRUCTIONS["Emoji-t2i"][0].format(name) for name in names]),
+            mini.encode([{"text": tasks.PICTURE, "image": picture} for picture in pictures]),
+        ),
+        "image to text": (
+            mini.encode([{"text": tasks.INSTRUCTIONS["Emoji-i2t"][0], "image": picture} for picture in pictures]),
+            mini.encode(names),
+        ),
+    }
+    for what, (queries, targets) in found.items():
+        right = ((queries @ targets.T).argmax(1) == np.arange(len(rows))).mean()
+        print(f"{what}: {100 * right:.0f} %")
+        assert right > LEAST
+
+
+def _catalogue(name):
+    return read_jsonl(bundled() / "MMEB-eval" / name)

@@ -106,7 +106,8 @@ def _architecture(facts: dict[str, Any]) -> str:
 ## Model
 
 The architecture of Phi-3.5-vision as VLM2Vec uses it, in small: {facts["parameters"]:,} parameters that run,
-{facts["bytes"] / 1e6:.1f} MB of safetensors in {facts["dtype"]}, vectors of {facts["dimension"]} numbers.
+{facts["bytes"] / 1e6:.1f} MB of safetensors in {facts["stored"]}, run in {facts["dtype"]}. A vector has \
+{facts["dimension"]} numbers.
 
 | part | layers | width | heads | MLP | |
 |:--|--:|--:|--:|--:|:--|

@@ -22,6 +22,7 @@ from minivlm2vec.mmeb.evaluate import evaluate
 from minivlm2vec.mmeb.mini import pixels, tasks
 from minivlm2vec.mmeb.score import METRICS, Figures
 from minivlm2vec.mmeb.subsets import META_TASKS
+from minivlm2vec.weights import read_headers
 
 GROUPS = ("seen / training", "seen / held out", "held out / training", "held out / held out")  # concepts / styles
 SETS = {one.name: one for one in tasks.EVAL}
@@ -184,6 +185,7 @@ def describe(checkpoint: Path, embedder: Embedder) -> dict[str, Any]:
         "parameters": sum(row.parameters for row in module_rows(config)),
         "bytes": sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")),
         "dtype": config.dtype,
+        "stored": ", ".join(sorted({str(one.dtype).removeprefix("torch.") for one in read_headers(checkpoint)})),
         "dimension": d.hidden_size,
         "crops": embedder.processor.num_crops,
         "vision": {"layers": v.num_hidden_layers - 1, "width": v.hidden_size, "heads": v.num_attention_heads,
