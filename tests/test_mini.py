@@ -224,7 +224,8 @@ def test_the_configurations_are_of_3_to_8_million_parameters_and_12_megabytes(si
 
 
 def test_the_checked_in_runs_are_readable():
-    first, second = (read_config(FOLDER / f"train-{i}.toml") for i in (1, 2))
+    first, second, third = (read_config(FOLDER / f"train-{i}.toml") for i in (1, 2, 3))
+    assert third.model == f"{second.out}/step-{second.optim.steps:06d}" and third.data.sets == second.data.sets
     assert set(read_config(FOLDER / "train-gpu.toml").data.sets) == set(tasks.TRAIN)
     assert set(first.data.sets) < set(second.data.sets) == set(tasks.TRAIN)
     assert (

@@ -4,8 +4,9 @@ How it was made:
 
     python -m minivlm2vec.mini start outputs/mini-start      # tokenizer, configuration, random weights
     minivlm2vec train minivlm2vec/mini/train-1.toml          # single drawings
-    torchrun --nproc-per-node 2 -m minivlm2vec train minivlm2vec/mini/train-2.toml     # all sets, more styles
-    python -m minivlm2vec.mini package outputs/mini-2/step-003000 minivlm2vec/mini
+    torchrun --nproc-per-node 2 -m minivlm2vec train minivlm2vec/mini/train-2.toml  # all sets, more styles
+    minivlm2vec train minivlm2vec/mini/train-3.toml          # the same once more, from a smaller rate
+    python -m minivlm2vec.mini package outputs/mini-3/step-001000 minivlm2vec/mini
 
 train-gpu.toml is for a larger one.
 """
