@@ -14,6 +14,7 @@ from PIL import Image
 
 import minivlm2vec.mini.__main__ as start
 from minivlm2vec import Embedder
+from minivlm2vec.cli import main
 from minivlm2vec.config import VLM2VecConfig
 from minivlm2vec.mmeb.dataset import Images, read_jsonl
 from minivlm2vec.mmeb.mini import bundled, card, concepts, stream, tasks
@@ -232,6 +233,13 @@ def test_the_checked_in_runs_are_readable():
         second.model == f"{first.out}/step-{first.optim.steps // 2:06d}"
         and first.optim.steps // 2 % first.log.save == 0
     )
+
+
+def test_check_of_drawn_rows(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("minivlm2vec.train.drawn._training_world", lambda folder, more_styles: world)
+    (tmp_path / "c.toml").write_text('model = "m"\nout = "o"\n[data]\nroot = "mini-drawn"\n')
+    assert main(["train", str(tmp_path / "c.toml"), "--check"]) == 0
+    assert capsys.readouterr().out == "rows without end of 13 sets can be used\n"
 
 
 def test_it_trains_on_drawn_rows_and_goes_on_exactly(world, tmp_path, monkeypatch):

@@ -36,12 +36,12 @@ def run(args: argparse.Namespace) -> int:
 
     config = read_config(args.config)
     if args.check:
-        from .data import open_data
+        from .data import NONE, open_data
 
         data = open_data(config.data, seed=config.seed)
         data.check(thoroughly=True)
-        data.batch(0, config.optim.batch_size)
-        print(f"{len(data)} rows of {len(data.sets)} sets can be used")
+        data.batch(0, config.optim.batch_size, NONE)
+        print(f"{data} can be used")
         return 0
     from .engine import rank
     from .trainer import Trainer

@@ -21,7 +21,7 @@ from minivlm2vec.mmeb.dataset import Images, Pair, read_rows
 
 from .config import DataConfig
 
-ALL = slice(None)
+ALL, NONE = slice(None), slice(0)
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,9 @@ class TrainingData:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __str__(self) -> str:
+        return f"{len(self)} rows of {len(self.sets)} sets"
 
     def check(self, *, thoroughly: bool = False) -> None:
         """Raises ValueError naming the rows whose pictures are missing; thoroughly: or cannot be decoded."""

@@ -46,6 +46,9 @@ class DrawnData:
         self.drawer = Drawer(self.world, stream.Variation().times(config.variation))
         self.draw = self.drawer if config.workers == 1 else DrawingProcesses(self.drawer, config.workers)
 
+    def __str__(self) -> str:
+        return f"rows without end of {len(set(self.names))} sets"
+
     def check(self, *, thoroughly: bool = False) -> None:
         """Draws a row of each set; there are no files that could be missing."""
         self.sample(len(self.names))

@@ -18,7 +18,7 @@ from ..processor import Loaded, Processor
 from ..weights import load_model, resolve
 from . import checkpoint, engine
 from .config import TrainConfig
-from .data import Row, content_id, open_data
+from .data import NONE, Row, content_id, open_data
 from .gradcache import cached_backward
 from .loss import Targets, contrastive_loss, hit_rate
 from .pictures import draw_sheet
@@ -68,7 +68,7 @@ class Trainer:
                              "processes")  # fmt: skip
         self.data = open_data(config.data, seed=config.seed)
         self.data.check()
-        self.data.batch(0, config.optim.batch_size)  # raises where there are too few rows
+        self.data.batch(0, config.optim.batch_size, NONE)  # raises where there are too few rows
         self.source = resolve(config.model)
         torch.manual_seed(config.seed + engine.rank())
         self.model = self._build_model()

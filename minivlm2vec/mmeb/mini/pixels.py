@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from minivlm2vec.mmeb.dataset import Images, Rows, read_jsonl, read_parquet
+from minivlm2vec.mmeb.dataset import Images, Rows, read_jsonl, read_rows
 from minivlm2vec.mmeb.mini.concepts import SEEN_STYLES
 
 SIDE = 32
@@ -74,7 +74,7 @@ def _training_rows(folder: Path) -> Iterator[tuple[str, np.ndarray, str]]:
         place = folder / "images.zip"
         read = Small(Images(place if place.exists() else folder / "images_zip" / f"{one.name}.zip"))
         for path in sorted(one.glob("original*")):
-            for row in read_jsonl(path) if path.suffix == ".jsonl" else read_parquet(path):
+            for row in read_rows(path):
                 if row["qry_image_path"] and not row["pos_image_path"]:
                     yield one.name, read([row["qry_image_path"]])[0], row["pos_text"]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageChops
 
 from minivlm2vec.mmeb.mini.concepts import SEEN_STYLES, World
-from minivlm2vec.mmeb.mini.tasks import SETS, TRAIN, Item, Row
+from minivlm2vec.mmeb.mini.tasks import SETS, Item, Row
 
 SIDE = 64  # of a drawing, pixels
 GREY = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
@@ -155,6 +155,3 @@ def _shading(v: Variation, rng: random.Random) -> Image.Image:
     ramp = Image.linear_gradient("L").point([int(255 * (darkest + (1 - darkest) * i / 255)) for i in range(256)])
     ramp = ramp.resize((SIDE, SIDE)).rotate(rng.choice((0, 90, 180, 270)))
     return Image.merge("RGB", (ramp, ramp, ramp))
-
-
-__all__ = ["TRAIN", "Drawings", "Variation", "picture_name", "rows", "vary"]
