@@ -7,7 +7,7 @@ are useful ones: the causal half, no padding. --sweep times the kernel with ever
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from bench.common import Case, Work, compiled
+from bench.common import Case, Provider, Work, compiled, when_called
 from bench.shapes import CROP, H, N, dtype_of
 from minivlm2vec_kernels import attention, reference
 
@@ -64,9 +64,6 @@ class Inputs(NamedTuple):
     cu_k: Tensor  # [B + 1] int32
     max_q: int
     max_k: int
-
-
-Provider = Callable[[], Tensor]
 
 
 def cases(device: torch.device, providers: Callable | None = None) -> Iterator[Case]:
@@ -138,11 +135,11 @@ def all_providers(p: Problem, x: Inputs) -> dict[str, Provider]:
         return found
     found["triton"] = partial(by_triton, p, x)
     found |= sdpa_providers(p, x)
-    found["varlen_attn (FA2)"] = varlen_provider(p, x)
+    found["varlen_attn (FA2)"] = when_called(partial(varlen_provider, p, x))
     if importlib.util.find_spec("fa3_fwd_interface"):
-        found["FA3"] = fa3_provider(p, x)
+        found["FA3"] = when_called(partial(fa3_provider, p, x))
     if not p.last_only:
-        found["FlexAttention"] = flex_provider(p, x)
+        found["FlexAttention"] = when_called(partial(flex_provider, p, x))
     return found
 
 
@@ -163,8 +160,9 @@ def sdpa_providers(p: Problem, x: Inputs) -> dict[str, Provider]:
     """torch's SDPA on a batch padded at the end: under a causal mask no real token sees the padding."""
     equal = len(set(p.lengths)) == 1
     assert equal or (p.causal and not p.last_only), "would need a mask"
-    q, k, v = padded(x.q, x.cu_q), padded(x.k, x.cu_k), padded(x.v, x.cu_k)  # [B, N, L, H]
-    keep = None if equal else positions(x.cu_q, x.max_q)
+    own = (1,) * len(p.lengths) if p.last_only else p.lengths
+    q, k, v = padded(x.q, own), padded(x.k, p.lengths), padded(x.v, p.lengths)  # [B, N, L, H]
+    keep = None if equal else positions(own).to(x.q.device)
 
     def call() -> Tensor:
         out = sdpa(q, k, v, is_causal=p.causal and not p.last_only).transpose(1, 2).flatten(0, 1)
@@ -214,7 +212,8 @@ def flex_provider(p: Problem, x: Inputs) -> Provider:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     T = x.q.shape[0]
-    document = torch.repeat_interleave(torch.arange(len(p.lengths), device=x.q.device), x.cu_k.diff().long())
+    numbers = torch.arange(len(p.lengths), device=x.q.device)
+    document = torch.repeat_interleave(numbers, x.cu_k.diff().long(), output_size=T)
 
     def mask(b, h, i, j):
         same = document[i] == document[j]
@@ -226,18 +225,16 @@ def flex_provider(p: Problem, x: Inputs) -> Provider:
     return lambda: call(q, k, v, block_mask=block_mask)[0].transpose(0, 1)
 
 
-def padded(t: Tensor, cu: Tensor) -> Tensor:
+def padded(t: Tensor, lengths: Sequence[int]) -> Tensor:
     """[T, N, H] to [B, N, L, H]: a view where lengths are equal, zeros after short sequences otherwise."""
-    lengths = cu.diff().tolist()
     if len(set(lengths)) == 1:
         return t.unflatten(0, (len(lengths), -1)).transpose(1, 2)
     return torch.nn.utils.rnn.pad_sequence(t.split(lengths), batch_first=True).transpose(1, 2)
 
 
-def positions(cu: Tensor, longest: int) -> Tensor:
+def positions(lengths: Sequence[int]) -> Tensor:
     """Where each packed row lies in the padded batch, as rows of [B * L, ...]."""
-    real = torch.arange(longest, device=cu.device) < cu.diff()[:, None]  # [B, L]
-    return real.flatten().nonzero().squeeze(1)
+    return torch.cat([torch.arange(n) + b * max(lengths) for b, n in enumerate(lengths)])
 
 
 # -------------------------------------------------------------------------------------------------- the sweep

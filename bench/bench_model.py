@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.bench_attention import causal_option
-from bench.common import OURS, REFERENCE, Case, Provider, Work, first_line
+from bench.common import OURS, REFERENCE, Case, Provider, Work, first_line, when_called
 from minivlm2vec.batch import Grid, PackedBatch, SharedBatch, cumulative, num_image_tokens
 from minivlm2vec.config import VLM2VecConfig
 from minivlm2vec.graphs import MAX_TOKENS, GraphedModel, PaddedModel
@@ -198,8 +198,8 @@ def fp8(model: VLM2Vec, batch: PackedBatch, work: Workload) -> dict[str, Provide
 
 
 def compiled_whole(model: VLM2Vec, batch: PackedBatch, work: Workload) -> dict[str, Provider]:
-    peer = PackedCompiled(model, whole=True)
-    return {OURS: functools.partial(model, batch), "packed + whole compile": functools.partial(peer, batch)}
+    peer = when_called(lambda: functools.partial(PackedCompiled(model, whole=True), batch))
+    return {OURS: functools.partial(model, batch), "packed + whole compile": peer}
 
 
 def tower_case(config, device, crops: int) -> Case:
@@ -225,8 +225,8 @@ def build_tower(config, device, dtype, grid: Grid) -> Work:
     found = {REFERENCE: lambda: model.vision(crops, (grid,), backend="torch")}
     if device.type == "cuda":
         found[OURS] = lambda: model.vision(crops, (grid,), backend="triton")
-        peer = PackedCompiled(model)
-        found["compile + varlen_attn"] = lambda: peer.tower(crops, (grid,))
+        peer = functools.cache(lambda: PackedCompiled(model))
+        found["compile + varlen_attn"] = lambda: peer().tower(crops, (grid,))
     return Work(found, lambda: in_float32_copy(model).vision(crops, (grid,), backend="torch"))
 
 
@@ -304,9 +304,9 @@ def transformers_padded(model: VLM2Vec, batch: PackedBatch, num_crops: int) -> d
     if not importlib.util.find_spec("transformers"):
         print("transformers is not installed: its modules are not among the baselines")
         return {}
-    original = original_way(model)
 
     def run(attention: str) -> Tensor:
+        original = original_way(model)
         for part in (original.tower, original.decoder):
             part.set_attn_implementation(attention)
         return original(batch, num_crops)
@@ -331,7 +331,7 @@ def packed_compiled(model: VLM2Vec, batch: PackedBatch) -> dict[str, Provider]:
     """On CUDA alone: torch's varlen attention has no other."""
     if not batch.cu_seqlens.is_cuda:
         return {}
-    return {"packed + compile": functools.partial(PackedCompiled(model), batch)}
+    return {"packed + compile": when_called(lambda: functools.partial(PackedCompiled(model), batch))}
 
 
 class PackedCompiled:

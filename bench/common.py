@@ -225,6 +225,12 @@ def compiled(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
     return torch.compile(function, dynamic=False)
 
 
+def when_called(build: Callable[[], Provider]) -> Provider:
+    """The provider that `build` makes at the first call: where a baseline cannot be made, `check` says so."""
+    made = functools.cache(build)
+    return lambda: made()()
+
+
 # Gradients
 
 

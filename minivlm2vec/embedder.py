@@ -333,7 +333,8 @@ def _check_options(batch_tokens: int, max_length: int | None, num_crops: int | N
 
 
 def _check_finite(vectors: Tensor, plans: list[Planned]) -> None:
-    bad = (~vectors.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    finite = vectors.isfinite().all(dim=1).cpu()  # waits once, where nonzero() on a device would twice
+    bad = (~finite).nonzero().flatten().tolist()
     if bad:
         name = ", ".join(plans[bad[0]].names) or "text"
         raise InputError(
