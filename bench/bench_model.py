@@ -173,8 +173,11 @@ def baselines(model: VLM2Vec, batch: PackedBatch, work: Workload) -> dict[str, P
 
 def graphs(model: VLM2Vec, batch: PackedBatch, work: Workload) -> dict[str, Provider]:
     if model.backend != "triton":  # the padding alone
-        return {"padded": functools.partial(PaddedModel(model), batch)}
-    found = {OURS: functools.partial(GraphedModel(model), batch), "no graph": functools.partial(model, batch)}
+        return {"padded": functools.partial(PaddedModel(model, make_at=1), batch)}
+    found = {
+        OURS: functools.partial(GraphedModel(model, make_at=1), batch),
+        "no graph": functools.partial(model, batch),
+    }
     for name, provider in packed_compiled(model, batch).items():
         if not batch.grids:
             found[f"{name} + graph"] = captured_when_called(provider)

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import prompts
 from .batch import PackedBatch
 from .errors import InputError
-from .graphs import GraphedModel
+from .graphs import GraphedModel, can_graph
 from .lora import merge_adapter
 from .model import Pooling, VLM2Vec, pool_last_token
 from .prefix import WEIGHT_BOUND_ROWS, share_prefixes
@@ -51,7 +51,7 @@ class Embedder:
         pool: Pooling = pool_last_token,
         num_workers: int | None = None,
         share_prefixes: bool = True,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = None,
         name: str = "",
     ):
         self.model = model
@@ -59,7 +59,8 @@ class Embedder:
         self.pool = pool
         self.num_workers = num_workers or min(16, os.cpu_count() or 1)
         self.share_prefixes = share_prefixes
-        self.graphs = GraphedModel(model) if cuda_graphs else None
+        use_graphs = can_graph(model) if cuda_graphs is None else cuda_graphs
+        self.graphs = GraphedModel(model, strict=cuda_graphs is True) if use_graphs else None
         self.name = name
 
     @classmethod
@@ -75,7 +76,7 @@ class Embedder:
         backend: str | None = None,
         precision: str = "bf16",
         share_prefixes: bool = True,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = None,
         fast_decode: bool = False,
         exif_transpose: bool = False,
         prepack: bool | None = None,
@@ -97,9 +98,10 @@ class Embedder:
                 their inputs in 8 bits, see `quantize.quantize_fp8`: faster, other vectors (bfloat16 models only).
             share_prefixes: texts of one pack that begin alike compute what they have in common once, where that
                 pays: the same vectors, up to rounding. See `prefix`.
-            cuda_graphs: batches of up to 2048 tokens are replayed as CUDA graphs: the same vectors, without the cost
-                of launching kernels. Needs Triton kernels on a CUDA device; the first batch of each shape takes
-                longer, and modules of the model must not be replaced afterwards. Off until it is measured.
+            cuda_graphs: a batch of up to 2048 tokens, of a shape that came before, is replayed as a CUDA graph: the
+                same vectors up to rounding, without the cost of launching some 290 kernels. Default: where the model
+                runs Triton kernels on a CUDA device; True raises elsewhere, and where a graph cannot be captured.
+                Modules that are replaced are noticed, and those with hooks run without; see `graphs.GraphedModel`.
             fast_decode: decode JPEGs at a reduced scale: faster, not bit for bit what the original sees.
             exif_transpose: honour the EXIF orientation, which the original ignores.
             prepack: bring weights into the CPU's own layout (see prepack.py): faster, for inference alone. Default:

@@ -10,13 +10,20 @@ for fixed shapes on fixed addresses, so a batch is copied into buffers and padde
 Token embeddings and images stay outside the graph. T packed tokens, B sequences, D width.
 """
 
+import functools
 import threading
-from collections import OrderedDict
+import warnings
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from minivlm2vec_kernels import choose_backend
 
@@ -26,6 +33,8 @@ from .model import Pooling, VLM2Vec, pool_last_token
 
 MAX_TOKENS = 2048  # above, launches take less than 2 % of the time and are hidden behind it
 MAX_GRAPHS = 32
+MAX_COUNTED = 4096  # shapes whose uses are counted
+NEVER = 2**63
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,9 @@ class Bucket:
     tokens: int
     sequences: int
     max_seqlen: int
+
+
+Key = tuple[Bucket, bool]  # the bool: whether vectors are normalised
 
 
 def bucket_of(batch: PackedBatch, longest: int) -> Bucket | None:
@@ -85,60 +97,118 @@ class Buffers:
 
 
 class PaddedModel:
-    """Calls like VLM2Vec's, small batches padded to buckets. Each bucket's program is made when it is first needed;
-    the `max_programs` used last are kept. One call runs at a time, whatever the threads.
+    """Calls like VLM2Vec's, small batches padded to buckets. One call runs at a time, whatever the threads.
 
-    This class runs them eagerly, on any device; `GraphedModel` captures them.
+    A bucket's program is made when the bucket comes for the `make_at`-th time; before that, and where hooks are
+    registered on the decoder's modules, which a program would not call, the batch runs as it is. At most `max_programs`
+    are kept: a new one takes the place of the one used longest ago, unless that was used more often (which then counts
+    half), so that batches of ever new shapes do not spend their time on making programs.
+
+    This class runs programs eagerly, on any device; `GraphedModel` captures them.
     """
 
-    def __init__(self, model: VLM2Vec, *, max_programs: int = MAX_GRAPHS):
+    def __init__(self, model: VLM2Vec, *, max_programs: int = MAX_GRAPHS, make_at: int = 2):
         self.model = model
-        self.max_programs = max_programs
-        self.programs: OrderedDict[tuple[Bucket, bool], Callable[[], Tensor]] = OrderedDict()
+        self.max_programs, self.make_at = max_programs, make_at
+        self.programs: OrderedDict[Key, Callable[[], Tensor]] = OrderedDict()
+        self.uses: Counter[Key] = Counter()
         self.buffers = Buffers(model)
         self._lock = threading.Lock()
+        self._look_at_modules()
+        _PADDED.add(self)
+        _watch_modules()
 
     @torch.inference_mode()
     def __call__(self, batch: PackedBatch, *, pool: Pooling = pool_last_token, normalize: bool = True) -> Tensor:
         bucket = bucket_of(batch, self.model.config.decoder.original_max_position_embeddings)
-        if bucket is None or pool is not pool_last_token:
+        if bucket is None or pool is not pool_last_token or any(map(len, self._hooks)):
             return self.model(batch, pool=pool, normalize=normalize)
         with self._lock:
-            x, key = self.model.embed(batch), (bucket, normalize)
+            if self._modules_changed:
+                self._forget_all()
+            key = bucket, normalize
+            self.uses[key] += 1
+            if key not in self.programs and not self._worth_making(key):
+                return self.model(batch, pool=pool, normalize=normalize)
+            x = self.model.embed(batch)
             if key not in self.programs:
                 self.buffers.fill(x, batch, bucket)  # making a program may run it, which overwrites them
-                self._add(*key)
+                self.programs[key] = self._make(lambda: self.buffers.vectors(self.model, bucket, normalize))
             self.programs.move_to_end(key)
             self.buffers.fill(x, batch, bucket)
             return self.programs[key]()[: batch.num_sequences].clone()
 
-    def _add(self, bucket: Bucket, normalize: bool) -> None:
-        if len(self.programs) >= self.max_programs:
-            self._forget_oldest()
-        self.programs[bucket, normalize] = self._make(lambda: self.buffers.vectors(self.model, bucket, normalize))
+    def _worth_making(self, key: Key) -> bool:
+        """Whether a program is to be made for it; then there is room."""
+        if len(self.uses) > MAX_COUNTED:
+            self.uses = Counter({k: n for k, n in self.uses.items() if k in self.programs or k == key})
+        if self.uses[key] < self.make_at:
+            return False
+        if len(self.programs) < self.max_programs:
+            return True
+        oldest = next(iter(self.programs))
+        if self.uses[oldest] > self.uses[key]:
+            self.uses[oldest] //= 2
+            return False
+        self._forget(oldest)
+        return True
 
     def _make(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return run
 
-    def _forget_oldest(self) -> None:
-        self.programs.popitem(last=False)
+    def _forget(self, key: Key) -> None:
+        del self.programs[key]
+
+    def _forget_all(self) -> None:
+        for key in list(self.programs):
+            self._forget(key)
+        self._look_at_modules()
+
+    def _look_at_modules(self) -> None:
+        modules = list(self.model.decoder.modules())
+        self._parts = {id(m) for m in modules}
+        self._hooks = [hooks for m in modules for hooks in (m._forward_pre_hooks, m._forward_hooks)]
+        self._modules_changed = False
+
+    def notice(self, module: nn.Module) -> None:
+        """A module or parameter of this one was replaced or added."""
+        self._modules_changed |= id(module) in self._parts
+
+
+_PADDED: WeakSet[PaddedModel] = WeakSet()
+
+
+def _notice(module: nn.Module, name: str, value: nn.Module | nn.Parameter | None) -> None:
+    for padded in list(_PADDED):
+        padded.notice(module)
+
+
+@functools.cache  # once, and not before it is needed
+def _watch_modules() -> None:
+    register_module_module_registration_hook(_notice)
+    register_module_parameter_registration_hook(_notice)
 
 
 class GraphedModel(PaddedModel):
     """PaddedModel with CUDA graphs. All graphs share one memory pool, whose size is that of the largest: they never
     run at the same time, and their outputs are copied out.
 
-    A graph holds the addresses of the weights: after weights or layers are replaced (not merely written over), make
-    a new one. Raises ValueError where the model does not run Triton kernels on a CUDA device.
+    A graph holds the addresses of the weights. Modules and parameters that are replaced by assignment (as by
+    `load_state_dict(assign=True)`) are noticed and captured anew, and weights may be written over; after anything
+    else that moves them (`model.to(...)`, a new `forward` of a module), make a new one. Raises ValueError where the
+    model does not run Triton kernels on a CUDA device.
+
+    strict: raise what a capture raises; else warn, once, and run without graphs from then on.
     """
 
-    def __init__(self, model: VLM2Vec, *, max_programs: int = MAX_GRAPHS):
+    def __init__(self, model: VLM2Vec, *, max_programs: int = MAX_GRAPHS, make_at: int = 2, strict: bool = True):
         weight = model.decoder.norm.weight
-        with torch.no_grad():
-            backend = choose_backend(model.backend, weight)
-        if not weight.is_cuda or backend != "triton":
+        if not can_graph(model):
+            with torch.no_grad():
+                backend = choose_backend(model.backend, weight)
             raise ValueError(f"CUDA graphs need the Triton kernels on a CUDA device, got {backend} on {weight.device}")
-        super().__init__(model, max_programs=max_programs)
+        super().__init__(model, max_programs=max_programs, make_at=make_at)
+        self.strict = strict
         self._device = weight.device
         with torch.cuda.device(self._device):
             self._pool = torch.cuda.graph_pool_handle()
@@ -156,8 +226,15 @@ class GraphedModel(PaddedModel):
             run()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            out = run()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                out = run()
+        except RuntimeError as error:
+            if self.strict:
+                raise
+            warnings.warn(f"CUDA graphs are off, as one could not be captured: {error}", stacklevel=2)
+            self.make_at = NEVER
+            return run
 
         def replay() -> Tensor:
             graph.replay()
@@ -165,6 +242,13 @@ class GraphedModel(PaddedModel):
 
         return replay
 
-    def _forget_oldest(self) -> None:
+    def _forget(self, key: Key) -> None:
         torch.cuda.synchronize()  # it may still be running
-        super()._forget_oldest()
+        super()._forget(key)
+
+
+def can_graph(model: VLM2Vec) -> bool:
+    """Whether GraphedModel takes it: Triton kernels on a CUDA device."""
+    weight = model.decoder.norm.weight
+    with torch.no_grad():
+        return weight.is_cuda and choose_backend(model.backend, weight) == "triton"

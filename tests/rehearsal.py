@@ -80,7 +80,7 @@ def test_every_card(card, capability, request):
 @torch.inference_mode()
 def test_graphs(card):
     """A capture takes nothing from the host; a batch of a known bucket is three copies and a replay."""
-    graphed, b = GraphedModel(model()), batch("a1")
+    graphed, b = GraphedModel(model(), make_at=1), batch("a1")
     graphed(b)
     assert sum(launch.captured for launch in card.launches) == sum(TEXT.values())
     card.forget()
@@ -116,19 +116,47 @@ def test_fp8(card):
         quantize_fp8(bench_model.sharing_weights(model(), "triton"))
 
 
-@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}, {"precision": "fp8", "dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"cuda_graphs": False}, {"precision": "fp8", "dtype": torch.bfloat16}], ids=str
+)
 def test_embedder(card, options):
     """From pictures to vectors: all that the forward pass takes is pinned, and only the end waits."""
     pixels = np.random.default_rng(0).integers(0, 256, (90, 200, 3), np.uint8)
     inputs = ["a cat", "a text " * 30, Image.fromarray(pixels), {"text": "what is <|image_1|>?", "image": pixels}]
     e = Embedder.from_pretrained("mini", **{"dtype": torch.bfloat16} | options, show_progress=False)
     assert e.device.type == "cuda" and e.model.backend is None
-    e.encode(inputs, batch_tokens=100)
+    for _ in range(2):  # at the second time graphs are captured
+        e.encode(inputs, batch_tokens=100)
     card.forget()
     assert e.encode(inputs, batch_tokens=100).shape == (4, e.dimension)
     assert card.waits == {"to cpu": 2}  # whether all are finite, and the vectors
     assert card.uploads["pageable"] == 1  # their order
-    assert card.launches if not options.get("cuda_graphs") else card.replays
+    assert card.replays == (0 if options.get("cuda_graphs") is False else 2)  # two packs
+    assert set(card.kernels()) >= ({"attention_kernel", "merge_crops_kernel"})
+
+
+def test_a_capture_that_fails(card, monkeypatch):
+    """By default graphs are then given up; who asks for them is told."""
+
+    class Failing:
+        def __init__(self, *_, **__): ...
+        def __enter__(self): ...
+        def __exit__(self, *_):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", Failing)
+    options = {"dtype": torch.bfloat16, "show_progress": False}
+    e = Embedder.from_pretrained("mini", **options)
+    e.encode(["a cat"])
+    with pytest.warns(UserWarning, match="CUDA graphs are off.*not permitted"):
+        assert e.encode(["a cat"]).shape == (1, e.dimension)
+    for text in ("a cat", "a text " * 30, "a text " * 30):
+        assert e.encode([text]).shape == (1, e.dimension)
+    assert card.replays == 0 and len(e.graphs.programs) == 1
+    strict = Embedder.from_pretrained("mini", **options, cuda_graphs=True)
+    strict.encode(["a cat"])
+    with pytest.raises(RuntimeError, match="not permitted"):
+        strict.encode(["a cat"])
 
 
 # ----------------------------------------------------------------------------------------------- kernels

@@ -91,7 +91,7 @@ def test_what_runs_as_it_is():
 ], ids=str)  # fmt: skip
 def test_padding_changes_no_vector(e, lengths):
     batch = batch_of(lengths)
-    padded = poisoned(PaddedModel(e.model))
+    padded = poisoned(PaddedModel(e.model, make_at=1))
     for normalize in (True, False):
         expected = e.model(batch, normalize=normalize)
         got = padded(batch, normalize=normalize)
@@ -105,7 +105,7 @@ def test_padding_changes_no_vector(e, lengths):
 @torch.inference_mode()
 def test_batches_leave_nothing_behind(e, packs):
     """Through the same buffers, one after the other; a result that was handed out is not written over."""
-    padded, results = poisoned(PaddedModel(e.model)), []
+    padded, results = poisoned(PaddedModel(e.model, make_at=1)), []
     batches = [batch_of(lengths, seed) for seed, lengths in enumerate(packs)]
     for batch in [*batches, *batches]:
         results.append(padded(batch))
@@ -117,7 +117,7 @@ def test_batches_leave_nothing_behind(e, packs):
 def test_images_stay_outside(e):
     items = ["a cat", {"text": "what is it?", "image": Image.fromarray(synth_image(80, 60, 1))}]
     batch = e.processor(items)
-    padded = poisoned(PaddedModel(e.model))
+    padded = poisoned(PaddedModel(e.model, make_at=1))
     assert (padded(batch) - e.model(batch)).abs().max() <= 2e-6 and len(padded.programs) == 1
 
 
@@ -126,7 +126,7 @@ def test_other_poolings_and_large_batches_run_as_they_are(e):
     def first(x, cu_seqlens, norm_weight, eps, *, normalize):
         return x[cu_seqlens[:-1].long()]
 
-    padded = PaddedModel(e.model)
+    padded = PaddedModel(e.model, make_at=1)
     for batch, options in ((batch_of([3, 4]), {"pool": first}), (batch_of([LIMIT + 1]), {}), (batch_of([512] * 5), {})):
         assert torch.equal(padded(batch, **options), e.model(batch, **options))
     assert not padded.programs
@@ -142,7 +142,7 @@ def test_the_programs_used_last_are_kept(e):
             run()  # as a capture does before
             return run
 
-    padded = Counting(e.model, max_programs=2)
+    padded = Counting(e.model, max_programs=2, make_at=1)
     small, middle, large = batch_of([5]), batch_of([50]), batch_of([100])
     for batch in (small, middle, small, large, small):  # `middle` is the one to go
         assert (padded(batch) - e.model(batch)).abs().max() <= 2e-6
@@ -151,9 +151,81 @@ def test_the_programs_used_last_are_kept(e):
     assert len(made) == 4 and len(padded.programs) == 2
 
 
+def test_a_shape_is_worth_a_program_when_it_comes_again(e):
+    padded = PaddedModel(e.model, max_programs=2)
+    small, middle, large = batch_of([5]), batch_of([50]), batch_of([100])
+    for batch, programs in [(small, 0), (middle, 0), (small, 1), (middle, 2), (small, 2), (large, 2)]:
+        assert (padded(batch) - e.model(batch)).abs().max() <= 2e-6
+        assert len(padded.programs) == programs
+    keys = {name: (bucket_of(b, LIMIT), True) for name, b in (("small", small), ("middle", middle), ("large", large))}
+    assert list(padded.programs) == [keys["middle"], keys["small"]] and padded.uses[keys["small"]] == 3
+    padded(large)  # as often as `middle`, which was used longest ago
+    assert list(padded.programs) == [keys["small"], keys["large"]]
+
+
+def test_batches_of_ever_new_shapes_drive_no_program_out(e):
+    padded = PaddedModel(e.model, max_programs=1)
+    for _ in range(20):
+        padded(batch_of([5]))
+    (often,) = padded.programs
+    for n in (40, 100, 200, 40, 100, 200):  # each twice, which is less
+        padded(batch_of([n]))
+        assert list(padded.programs) == [often]
+    assert padded.uses[often] == 2  # but it ages
+    padded(batch_of([40]))
+    assert list(padded.programs) != [often]
+
+
+def test_counts_are_bounded(e, monkeypatch):
+    monkeypatch.setattr("minivlm2vec.graphs.MAX_COUNTED", 4)
+    padded = PaddedModel(e.model)
+    for n in (5, 5, 40, 70, 100, 130, 200, 5):
+        padded(batch_of([n]))
+    assert len(padded.uses) <= 5 and padded.uses[bucket_of(batch_of([5]), LIMIT), True] == 3
+
+
+def changed(model: VLM2Vec):
+    """Weights of its own, so that tests may change them."""
+    return randomize(empty_model(model.config).to_empty(device="cpu"), seed=7).requires_grad_(False)
+
+
+def test_what_is_replaced_is_noticed(e):
+    model, batch, made = changed(e.model), batch_of([5]), []
+
+    class Recording(PaddedModel):
+        def _make(self, run):
+            made.append(run())
+            return lambda: made[-1]  # as a graph does: what the weights were when it was made
+
+    padded = Recording(model, make_at=1)
+    before = padded(batch)
+    assert torch.equal(padded(batch), before) and len(made) == 1
+    model.decoder.layers[0].mlp = changed(e.model).decoder.layers[1].mlp  # a module
+    assert (padded(batch) - model(batch)).abs().max() <= 2e-6 and len(made) == 2
+    model.decoder.norm.weight = torch.nn.Parameter(torch.rand(model.config.decoder.hidden_size), requires_grad=False)
+    assert (padded(batch) - model(batch)).abs().max() <= 2e-6 and len(made) == 3
+    model.load_state_dict(changed(e.model).state_dict(), assign=True)
+    assert (padded(batch) - before).abs().max() <= 2e-6 and len(made) == 4
+    changed(e.model).decoder.layers[0].mlp = torch.nn.Identity()  # another model's
+    padded(batch)
+    assert len(made) == 4
+
+
+def test_hooks_are_called(e):
+    model, seen = changed(e.model), []
+    padded = PaddedModel(model, make_at=1)
+    padded(batch_of([5]))
+    handle = model.decoder.layers[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    assert torch.equal(padded(batch_of([5])), model(batch_of([5])))
+    assert seen == [(5, model.config.decoder.hidden_size)] * 2
+    handle.remove()
+    padded(batch_of([5]))
+    assert len(seen) == 2
+
+
 @torch.inference_mode()
 def test_threads_take_turns(e):
-    padded, batches = PaddedModel(e.model), [batch_of([n, 3], n) for n in (4, 9, 17, 30)]
+    padded, batches = PaddedModel(e.model, make_at=1), [batch_of([n, 3], n) for n in (4, 9, 17, 30)]
     expected = [e.model(b) for b in batches]
     wrong = []
 
@@ -192,7 +264,7 @@ def test_the_model_on_kernels_takes_padding_and_shared_prefixes(device, e):
     batch = batch_of([7, 1, 12]).to(device)
     expected = plain(batch)
     assert (on_kernels(batch) - expected).abs().max() <= 2e-6
-    assert (poisoned(PaddedModel(on_kernels))(batch) - expected).abs().max() <= 2e-6
+    assert (poisoned(PaddedModel(on_kernels, make_at=1))(batch) - expected).abs().max() <= 2e-6
     alike = pack([[5, 6, 7, 8, 9], [5, 6, 7, 1], [5, 6, 7, 8, 9], [3]])
     shared = share_prefixes(alike, LIMIT, weight_bound_rows=0)
     assert len(shared.input_ids) == 8
@@ -202,7 +274,7 @@ def test_the_model_on_kernels_takes_padding_and_shared_prefixes(device, e):
 def test_graphs_need_a_card(e):
     with pytest.raises(ValueError, match="CUDA graphs need the Triton kernels on a CUDA device, got torch on cpu"):
         Embedder(e.model, e.processor, cuda_graphs=True)
-    assert e.graphs is None
+    assert e.graphs is None  # not asked for
 
 
 # -------------------------------------------------------------------------------------------------- on a card
@@ -218,7 +290,7 @@ def on_card(e) -> VLM2Vec:
 @pytest.mark.gpu
 @torch.inference_mode()
 def test_gpu_graphs_equal_eager_and_the_model(on_card):
-    graphed, padded = GraphedModel(on_card), PaddedModel(on_card)
+    graphed, padded = GraphedModel(on_card, make_at=1), PaddedModel(on_card, make_at=1)
     shapes = [[1], [30], [33], [7, 1, 3], [30] * 5, [128], [129], [1] * 70, [400, 2, 90], [30] * 64]
     for seed, lengths in enumerate([*shapes, *shapes]):
         batch = batch_of(lengths, seed).to("cuda")
@@ -233,7 +305,7 @@ def test_gpu_graphs_equal_eager_and_the_model(on_card):
 def test_gpu_memory_is_bounded(on_card):
     """Twenty shapes need about as much as the largest; a second round through them needs nothing more."""
     shapes = [[n] * m for n, m in itertools.product((20, 60, 120, 250), (1, 2, 4, 6, 8))]
-    largest, all_of_them = GraphedModel(on_card), GraphedModel(on_card, max_programs=6)
+    largest, all_of_them = GraphedModel(on_card, make_at=1), GraphedModel(on_card, max_programs=6, make_at=1)
     before = reserved()
     largest(batch_of(shapes[-1]).to("cuda"))
     one = reserved() - before
@@ -259,7 +331,7 @@ def test_gpu_forward_waits_for_nothing(on_card):
     """No synchronisation in the forward pass of texts and images, nor in a replay."""
     batch = batch_of([30, 7]).to("cuda")
     image = with_images(on_card).to("cuda")
-    graphed = GraphedModel(on_card)
+    graphed = GraphedModel(on_card, make_at=1)
     with torch.inference_mode():
         graphed(batch), on_card(image), on_card(batch)
         torch.cuda.synchronize()
@@ -287,10 +359,11 @@ def test_the_batch_of_that_test_is_sound(e):
 def test_gpu_embedder(e, tmp_path):
     folder = new_checkpoint(tmp_path / "m", preset="tiny", seed=5)
     options = {"device": "cuda", "dtype": torch.bfloat16, "show_progress": False, "share_prefixes": False}
-    plain = Embedder.from_pretrained(folder, **options)
-    graphed = Embedder.from_pretrained(folder, **options, cuda_graphs=True)
+    plain = Embedder.from_pretrained(folder, **options, cuda_graphs=False)
+    graphed = Embedder.from_pretrained(folder, **options)
+    assert plain.graphs is None
     texts = ["a cat", "", "x" * 700, "b" * 300, "ünïcode 🐈 text"]
-    for batch_tokens in (64, 512, 16384):
+    for batch_tokens in (64, 512, 16384, 64, 512, 16384):
         a, b = (x.encode(texts, batch_tokens=batch_tokens) for x in (plain, graphed))
         assert (a * b).sum(1).min() > 0.999
     assert graphed.graphs.programs
