@@ -1,6 +1,7 @@
-"""layer_norm and add_layer_norm at the tower's width."""
+"""layer_norm, add_layer_norm and layer_norm_shift at the tower's width."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -14,28 +15,33 @@ EPS = 1e-5
 def cases(device: torch.device) -> Iterator[Case]:
     for rows in tower_rows(device):
         yield case("layer_norm", rows, device)
+        yield case("layer_norm_shift", rows, device)
         yield case("add_layer_norm", rows, device)
+
+
+PASSES = {"layer_norm": 2, "layer_norm_shift": 3, "add_layer_norm": 4}  # over the rows
 
 
 def case(kernel: str, rows: int, device: torch.device, sweep: bool = False) -> Case:
     dtype = dtype_of(device)
-    passes = 2 if kernel == "layer_norm" else 4  # over the rows
     build = lambda: work(kernel, rows, device, sweep)  # noqa: E731
-    return Case(kernel, f"{rows} x {V}", dtype, 0, (passes * rows + 2) * V * dtype.itemsize, build)
+    return Case(kernel, f"{rows} x {V}", dtype, 0, (PASSES[kernel] * rows + 2) * V * dtype.itemsize, build)
 
 
 def work(kernel: str, rows: int, device: torch.device, sweep: bool) -> Work:
     x, residual, weight, bias = (randn(n, V, device=device) for n in (rows, rows, 1, 1))
-    tensors = (x, weight[0], bias[0]) if kernel == "layer_norm" else (x, residual, weight[0], bias[0])
+    between = {"layer_norm": (), "layer_norm_shift": (bias[0],), "add_layer_norm": (residual,)}[kernel]
+    tensors = (x, *between, weight[0], bias[0])
     op, plain = getattr(ops, kernel), getattr(reference, kernel)
-    providers = {"torch": lambda: plain(*tensors, EPS)}
+    own = iter([(x.clone(), *tensors[1:]) for _ in range(3)])  # layer_norm_shift writes over x
+    providers = {"torch": partial(plain, *next(own), EPS)}
     if device.type == "cuda":
-        providers["triton"] = lambda: op(*tensors, EPS, backend="triton")
+        providers["triton"] = partial(op, *next(own), EPS, backend="triton")
         if sweep:
             providers |= candidates(providers["triton"])
         else:
             function = compiled(plain)
-            providers["torch.compile"] = lambda: function(*tensors, EPS)
+            providers["torch.compile"] = partial(function, *next(own), EPS)
     return Work(providers, lambda: plain(*upcast(*tensors), EPS))
 
 

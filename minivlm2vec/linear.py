@@ -4,6 +4,7 @@ Neither draws random numbers when it is made: weights come from a checkpoint. (O
 initialisation would also import 150 MB of Python that inference never needs.)
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,9 +20,15 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias=bias)
 
-    def add_to(self, residual: Tensor, x: Tensor, *, backend: str | None = None) -> Tensor:
-        """residual + x W^T + b; `residual` is written over where gradients are disabled."""
-        return ops.linear_add(x, self.weight, residual, self.bias, backend=backend)
+    def add_to(self, residual: Tensor, x: Tensor, *, bias_is_in: bool = False, backend: str | None = None) -> Tensor:
+        """residual + x W^T + b; `residual` is written over where gradients are disabled. bias_is_in: the residual
+        holds b already, as `bias_ahead` allows."""
+        return ops.linear_add(x, self.weight, residual, None if bias_is_in else self.bias, backend=backend)
+
+    def bias_ahead(self) -> Tensor | None:
+        """The bias, if `add_to` can do without: whoever normalises the residual then adds it in the same pass. None
+        where there is none to add, where the product adds it for nothing, and with gradients."""
+        return None if torch.is_grad_enabled() else self.bias
 
     def silu_mul(self, x: Tensor, *, backend: str | None = None) -> Tensor:
         """silu(gate) * up, where gate is the first half of the outputs (no bias)."""

@@ -157,8 +157,11 @@ class AdaptedLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         return self.rows(x, 0, None)
 
-    def add_to(self, residual: Tensor, x: Tensor, *, backend: str | None = None) -> Tensor:
+    def add_to(self, residual: Tensor, x: Tensor, *, bias_is_in: bool = False, backend: str | None = None) -> Tensor:
         return residual + self(x)
+
+    def bias_ahead(self) -> None:
+        return None
 
     def silu_mul(self, x: Tensor, *, backend: str | None = None) -> Tensor:
         return ops.silu_mul(self(x), backend=backend)

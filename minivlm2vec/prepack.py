@@ -59,12 +59,15 @@ class PackedLinear(nn.Module):
         out = [_product(x, w, b) for w, b in self.packs]
         return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
 
-    def add_to(self, residual: Tensor, x: Tensor, *, backend: str | None = None) -> Tensor:
+    def add_to(self, residual: Tensor, x: Tensor, *, bias_is_in: bool = False, backend: str | None = None) -> Tensor:
         if len(self.packs) > 1:
             return residual.add_(self(x))
         weight, bias = self.packs[0]
         _refuse_gradient(x, residual)
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+
+    def bias_ahead(self) -> None:
+        return None
 
     def silu_mul(self, x: Tensor, *, backend: str | None = None) -> Tensor:
         return ops.silu_mul(self(x), backend=backend)

@@ -73,8 +73,11 @@ class Fp8Linear(Linear):
     def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
         return self._product(x, self.weight, self.scale, self.bias, backend)
 
-    def add_to(self, residual: Tensor, x: Tensor, *, backend: str | None = None) -> Tensor:
+    def add_to(self, residual: Tensor, x: Tensor, *, bias_is_in: bool = False, backend: str | None = None) -> Tensor:
         return residual.add_(self(x, backend))
+
+    def bias_ahead(self) -> None:
+        return None
 
     def silu_mul(self, x: Tensor, *, backend: str | None = None) -> Tensor:
         return ops.silu_mul(self(x, backend), backend=backend)

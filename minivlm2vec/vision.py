@@ -107,11 +107,18 @@ class VisionLayer(nn.Module):
         self.mlp = VisionMLP(config)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str | None) -> Tensor:
-        n1, n2 = self.layer_norm1, self.layer_norm2
-        h = ops.layer_norm(x, n1.weight, n1.bias, n1.eps, backend=backend)
-        x = self.self_attn(x, h, cu_seqlens, max_seqlen, backend)
-        h = ops.layer_norm(x, n2.weight, n2.bias, n2.eps, backend=backend)
-        return self.mlp(x, h, backend)
+        h, x, bias_is_in = _normed(self.layer_norm1, x, self.self_attn.out_proj, backend)
+        x = self.self_attn(x, h, cu_seqlens, max_seqlen, backend, bias_is_in)
+        h, x, bias_is_in = _normed(self.layer_norm2, x, self.mlp.fc2, backend)
+        return self.mlp(x, h, backend, bias_is_in)
+
+
+def _normed(norm: nn.LayerNorm, x: Tensor, last: Linear, backend: str | None) -> tuple[Tensor, Tensor, bool]:
+    """The normed x, and x with the bias of the block's last matrix already in it, where that saves a pass over x."""
+    shift = last.bias_ahead()
+    if shift is None:
+        return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, backend=backend), x, False
+    return *ops.layer_norm_shift(x, shift, norm.weight, norm.bias, norm.eps, backend=backend), True
 
 
 class VisionAttention(nn.Module):
@@ -124,10 +131,12 @@ class VisionAttention(nn.Module):
         self.qkv_proj = Linear(D, 3 * D)
         self.out_proj = Linear(D, D)
 
-    def forward(self, x: Tensor, h: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str | None) -> Tensor:
+    def forward(
+        self, x: Tensor, h: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str | None, bias_is_in: bool = False
+    ) -> Tensor:
         q, k, v = rearrange(self.qkv_proj(h), "T (three N H) -> three T N H", three=3, H=self.head_dim)
         y = ops.attention(q, k, v, cu_seqlens, max_seqlen, causal=False, backend=backend)
-        return self.out_proj.add_to(x, y.flatten(1), backend=backend)
+        return self.out_proj.add_to(x, y.flatten(1), bias_is_in=bias_is_in, backend=backend)
 
 
 class VisionMLP(nn.Module):
@@ -136,8 +145,8 @@ class VisionMLP(nn.Module):
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor, h: Tensor, backend: str | None) -> Tensor:
-        return self.fc2.add_to(x, self.fc1.quick_gelu(h, backend=backend), backend=backend)
+    def forward(self, x: Tensor, h: Tensor, backend: str | None, bias_is_in: bool = False) -> Tensor:
+        return self.fc2.add_to(x, self.fc1.quick_gelu(h, backend=backend), bias_is_in=bias_is_in, backend=backend)
 
 
 @functools.lru_cache(maxsize=16)  # copying them to a device waits for it

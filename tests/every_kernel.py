@@ -62,6 +62,7 @@ def of_rows(make: Maker, capability: tuple[int, int] | None) -> Iterator[Launch]
     yield "rms_norm", lambda: ops.rms_norm(x, weight, 1e-5, **options)
     yield "add_rms_norm", lambda: ops.add_rms_norm(x, residual, weight, 1e-5, **options)
     yield "layer_norm", lambda: ops.layer_norm(x, weight, bias, 1e-5, **options)
+    yield "layer_norm_shift", lambda: ops.layer_norm_shift(x, weight, weight, bias, 1e-5, **options)
     yield "add_layer_norm", lambda: ops.add_layer_norm(x, residual, weight, bias, 1e-5, **options)
     yield "silu_mul", lambda: ops.silu_mul(x, **options)
     yield "quick_gelu", lambda: ops.quick_gelu(x, **options)

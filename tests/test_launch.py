@@ -47,6 +47,7 @@ def ops_and_arguments(device):
         "rms_norm": (rms_norm_triton.rms_norm, x, w, 1e-5),
         "add_rms_norm": (rms_norm_triton.add_rms_norm, x, x, w, 1e-5),
         "layer_norm": (layer_norm_triton.layer_norm, x, w, w, 1e-5),
+        "layer_norm_shift_": (layer_norm_triton.layer_norm_shift_, x, w, w, w, 1e-5),
         "add_layer_norm": (layer_norm_triton.add_layer_norm, x, x, w, w, 1e-5),
         "rope_": (rope_triton.rope_, q, k, angles, angles),
         "silu_mul": (activation_triton.silu_mul, x),

@@ -1,4 +1,4 @@
-"""LayerNorm, and residual add + LayerNorm in one pass over memory.
+"""LayerNorm; residual add + LayerNorm, and LayerNorm + the next bias, in one pass over memory.
 
 Shapes: R rows, D width; a program takes BM whole rows of BD = the next power of two of D columns.
 """
@@ -26,11 +26,13 @@ SETTINGS = {
 
 @triton.jit
 def layer_norm_kernel(
-    x, residual, weight, bias, out, total,
+    x, residual, shift, weight, bias, out, total,
     R, D, stride_x, stride_residual, eps,
-    ADD: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    ADD: tl.constexpr, SHIFT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """s = x (+ residual) in x's dtype; out = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias; total = s.
+    """s = x (+ residual) in x's dtype; out = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias; total = s (+ shift).
+
+    total may be x itself, if its rows are dense: a program reads its rows before it writes them.
 
     The variance is the mean of squared differences (two passes over registers, one over memory), as sums of
     squares cancel in float32 when the mean is large.
@@ -49,6 +51,9 @@ def layer_norm_kernel(
         s = (s + r.to(tl.float32)).to(dtype)
         tl.store(total + rows[:, None] * D + cols[None, :], s, mask=inside)
         s = s.to(tl.float32)
+    if SHIFT:
+        c = tl.load(shift + cols, mask=cols < D, other=0.0, eviction_policy="evict_last").to(tl.float32)  # [BD]
+        tl.store(total + rows[:, None] * D + cols[None, :], (s + c[None, :]).to(dtype), mask=inside)
 
     centred = tl.where(inside, s - (tl.sum(s, axis=1) / D)[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + tl.cast(eps, tl.float32))  # [BM]
@@ -70,7 +75,7 @@ def _fake_add_layer_norm(
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """x [..., D] with dense rows, weight and bias [D]. Returns a contiguous tensor of x's shape and dtype."""
     out = _fake_layer_norm(x, weight, bias, eps)
-    _launch(x, None, weight, bias, out, None, eps)
+    _launch(x, None, None, weight, bias, out, None, eps)
     return out
 
 
@@ -81,13 +86,29 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
     if residual.dtype != x.dtype:
         raise ValueError(f"residual is {residual.dtype}, x is {x.dtype}")
     out, total = _fake_add_layer_norm(x, residual, weight, bias, eps)
-    _launch(x, residual, weight, bias, out, total, eps)
+    _launch(x, residual, None, weight, bias, out, total, eps)
     return out, total
+
+
+def _fake_layer_norm_shift_(x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@compiled_as_op(_fake_layer_norm_shift_, mutates_args=("x",))
+def layer_norm_shift_(x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x [..., D] contiguous, shift [D]. Returns the normed x; x itself becomes x + shift."""
+    if not x.is_contiguous():
+        raise ValueError(f"x must be contiguous to be written over, got shape {tuple(x.shape)}, strides {x.stride()}")
+    check_shape(shift, x.shape[-1:], "shift")
+    out = _fake_layer_norm_shift_(x, shift, weight, bias, eps)
+    _launch(x, None, shift, weight, bias, out, x, eps)
+    return out
 
 
 def _launch(
     x: Tensor,
     residual: Tensor | None,
+    shift: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     out: Tensor,
@@ -104,9 +125,10 @@ def _launch(
     BD, BM, warps = settings(D)
     with on_device_of(x):
         layer_norm_kernel[(triton.cdiv(R, BM),)](
-            x, residual, weight.contiguous(), bias.contiguous(), out, total,
+            x, residual, None if shift is None else shift.contiguous(), weight.contiguous(), bias.contiguous(),
+            out, total,
             R, D, x.stride(0), 0 if residual is None else residual.stride(0), eps,
-            ADD=residual is not None, BM=BM, BD=BD, num_warps=warps,
+            ADD=residual is not None, SHIFT=shift is not None, BM=BM, BD=BD, num_warps=warps,
         )  # fmt: skip
 
 

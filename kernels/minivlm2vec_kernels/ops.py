@@ -136,6 +136,22 @@ def add_layer_norm(
     return layer_norm_triton.add_layer_norm(x, residual, weight, bias, eps)
 
 
+def layer_norm_shift(
+    x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm of x, and x + shift: the bias of the product that is going to be added to x (see `linear_add`), for
+    which x would otherwise be read and written once more. x [..., D], shift, weight, bias [D].
+
+    Returns (normed, x + shift); x is written over where gradients are disabled.
+    """
+    if choose_backend(backend, x, shift, weight, bias) == "torch":
+        return reference.layer_norm_shift(x, shift, weight, bias, eps)
+    from . import layer_norm_triton
+
+    x = x.clone() if torch.is_grad_enabled() else x.contiguous()
+    return layer_norm_triton.layer_norm_shift_(x, shift, weight, bias, eps), x
+
+
 def linear_add(
     x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None, *, backend: str | None = None
 ) -> Tensor:

@@ -105,6 +105,11 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
     return layer_norm(residual, weight, bias, eps), residual
 
 
+def layer_norm_shift(x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    normed = layer_norm(x, weight, bias, eps)
+    return normed, x + shift if torch.is_grad_enabled() else x.add_(shift)
+
+
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
     """residual + x W^T (+ bias); writes over `residual` where gradients are disabled.
 

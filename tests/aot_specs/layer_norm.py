@@ -8,17 +8,20 @@ TYPES = dict.fromkeys(("x", "weight", "bias", "out"), "*bf16") | {
 }  # fmt: skip
 
 
+FORMS = {"": (), " add": ("residual", "total"), " shift": ("shift", "total")}
+
+
 def specs() -> list[Spec]:
-    return [_spec(D, add) for D in (64, 1024, 4096, 8192) for add in (False, True)]
+    return [_spec(D, form) for D in (64, 1024, 4096, 8192) for form in FORMS]
 
 
-def _spec(D: int, add: bool) -> Spec:
+def _spec(D: int, form: str) -> Spec:
     BD, BM, warps = layer_norm_triton.settings(D)
-    optional = ("residual", "total")
-    types = TYPES | (dict.fromkeys(optional, "*bf16") if add else {})
-    constants = {"ADD": add, "BM": BM, "BD": BD} | ({} if add else dict.fromkeys(optional))
-    name = f"D{D}{' add' if add else ''}"
+    given = FORMS[form]
+    types = TYPES | dict.fromkeys(given, "*bf16")
+    constants = {"ADD": "residual" in given, "SHIFT": "shift" in given, "BM": BM, "BD": BD}
+    constants |= dict.fromkeys({"residual", "shift", "total"} - set(given))
     return Spec(
-        "layer_norm_triton.layer_norm_kernel", name, types, constants, warps, unaligned=frozenset({"R"}),
-        quick=D == 1024 and add,
+        "layer_norm_triton.layer_norm_kernel", f"D{D}{form}", types, constants, warps, unaligned=frozenset({"R"}),
+        quick=D == 1024 and form != "",
     )  # fmt: skip
