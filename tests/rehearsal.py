@@ -163,11 +163,9 @@ def test_a_capture_that_fails(card, monkeypatch):
 # ----------------------------------------------------------------------------------------------- kernels
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
 @pytest.mark.parametrize(("H", "causal", "lengths"), [(96, True, (777, 30, 1)), (64, False, (577, 577))])
-def test_backward_kernels(card, capability, H, causal, lengths):
+def test_backward_kernels(card, H, causal, lengths):
     """Those of the published model, called as autograd would."""
-    card.capability = capability
     make = {"device": "cuda", "dtype": torch.bfloat16}
     T, D = sum(lengths), 32 * H
     q, k, v = torch.zeros(T, 3 * D, **make).view(T, 3, 32, H).unbind(1)
@@ -214,7 +212,7 @@ def quick(tmp_path, monkeypatch):
 
 
 def few_of(work: bench_model.Workload) -> bench_model.Workload:
-    some = slice(-9, -6) if len(work.texts) > 9 else slice(None)
+    some = slice(-9, -7) if len(work.texts) > 9 else slice(None)  # one with an image in the mixed batch, one without
     return replace(work, texts=work.texts[some], grids=work.grids[some])
 
 

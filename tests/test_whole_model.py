@@ -21,7 +21,7 @@ from minivlm2vec.prefix import share_prefixes
 from .golden import BUNDLED, Case, tokenizer_file
 from .kernel_cases import DTYPES
 
-FEW = Workload((7, 5, 1, 12), (None, (1, 2), None, (1, 1)))
+FEW = Workload((7, 5, 1, 3), (None, (1, 2), None, None))
 MANY = Workload((30, 1, 300, 20, 20, 20), (None, None, None, (2, 2), (1, 3), (4, 4)))
 WORK = {"tiny": FEW, "small": MANY, "full": MANY}
 PRESETS = ["tiny", *(pytest.param(x, marks=pytest.mark.gpu) for x in ("small", "full"))]
