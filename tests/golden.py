@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from minivlm2vec.new_checkpoint import new_checkpoint
+
 FIXTURES = Path(__file__).parent / "fixtures" / "golden"
 SHARED = Path(__file__).parents[1].parent / "shared"
 
@@ -61,6 +63,12 @@ def tokenizer_file() -> Path:
     """The published tokenizer, or the bundled one, which is trimmed to the bundled texts."""
     published = SHARED / "tokenizer" / "phi-3-vision" / "tokenizer.json"
     return published if published.is_file() else FIXTURES / "tokenizer.json"
+
+
+def golden_checkpoint(folder: Path, variant: str) -> Path:
+    """The weights of the golden runs, made from their seed."""
+    config = {"num_key_value_heads": {"small": 4, "gqa": 2}[variant]}
+    return new_checkpoint(folder, preset="small", config=config, seed=1, tokenizer=tokenizer_file())
 
 
 def sample(x: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:

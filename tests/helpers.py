@@ -1,9 +1,13 @@
 """What several test files share."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[1]
 
 
 def close(name: str, ours: Tensor, expected: Tensor, atol: float) -> None:
@@ -43,3 +47,9 @@ def copy_parameters(theirs: nn.Module, ours: nn.Module, rename: Callable[[str], 
             filled.add(target[0])
     missing = {n for n, _ in ours.named_parameters()} - filled
     assert not missing, missing
+
+
+def compiling_environment() -> dict[str, str]:
+    """For a process of its own that compiles kernels: TRITON_INTERPRET=1, set for the other tests, forbids that."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return env | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), env.get("PYTHONPATH", "")])}

@@ -1,7 +1,6 @@
 """Kernels compile for sm_80, sm_90 and sm_100: no spill, wgmma where promised, no drift from the table."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,17 +8,15 @@ from pathlib import Path
 import pytest
 
 from tests import aot
+from tests.helpers import compiling_environment
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def output() -> subprocess.CompletedProcess:
-    # Its own process: with TRITON_INTERPRET=1, set for the other tests, kernels cannot be compiled.
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), env.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "tests.aot", "--quick"]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=compiling_environment(), capture_output=True, text=True)
 
 
 def test_kernels_compile_without_spills_and_as_the_table_says(output):

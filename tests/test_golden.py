@@ -15,10 +15,9 @@ from minivlm2vec.new_checkpoint import new_checkpoint, random_tensor, tensor_sha
 from minivlm2vec.tokenizer import Tokenizer
 from minivlm2vec_kernels import ops
 
-from .golden import ALL, FIXTURES, SHARED, Case, exists, sample, tokenizer_file
+from .golden import ALL, FIXTURES, SHARED, Case, exists, golden_checkpoint, sample, tokenizer_file
 
 CASES = [pytest.param(v, n, id=f"{v}-{n}") for v in ALL for n in ALL[v]]
-HEADS = {"small": 4, "gqa": 2}
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +27,7 @@ def embedders(tmp_path_factory):
 
     def get(variant: str) -> Embedder:
         if variant not in made:
-            folder = tmp_path_factory.mktemp(variant)
-            config = {"num_key_value_heads": HEADS[variant]}
-            new_checkpoint(folder, preset="small", config=config, seed=1, tokenizer=tokenizer_file())
+            folder = golden_checkpoint(tmp_path_factory.mktemp(variant), variant)
             made[variant] = Embedder.from_pretrained(folder, device="cpu", show_progress=False)
         return made[variant]
 

@@ -225,8 +225,9 @@ def test_the_configurations_are_of_3_to_8_million_parameters_and_12_megabytes(si
 
 
 def test_the_checked_in_runs_are_readable():
-    first, second, third = (read_config(FOLDER / f"train-{i}.toml") for i in (1, 2, 3))
+    first, second, third, fourth = (read_config(FOLDER / f"train-{i}.toml") for i in (1, 2, 3, 4))
     assert third.model == f"{second.out}/step-{second.optim.steps:06d}" and third.data.sets == second.data.sets
+    assert fourth.model == f"{third.out}/step-{third.optim.steps:06d}" and fourth.data.sets == third.data.sets
     assert set(read_config(FOLDER / "train-gpu.toml").data.sets) == set(tasks.TRAIN)
     assert set(first.data.sets) < set(second.data.sets) == set(tasks.TRAIN)
     assert (

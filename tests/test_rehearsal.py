@@ -1,6 +1,5 @@
 """On a machine without a card: what is to happen on one, on a pretended one (pretend_card.py)."""
 
-import os
 import re
 import subprocess
 import sys
@@ -9,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from .helpers import compiling_environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,11 +27,10 @@ def reports() -> dict[str, str]:
 
 
 def pytest_on_a_pretended_card(arguments: tuple[str, ...]) -> str:
-    # Its own process: with TRITON_INTERPRET=1, set for the other tests, kernels cannot be compiled.
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), env.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pytest", "-p", "tests.pretended", "-q", "--tb=short", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=compiling_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     return f"{done.stdout}\nexit status {done.returncode}"
 
 

@@ -15,10 +15,10 @@ from bench.bench_model import Workload, batch_of, in_float32_copy, random_model,
 from minivlm2vec import Embedder
 from minivlm2vec.config import VLM2VecConfig
 from minivlm2vec.graphs import GraphedModel, PaddedModel
-from minivlm2vec.new_checkpoint import base_config, new_checkpoint
+from minivlm2vec.new_checkpoint import base_config
 from minivlm2vec.prefix import share_prefixes
 
-from .golden import BUNDLED, Case, tokenizer_file
+from .golden import BUNDLED, Case, golden_checkpoint
 from .kernel_cases import DTYPES
 
 FEW = Workload((7, 5, 1, 3), (None, (1, 2), None, None))
@@ -82,9 +82,7 @@ def embedder(tmp_path_factory):
 
     @functools.cache
     def folder(variant: str) -> Path:
-        config = {"num_key_value_heads": {"small": 4, "gqa": 2}[variant]}
-        path = tmp_path_factory.mktemp(variant) / "m"
-        return new_checkpoint(path, preset="small", config=config, seed=1, tokenizer=tokenizer_file())
+        return golden_checkpoint(tmp_path_factory.mktemp(variant), variant)
 
     @functools.cache
     def get(variant: str, dtype: torch.dtype, backend: str) -> Embedder:
