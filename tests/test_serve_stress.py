@@ -137,7 +137,7 @@ def test_a_body_that_does_not_come_is_408(embedder):
     app = create_app(Service(embedder, limits=Limits(request_timeout=0.3)))
     with running(app) as server, connect(server.url) as s:
         s.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
-        answer = s.recv(4096)
+        answer = read_all(s)
         assert answer.startswith(b"HTTP/1.1 408") and b'"request_timeout"' in answer
         assert b"connection: close" in answer.lower()
 
@@ -320,7 +320,7 @@ def test_malformed_http(process):
         with connect(process.url) as s:
             try:
                 s.sendall(data)
-                answer = s.recv(4096)
+                answer = s.recv(4096)  # its beginning: not every such answer closes the connection
             except ConnectionError:  # closed before all was sent
                 continue
             assert answer == b"" or answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 413")), (data[:80], answer)
@@ -333,16 +333,22 @@ def test_a_chunked_body_is_bounded_too(process):
         try:
             for _ in range(100):
                 s.sendall(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
-        except ConnectionError:
+            answer = s.recv(4096)
+        except ConnectionError:  # closed before all was sent, or with some of it unread
             pass
         else:
-            assert s.recv(4096).startswith(b"HTTP/1.1 413")
+            assert answer == b"" or answer.startswith(b"HTTP/1.1 413")
     assert call(process.url, body={"input": "a"}).status == 200
 
 
 def connect(url: str) -> socket.socket:
     parts = urlsplit(url)
     return socket.create_connection((parts.hostname, parts.port), timeout=10)
+
+
+def read_all(s: socket.socket) -> bytes:
+    """Everything until the server closes the connection; head and body of an answer may come apart."""
+    return b"".join(iter(lambda: s.recv(4096), b""))
 
 
 def test_schemathesis(process):
