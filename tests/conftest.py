@@ -1,14 +1,36 @@
 """What kernel tests share. Without CUDA, kernels run in Triton's interpreter: chosen here, before import."""
 
+import importlib.util
 import os
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel file is imported, hence here
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton and kernel files are imported, hence here
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _let_interpreter_convert_scalars() -> None:
+    """Triton 3.6's interpreter holds a scalar as an array of one element and calls `int` on it for a loop's
+    bounds, which NumPy from 2.4 on refuses; Triton 3.7 takes the element out first, as this does for 3.6."""
+    import triton
+    from triton.runtime import interpreter
+
+    if not triton.__version__.startswith("3.6."):
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_convert(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_convert
+
+
+if DEVICE == "cpu" and importlib.util.find_spec("triton"):
+    _let_interpreter_convert_scalars()
 
 
 @pytest.fixture
