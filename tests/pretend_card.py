@@ -26,6 +26,7 @@ from unittest import mock
 
 import torch
 import triton
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -285,6 +286,7 @@ def _torch_patches(card: Card) -> Iterator[mock._patch]:
     }
     for name, value in values.items():
         yield mock.patch.object(torch.cuda, name, value)
+    yield mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None)
     yield mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda f: f))
     yield mock.patch.object(torch.nn.Module, "compile", lambda self, **_: None)
     yield mock.patch.object(torch.nn.Module, "_apply", _apply)
