@@ -181,7 +181,7 @@ def test_parquet_passes_every_column_through(checkpoint, embedder, tmp_path):
     got = pq.read_table(tmp_path / "out.parquet")
     assert got.drop_columns("embedding").equals(table)
     assert got.schema.field("embedding").type == pa.list_(pa.float16(), 64)
-    assert got["embedding"].is_null().to_pylist() == [False, False, False, True]
+    assert got["embedding"].null_count == 0 and np.isnan(got["embedding"][3].values.to_numpy()).all()
     expected = embedder.encode([{"text": "a", "image": tmp_path / "0.png"}, {"image": tmp_path / "1.png"}, "c"])
     vectors = np.array([v.as_py() if hasattr(v, "as_py") else v for v in got["embedding"][:3]], np.float32)
     assert np.abs(vectors - expected).max() < 2e-3  # float16

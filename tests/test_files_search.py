@@ -113,6 +113,16 @@ def search(path, *argv) -> dict:
     return json.loads(out)
 
 
+def test_another_tables_nulls_are_rows_without_a_vector(tmp_path):
+    pa = pytest.importorskip("pyarrow", minversion="26")  # before, it reads no fixed-size lists with nulls
+    import pyarrow.parquet as pq
+
+    column = pa.array([[1.0, 2.0], None, [3.0, 4.0]], pa.list_(pa.float32(), 2))
+    pq.write_table(pa.table({"embedding": column}), tmp_path / "other.parquet")
+    (start, vectors), *rest = open_vectors(tmp_path / "other.parquet").chunks()
+    assert (start, rest) == (0, []) and vectors[[0, 2]].tolist() == [[1, 2], [3, 4]] and vectors[1].isnan().all()
+
+
 @pytest.mark.parametrize(
     "name", ["f32.npy", "f16.npy", "f32.safetensors", "f16.safetensors", "f32.parquet", "f16.parquet"]
 )

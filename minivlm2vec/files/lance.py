@@ -162,7 +162,7 @@ def _reader(head: Head, pieces: Pieces, first: int):
         for vectors, table in pieces:
             table = _absolute(table, settings["image_column"], settings["image_root"])
             numbers = pa.array(np.arange(start, start + len(vectors)))
-            yield from append_vectors(table.append_column(ROW, numbers), vectors, schema).to_batches()
+            yield from append_vectors(table.append_column(ROW, numbers), vectors, schema, null=True).to_batches()
             start += len(vectors)
 
     return pa.RecordBatchReader.from_batches(schema, batches())

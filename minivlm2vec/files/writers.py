@@ -1,6 +1,6 @@
 """Parts -> one file: .npy, .safetensors or .parquet. Row i of the file is row i of the source, always.
 
-A row without a vector is NaN in .npy and .safetensors, null in .parquet. Each writer takes (vectors [n, D], content)
+A row without a vector is NaN. Each writer takes (vectors [n, D], content)
 part by part, where content is a list of {column: value} or, for .parquet, an Arrow table; the bytes it writes depend
 on these alone. Nothing is left where a writer fails: OUT appears by `publish`, after everything is on the disk.
 """
@@ -116,13 +116,14 @@ def with_vectors(head: Head):
     return schema.with_metadata(meta | {KEY: json.dumps(head.meta, ensure_ascii=False)})
 
 
-def append_vectors(table, vectors: np.ndarray, schema):
-    """The table with its vectors; null where they are NaN."""
+def append_vectors(table, vectors: np.ndarray, schema, *, null: bool = False):
+    """The table with its vectors. null: not NaN but null where there is none, which pyarrow before 26 reads from no
+    Parquet file (apache/arrow#35692)."""
     import pyarrow as pa
 
     bad = np.isnan(vectors).any(axis=1)
-    values = pa.array(np.where(bad[:, None], np.zeros((), vectors.dtype), vectors).ravel())
-    column = pa.FixedSizeListArray.from_arrays(values, vectors.shape[1], mask=pa.array(bad))
+    values = pa.array(np.where(bad[:, None], vectors.dtype.type(0 if null else np.nan), vectors).ravel())
+    column = pa.FixedSizeListArray.from_arrays(values, vectors.shape[1], mask=pa.array(bad) if null else None)
     return pa.table([*table.columns, column], schema=schema)
 
 
