@@ -96,7 +96,7 @@ class Rope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk))  # autograd hands out expanded ones
+        dq, dk = [x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk)]  # autograd hands out expanded ones
         return *rope(dq, dk, *ctx.saved_tensors, True), None, None
 
 
