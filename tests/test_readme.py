@@ -13,8 +13,7 @@ import minivlm2vec.projector
 import minivlm2vec_kernels
 from minivlm2vec import Embedder
 from minivlm2vec.new_checkpoint import new_checkpoint
-
-from .golden import synth_image
+from tests.support.golden import synth_image
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -223,8 +223,8 @@ def _add_queries(
 
 # ---------------------------------------------------------------------------------------------------- their settings
 
-# pass -> largest head dim -> tile. Settled by what the compiler makes of them (tests/aot_table.json): these spill
-# nowhere; `python -m bench.run --sweep --only attention_backward` times them beside others.
+# pass -> largest head dim -> tile. Settled by what the compiler makes of them (tests/kernels/aot_table.json): these
+# spill nowhere; `python -m bench.run --sweep --only attention_backward` times them beside others.
 TILES = {
     "dq": {256: Tile(64, 32, 4, 2)},
     "dkv": {96: Tile(32, 64, 4, 2), 256: Tile(32, 64, 8, 2)},

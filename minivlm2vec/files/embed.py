@@ -16,7 +16,7 @@ from huggingface_hub.utils import tqdm
 from minivlm2vec_kernels.ops import choose_backend
 
 from .. import __version__, prompts
-from ..cli import load_embedder
+from ..cli.arguments import load_embedder
 from ..config import VLM2VecConfig
 from ..embedder import Embedder
 from ..processor import Processor

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from .. import prompts
-from ..cli import load_embedder
+from ..cli.arguments import load_embedder
+from ..cli.search import THAT_OF_VECTORS
 from ..weights import fingerprint, resolve
-from .cli import THAT_OF_VECTORS
 from .vectors import VectorFile, open_vectors
 
 QUERY_TASKS = {  # (the collection has images, query has text, query has an image) -> task of MMEB

@@ -2,7 +2,7 @@
 
 import sys
 
-from minivlm2vec.mmeb.cli import main
+from minivlm2vec.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["mmeb", *sys.argv[1:]]))

@@ -1,0 +1,45 @@
+"""The `minivlm2vec` command: one file a subcommand. Nothing here is imported by the rest of the package.
+
+A file has `add_arguments(parser)` and `run(args)`, and imports what is heavy in `run`, so that --help is quick.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from . import demo, embed, info, mmeb, new_checkpoint, search, serve, similarity, train
+
+COMMANDS = {
+    "demo": (demo, "see what it does, with the bundled model and pictures"),
+    "similarity": (similarity, "score targets against queries"),
+    "embed": (embed, "folders and tables to files of vectors"),
+    "search": (search, "find rows by text, image or likeness"),
+    "serve": (serve, "answer OpenAI's embeddings API"),
+    "mmeb": (mmeb, "evaluate on MMEB, or on data in its format"),
+    "train": (train, "train by contrast, wholly or with LoRA"),
+    "info": (info, "print a checkpoint's architecture"),
+    "new-checkpoint": (new_checkpoint, "write a randomly initialised checkpoint"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand. Returns its exit code: 0 done, 1 a user's error (named on stderr), 2 wrong arguments."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except (ValueError, OSError, ImportError, RuntimeError) as e:
+        print(f"minivlm2vec {args.command}: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="minivlm2vec", description="Text and images to vectors, with VLM2Vec-Full.")
+    parser.add_argument("--version", action="version", version=f"minivlm2vec {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, what) in COMMANDS.items():
+        module.add_arguments(commands.add_parser(name, help=what))
+    return parser

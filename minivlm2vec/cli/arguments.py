@@ -1,0 +1,40 @@
+"""What commands that load a model share: its arguments, and how it is loaded."""
+
+import argparse
+from typing import Any
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, *, positional: bool = False) -> None:
+    """--model and how to load it; shared by the commands that embed."""
+    if positional:
+        parser.add_argument("model", metavar="MODEL", help='a checkpoint folder, a Hub name, or "mini"')
+    else:
+        parser.add_argument(
+            "--model", default="TIGER-Lab/VLM2Vec-Full", help='folder, Hub name, or "mini" (%(default)s)'
+        )
+    parser.add_argument("--adapter", metavar="NAME", help="a LoRA or DoRA in PEFT's format: folder or Hub name")
+    parser.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
+    parser.add_argument("--num-crops", type=int, help="the most crops an image is cut into (default: the checkpoint's)")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--local-files-only", action="store_true", help="never ask the network")
+    parser.add_argument("--backend", choices=["auto", "triton", "torch"], help="kernels (default: auto)")
+
+
+def load_embedder(args: argparse.Namespace, **options: Any):
+    """The Embedder that `add_model_arguments` describes."""
+    import torch
+
+    from ..embedder import Embedder
+
+    return Embedder.from_pretrained(
+        args.model,
+        adapter=args.adapter,
+        device=args.device,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        num_crops=args.num_crops,
+        revision=args.revision,
+        local_files_only=args.local_files_only,
+        backend=args.backend,
+        **options,
+    )

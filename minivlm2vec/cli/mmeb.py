@@ -1,0 +1,86 @@
+"""`minivlm2vec mmeb`: Precision@1 of a model on MMEB, or on data in its format."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from .arguments import add_model_arguments, load_embedder
+
+EXAMPLES = """\
+the whole benchmark (37 subsets; rows and pictures are downloaded once):
+  minivlm2vec mmeb --model TIGER-Lab/VLM2Vec-Full -o outputs/mmeb
+two subsets of a local copy, on four GPUs:
+  torchrun --nproc-per-node 4 -m minivlm2vec mmeb --data MMEB-eval --image-dir eval_images \\
+      --subsets VOC2007 CIRR -o outputs/mmeb
+the small benchmark that ships with the package (emoji, not MMEB):
+  minivlm2vec mmeb --model CHECKPOINT --data mini -o outputs/mini
+An interrupted run goes on where it was when the same command is given again.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..mmeb.dataset import HUB_NAME
+    from ..mmeb.subsets import META_TASKS
+
+    parser.description = __doc__
+    parser.epilog = EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_model_arguments(parser)
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="scores, predictions, tables")
+    parser.add_argument("--data", default=HUB_NAME, help='folder, Hub dataset, or "mini" (%(default)s)')
+    parser.add_argument("--data-revision", metavar="REV", help="branch, tag or commit of the Hub dataset")
+    parser.add_argument("--image-dir", type=Path, metavar="DIR", help="folder or zip (default: the data's images.zip)")
+    parser.add_argument("--subsets", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument("--meta-task", nargs="+", choices=META_TASKS, help="default: all")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens of inputs without image (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=256, help="inputs per saved chunk (%(default)s)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each subset")
+    parser.add_argument("--skip-damaged", action="store_true", help="leave unreadable rows out and say so")
+    parser.add_argument("--allow-collapsed", action="store_true", help="score vectors that carry no information")
+    parser.add_argument("--name", default="", help="of the model, in the table")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluates as the arguments say and prints the table. Errors are raised, for the caller to print."""
+    from ..mmeb.dataset import HUB_NAME
+    from ..mmeb.evaluate import evaluate
+    from ..mmeb.mini import bundled
+
+    if args.num_crops is None and args.data == HUB_NAME:
+        args.num_crops = 4  # what the published scores were measured with
+    args.device = args.device or _own_gpu()
+    embedder = load_embedder(args, show_progress=not args.quiet)
+    results = evaluate(
+        embedder,
+        bundled() / "MMEB-eval" if args.data == "mini" else args.data,
+        out=args.out,
+        image_dir=args.image_dir,
+        names=args.subsets,
+        meta_tasks=args.meta_task,
+        num_crops=args.num_crops,
+        max_length=args.max_length,
+        batch_size=args.batch_size,
+        limit=args.limit,
+        skip_damaged=args.skip_damaged,
+        allow_collapsed=args.allow_collapsed,
+        revision=args.data_revision,
+        local_files_only=args.local_files_only,
+        name=args.name,
+        show_progress=not args.quiet,
+    )
+    if results is not None:
+        print(results.table())
+        print(f"written to {args.out}", file=sys.stderr)
+    return 0
+
+
+def _own_gpu() -> str | None:
+    """Under torchrun each process takes one GPU; otherwise the default."""
+    import torch
+
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    return None

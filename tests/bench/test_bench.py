@@ -1,0 +1,199 @@
+"""The bench's own arithmetic: what it refuses to time, what it writes, and the report made from that."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import common, report, run
+from bench.common import Case, Work
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+EXACT = torch.arange(1.0, 5.0)
+
+
+def case(**providers):
+    work = Work(providers, lambda: EXACT)
+    return Case("op", "4", torch.float32, flops=8e9, bytes=4e6, build=lambda: work)
+
+
+def off_by(error):
+    return lambda: EXACT + error
+
+
+def broken():
+    raise RuntimeError("no such kernel\nand a trace")
+
+
+def providers_timed(**providers):
+    session = common.Session(CPU)
+    session.run([case(**providers)])
+    return [row.provider for row in session.finish()]
+
+
+def test_wrong_output_is_not_timed(capsys):
+    assert providers_timed(torch=off_by(0.1), triton=off_by(0.3), other=off_by(0.2)) == ["torch", "other"]
+    assert "triton is wrong by 3.00e-01, limit 2.00e-01: not timed" in capsys.readouterr().out
+
+
+def test_nan_is_not_timed():
+    assert providers_timed(torch=off_by(0.1), triton=off_by(float("nan"))) == ["torch"]
+
+
+def test_each_output_has_its_own_limit(capsys):
+    """A wrong small output does not hide behind the rounding of a large one."""
+    large, small = 1e4 * EXACT, EXACT
+    outputs = {"torch": (large + 10, small), "triton": (large, small + 0.1), "other": (large + 15, small)}
+    work = Work({name: lambda y=y: y for name, y in outputs.items()}, lambda: (large, small))
+    errors = common.check(work, case(torch=broken))
+    assert {name: timed for name, (_, timed) in errors.items()} == {"torch": True, "triton": False, "other": True}
+    assert "triton is wrong by 1.00e-01, limit 4.00e-06: not timed" in capsys.readouterr().out
+
+
+def test_the_way_back_is_run_again_and_again():
+    tensors = (torch.randn(3, 4), torch.randn(4))
+    ops = {"torch": lambda x, w: (x * w, x + w), "doubled": lambda x, w: (2 * x * w, x + w)}
+    with torch.no_grad():  # as bench.run does
+        work = common.backward_work(ops, tensors)
+        first, again = (work.providers["torch"]() for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)) and len(first) == 2
+    assert {name: timed for name, (_, timed) in common.check(work, case(torch=broken)).items()} == {
+        "torch": True,
+        "doubled": False,
+    }
+
+
+def test_exact_reference_leaves_room_for_rounding():
+    assert providers_timed(torch=off_by(0), triton=off_by(1e-6)) == ["torch", "triton"]
+
+
+def test_missing_baseline_is_named_and_left_out(capsys):
+    assert providers_timed(torch=off_by(0), other=broken) == ["torch"]
+    assert "no other: RuntimeError: no such kernel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_our_kernel_and_the_reference_must_run(name):
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        providers_timed(**{"torch": off_by(0), name: broken})
+
+
+def test_rates_and_ratios(monkeypatch):
+    milliseconds = {"torch": [4.0, 4.0, 8.0], "triton": [1.0, 2.0, 3.0]}
+    monkeypatch.setattr(common, "time_interleaved", lambda *_, **__: milliseconds)
+    session = common.Session(CPU)
+    session.run([case(torch=off_by(0), triton=off_by(0))])
+    torchs, ours = session.finish()
+    assert (ours.ms, ours.ms_p10, ours.ms_p90, ours.runs) == (2.0, 1.2, pytest.approx(2.8), 3)
+    assert (ours.tflops, ours.gbs) == (4.0, 2.0)  # 8 GFLOP and 4 MB in 2 ms
+    assert (ours.ratio, torchs.ratio) == (2.0, 0.5)
+
+
+def test_budget_stops_further_cases():
+    session = common.Session(CPU, budget=-1)
+    session.run([case(torch=broken)])
+    assert session.skipped == ["op 4"] and not session.rows
+
+
+def test_providers_take_turns():
+    calls = []
+    providers = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = common.time_interleaved(providers, CPU, flush=True)
+    assert calls == ["a", "b"] * (len(times["a"]) + 1)  # one warm-up
+    assert len(times["a"]) == len(times["b"]) == common.REPETITIONS
+
+
+def test_entry_is_put_back():
+    table = {1: "before"}
+    with pytest.raises(KeyError), common.entry(table, 1, "candidate"):
+        assert table == {1: "candidate"}
+        raise KeyError
+    assert table == {1: "before"}
+
+
+def row(provider, ms, **changes):
+    """A csv line of an H100 that took `ms`."""
+    empty = {f.name: "" for f in dataclasses.fields(common.Row)}
+    known = {
+        "date": "2030-01-01 10:00",
+        "gpu": "NVIDIA H100",
+        "kernel": "op",
+        "case": "4 x 4",
+        "dtype": "bfloat16",
+    }
+    known |= {"provider": provider, "ms": ms, "ms_p10": ms, "ms_p90": ms, "gbs": 1500.0, "pct_copy": 50.0}
+    known |= {"ratio": 2.0, "matmul_peak": 700.0, "copy_peak": 3000.0}
+    return common.Row(**(empty | known | changes))
+
+
+def test_csv_is_appended_to(tmp_path):
+    path = tmp_path / "gpu.csv"
+    common.append_rows([row("triton", 1.0)], path)
+    common.append_rows([row("torch", 2.0)], path)
+    assert [(r["provider"], r["ms"], r["case"]) for r in common.read_rows(path)] == [
+        ("triton", "1", "4 x 4"),
+        ("torch", "2", "4 x 4"),
+    ]
+
+
+def test_csv_is_named_after_the_gpu():
+    assert common.csv_path("NVIDIA H100 80GB HBM3").name == "nvidia-h100-80gb-hbm3.csv"
+    assert common.csv_path("CPU x86_64").name == "cpu.csv"
+
+
+def test_report_shows_the_latest_run_of_each_case(tmp_path):
+    path = tmp_path / "h100.csv"
+    common.append_rows([row("triton", 9.0), row("torch", 9.5), row("gone", 1.0)], path)
+    later = {"date": "2030-01-02 10:00"}
+    common.append_rows([row("triton", 1.0, **later), row("torch", 2.0, **later)], path)
+    table = report.table(report.latest(common.read_rows(path)))
+    assert table.splitlines()[-1] == ("| op | 4 x 4 | 1 | 1 to 1 | 1500 GB/s | 50 % of copy | torch, 2 ms | 2.00x |")
+    assert "9.5" not in table and "gone" not in table
+
+
+def test_report_writes_between_the_markers(tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    monkeypatch.setattr(sys, "argv", ["report", "--readme", str(readme), "--results", str(tmp_path)])
+    report.main()
+    expected = f"before\n{report.BEGIN}\nNot measured on a GPU yet.\n{report.END}\nafter\n"
+    assert readme.read_text() == expected
+    common.append_rows([row("triton", 1.0), row("torch", 2.0)], tmp_path / "h100.csv")
+    common.append_rows([row("torch", 2.0)], tmp_path / "cpu.csv")
+    report.main()
+    assert "| op | 4 x 4 |" in readme.read_text() and "old" not in readme.read_text()
+
+
+def test_report_needs_the_markers(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match=r"needs the lines <!-- bench:begin -->"):
+        report.write_between_markers(readme, "table")
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "h100.csv"
+    common.append_rows([row("triton", 1.0), row("torch", 2.0)], path)
+    report.plot(report.latest(common.read_rows(path)), tmp_path / "h100.png")
+    assert (tmp_path / "h100.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_kernel_file_has_a_bench():
+    files = (ROOT / "kernels" / "minivlm2vec_kernels").glob("*_triton.py")
+    missing = {f.name.removesuffix("_triton.py") for f in files} - set(run.bench_names())
+    assert not missing
+
+
+def test_run_without_a_gpu_says_so_and_writes_nothing():
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    command = [sys.executable, "-m", "bench.run", "--only", "pooling"]
+    before = set(common.RESULTS.iterdir())
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("No CUDA device") and "pool_last_token" in done.stdout
+    assert set(common.RESULTS.iterdir()) == before

@@ -1,0 +1,258 @@
+"""`minivlm2vec search` over .npy, .safetensors and .parquet."""
+
+import json
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minivlm2vec import Embedder
+from minivlm2vec.files import vectors as vectors_module
+from minivlm2vec.files.search import nearest, printable, rounding, top_k
+from minivlm2vec.files.vectors import open_vectors
+from tests.support.files_data import checkpoint, make_adapter, run, save_pictures, write_jsonl
+
+__all__ = ["checkpoint"]
+
+
+def unit(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    x = rng.standard_normal(shape).astype(np.float32)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def chunks_of(x: torch.Tensor, size: int):
+    return ((start, x[start : start + size]) for start in range(0, len(x), size))
+
+
+def brute_force(query: torch.Tensor, x: torch.Tensor, k: int) -> list[int]:
+    """float64 scores of the stored numbers; of equal rows the lower one first."""
+    scores = x.double().numpy() @ query.double().numpy()
+    order = sorted(np.flatnonzero(~np.isnan(scores)), key=lambda i: (-scores[i], i))
+    return [int(i) for i in order[:k]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("size", [7, 100, 5000])
+def test_top_k_is_exact(dtype, size):
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(unit(rng, 3000, 96)).to(dtype)
+    x[::50] = float("nan")
+    x[17] = x[2900] = x[123]
+    query = torch.nn.functional.normalize(x[123].float() + 0.1 * torch.from_numpy(unit(rng, 96)), dim=0)
+    scores, rows = top_k(query, chunks_of(x, size), 25)
+    assert rows.tolist()[:3] == [17, 123, 2900]  # equal rows, in order
+    assert rows.tolist() == brute_force(query, x, 25)
+    assert torch.allclose(scores.double(), x[rows].double() @ query.double(), atol=1e-6)
+
+
+def test_float16_scan_finds_what_its_rounding_would_have_lost():
+    """Scores closer together than float16 can tell apart: the order must still be that of the exact ones."""
+    rng = np.random.default_rng(1)
+    query = torch.from_numpy(unit(rng, 3072))
+    x = torch.from_numpy(unit(rng, 500, 3072)) * 0.002 + query
+    x = torch.nn.functional.normalize(x, dim=1).half()
+    naive = (x @ query.half()).float().topk(10).indices.tolist()
+    exact = brute_force(query, x, 10)
+    assert naive != exact, "the case is not hard enough to test anything"
+    assert top_k(query, chunks_of(x, 64), 10)[1].tolist() == exact
+    error = ((x @ query.half()).double() - x.double() @ query.double()).abs().max().item()
+    print(f"error of the scan {error:.2e}, allowed for {rounding(torch.float16, 3072):.2e}")
+    assert error < rounding(torch.float16, 3072)
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(0, 40), k=st.integers(1, 45), size=st.integers(1, 40), seed=st.integers(0, 99), half=st.booleans())
+def test_top_k_of_any_size(n, k, size, seed, half):
+    rng = np.random.default_rng(seed)
+    x = torch.from_numpy(unit(rng, n, 8))
+    x = x[torch.from_numpy(rng.integers(0, max(1, n), n))] if n else x  # many duplicates
+    x = x.half() if half else x
+    query = torch.from_numpy(unit(rng, 8))
+    scores, rows = top_k(query, chunks_of(x, size), k)
+    expected = brute_force(query, x, k)
+    assert len(rows) == min(n, k)
+    exact = x.double() @ query.double()
+    assert (
+        np.allclose(exact[rows].numpy(), exact[expected].numpy(), atol=1e-6)
+        and scores.tolist() == sorted(scores.tolist())[::-1]
+    )
+
+
+def test_top_k_refuses_nonsense():
+    with pytest.raises(ValueError, match="0 hits"):
+        top_k(torch.ones(4), [], 0)
+    with pytest.raises(ValueError, match="has 4 numbers, the vectors have 5"):
+        top_k(torch.ones(4), [(0, torch.ones(2, 5))], 1)
+
+
+@pytest.fixture(scope="module")
+def collection(checkpoint, tmp_path_factory):
+    """Pictures and captions in every format, with one bad row."""
+    folder = tmp_path_factory.mktemp("collection")
+    save_pictures(folder, [f"p{i}.png" for i in range(9)])
+    rows = [{"image": f"p{i}.png", "text": None, "price": i} for i in range(9)]
+    rows += [{"image": None, "text": f"caption {i}", "price": 10 + i} for i in range(4)] + [{"image": "missing.png"}]
+    source = write_jsonl(folder / "items.jsonl", rows)
+    for name in ("f32.npy", "f16.npy", "f32.safetensors", "f16.safetensors", "f32.parquet", "f16.parquet"):
+        if name.endswith("parquet") and find_spec("pyarrow") is None:
+            continue  # its tests are skipped
+        store = "float16" if name.startswith("f16") else "float32"
+        code, _, err = run("embed", source, "-o", folder / name, "--model", checkpoint, "--device", "cpu", "--quiet",
+                           "--store", store, "--part-rows", 4)  # fmt: skip
+        assert code == 3, err
+    return folder
+
+
+def search(path, *argv) -> dict:
+    code, out, err = run("search", path, "--json", "--device", "cpu", *argv)
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_another_tables_nulls_are_rows_without_a_vector(tmp_path):
+    pa = pytest.importorskip("pyarrow", minversion="26")  # before, it reads no fixed-size lists with nulls
+    import pyarrow.parquet as pq
+
+    column = pa.array([[1.0, 2.0], None, [3.0, 4.0]], pa.list_(pa.float32(), 2))
+    pq.write_table(pa.table({"embedding": column}), tmp_path / "other.parquet")
+    (start, vectors), *rest = open_vectors(tmp_path / "other.parquet").chunks()
+    assert (start, rest) == (0, []) and vectors[[0, 2]].tolist() == [[1, 2], [3, 4]] and vectors[1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "name", ["f32.npy", "f16.npy", "f32.safetensors", "f16.safetensors", "f32.parquet", "f16.parquet"]
+)
+def test_text_image_and_both(collection, checkpoint, name, monkeypatch):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    monkeypatch.setattr(vectors_module, "CHUNK_BYTES", 1000)  # several chunks
+    embedder = Embedder.from_pretrained(checkpoint, device="cpu", show_progress=False)
+    stored = open_vectors(collection / name).vectors(list(range(14))).numpy()
+    tolerance = 1e-5 if name.startswith("f32") else 2e-3
+    asked = [
+        (["--text", "caption 2", "--instruction", ""], {"text": "caption 2"}, None),
+        (["--image", collection / "p4.png", "--instruction", ""], {"image": collection / "p4.png"}, None),
+        (["--text", "hey", "--image", collection / "p4.png", "--task", "change"],
+         {"text": "hey", "image": collection / "p4.png"},
+         "Given an image, find a similar everyday image with the described changes: {text}\n"),
+    ]  # fmt: skip
+    for argv, item, prompt in asked:
+        hits = search(collection / name, *argv, "--top", 5)["hits"]
+        scores = stored @ embedder.encode([item], prompt=prompt)[0]
+        expected = np.sort(scores[~np.isnan(scores)])[::-1][:5]
+        assert np.allclose([h["score"] for h in hits], expected, atol=tolerance)
+        assert np.allclose(scores[[h["row"] for h in hits]], expected, atol=tolerance)
+        assert [h["rank"] for h in hits] == [1, 2, 3, 4, 5]
+    first = search(collection / name, "--text", "caption 2", "--instruction", "")["hits"][0]
+    assert first["row"] == 11 and first["columns"] == {"image": None, "text": "caption 2", "price": 12}
+    assert first["score"] == pytest.approx(1, abs=tolerance)
+    assert len(search(collection / name, "--text", "x", "--top", 50)["hits"]) == 13  # the bad row is none
+
+
+def test_like_a_row_needs_no_model(collection):
+    hits = search(collection / "f32.npy", "--like", 3)["hits"]
+    stored = np.load(collection / "f32.npy")
+    scores = stored @ stored[3]
+    scores[3] = np.nan
+    assert hits[0]["row"] == int(np.nanargmax(scores)) and 3 not in [h["row"] for h in hits]
+    for row, word in ((13, "no vector"), (14, "rows 0 to 13")):
+        code, _, err = run("search", collection / "f32.npy", "--like", row)
+        assert code == 1 and word in err
+
+
+def test_the_instruction_fits_the_query(collection):
+    assert search(collection / "f32.npy", "--text", "x")["query"]["instruction"].startswith("Find me an everyday image")
+    assert search(collection / "f32.npy", "--image", collection / "p1.png")["query"]["instruction"].startswith(
+        "Find a day"
+    )
+
+
+def test_another_checkpoint_is_refused_unless_forced(collection, tmp_path):
+    from minivlm2vec.new_checkpoint import new_checkpoint
+
+    other = new_checkpoint(tmp_path / "other", seed=1)
+    code, _, err = run("search", collection / "f32.npy", "--text", "x", "--model", other)
+    assert code == 1 and "cannot be compared" in err and str(other) in err
+    assert search(collection / "f32.npy", "--text", "x", "--model", other, "--force")["hits"]
+
+
+def test_the_adapter_of_the_vectors_is_the_querys(collection, checkpoint, tmp_path):
+    adapter = make_adapter(checkpoint, tmp_path / "adapter")
+    args = ("-o", tmp_path / "out.npy", "--model", checkpoint, "--device", "cpu", "--quiet")
+    assert run("embed", collection / "items.jsonl", *args, "--adapter", adapter)[0] == 3
+    hit = search(tmp_path / "out.npy", "--text", "caption 2", "--instruction", "")["hits"][0]
+    assert hit["columns"]["text"] == "caption 2" and hit["score"] == pytest.approx(1, abs=1e-5)
+    for vectors, model in (("out.npy", [checkpoint]), ("f32.npy", [checkpoint, "--adapter", adapter])):
+        path = next(folder / vectors for folder in (tmp_path, collection) if (folder / vectors).exists())
+        code, _, err = run("search", path, "--text", "x", "--device", "cpu", "--model", *model)
+        assert code == 1 and "cannot be compared" in err and f"{checkpoint} + {adapter} (fingerprint" in err
+        assert search(path, "--text", "x", "--force", "--model", *model)["hits"]
+
+
+def test_a_file_of_other_origin(checkpoint, tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "x.npy", unit(rng, 30, 64))
+    code, _, err = run("search", tmp_path / "x.npy", "--text", "x")
+    assert code == 1 and "--model" in err
+    assert len(search(tmp_path / "x.npy", "--text", "x", "--model", checkpoint)["hits"]) == 10
+    np.save(tmp_path / "long.npy", 3 * unit(rng, 30, 64))
+    code, _, err = run("search", tmp_path / "long.npy", "--text", "x", "--model", checkpoint)
+    assert code == 1 and "not of length 1" in err
+    np.save(tmp_path / "wide.npy", unit(rng, 30, 65))
+    code, _, err = run("search", tmp_path / "wide.npy", "--text", "x", "--model", checkpoint)
+    assert code == 1 and "64" in err and "65" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("a.npy", b"junk"), ("a.npy", b""), ("a.safetensors", b"junk"), ("a.safetensors", b"\xff" * 8 + b"{}"),
+     ("a.parquet", b"junk"), ("a.txt", b""), ("missing.npy", None)],
+)  # fmt: skip
+def test_files_that_hold_no_vectors(tmp_path, name, data):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    code, _, err = run("search", tmp_path / name, "--like", 0)
+    assert code == 1 and name in err and "Traceback" not in err
+
+
+def test_a_pickle_in_an_npy_is_never_loaded(tmp_path):
+    np.save(tmp_path / "x.npy", np.array([{"a": 1}], object), allow_pickle=True)
+    code, _, err = run("search", tmp_path / "x.npy", "--like", 0)
+    assert code == 1 and "holds no vectors" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [([], "nothing is asked"), (["--text", "a", "--like", 1], "excludes"), (["--like", 1, "--top", 0], "at least 1"),
+     (["--like", 1, "--where", "a > 1"], "Lance"), (["--text", "a", "--task", "t2i", "--instruction", "b"], "use one")],
+)  # fmt: skip
+def test_wrong_arguments(collection, argv, words):
+    code, _, err = run("search", collection / "f32.npy", *argv)
+    assert code == 1 and words in err
+
+
+def test_the_table_cannot_steer_the_terminal(checkpoint, tmp_path):
+    source = write_jsonl(tmp_path / "items.jsonl", [{"text": "red \x1b[31m\nnew line \u202e"}])
+    run("embed", source, "-o", tmp_path / "out.npy", "--model", checkpoint, "--device", "cpu", "--quiet")
+    code, out, _ = run("search", tmp_path / "out.npy", "--text", "x")
+    assert code == 0 and "\x1b" not in out and "\u202e" not in out and out.count("\n") == 2
+    assert "red \\x1b[31m\\nnew line \\u202e" in out
+    assert printable("x" * 100) == "x" * 59 + "…"
+
+
+def test_nearest_neighbours(collection):
+    vectors = open_vectors(collection / "f16.npy")
+    stored = vectors.vectors(list(range(14))).numpy()
+    scores = stored @ stored.T
+    np.fill_diagonal(scores, -np.inf)
+    ((first, found, rows),) = nearest(vectors, 3, 14)
+    assert first == 0 and rows.shape == (14, 3)
+    for i in range(13):
+        assert np.allclose(found[i], np.sort(np.nan_to_num(scores[i], nan=-np.inf))[::-1][:3], atol=1e-5)
+        assert i not in rows[i] and 13 not in rows[i]
+    assert (found[13] == -np.inf).all()

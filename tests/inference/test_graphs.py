@@ -1,0 +1,368 @@
+"""Padded buckets against the model as it is, on any device; CUDA graphs against both on a card."""
+
+import itertools
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from minivlm2vec import Embedder
+from minivlm2vec.graphs import MAX_TOKENS, Bucket, GraphedModel, PaddedModel, bucket_of
+from minivlm2vec.info import empty_model
+from minivlm2vec.model import VLM2Vec
+from minivlm2vec.new_checkpoint import new_checkpoint
+from minivlm2vec.prefix import share_prefixes
+from minivlm2vec_kernels import attention
+from tests.inference.test_prefix import pack
+from tests.support.golden import synth_image
+from tests.support.helpers import randomize
+
+LIMIT = 512  # original_max_position_embeddings of the `tiny` sizes
+
+
+@pytest.fixture(scope="module")
+def e(tmp_path_factory) -> Embedder:
+    folder = new_checkpoint(tmp_path_factory.mktemp("tiny") / "m", preset="tiny", seed=5)
+    return Embedder.from_pretrained(folder, device="cpu", show_progress=False)
+
+
+def batch_of(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return pack([torch.randint(1, 320, (n,), generator=generator).tolist() for n in lengths])
+
+
+def poisoned(padded: PaddedModel) -> PaddedModel:
+    """What earlier batches left in the buffers is as bad as can be."""
+    padded.buffers.x.fill_(float("nan"))
+    padded.buffers.position_ids.fill_(-(10**6))
+    padded.buffers.cu_seqlens.fill_(10**6)
+    return padded
+
+
+# -------------------------------------------------------------------------------------------------- buckets
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40))
+def test_a_batch_fits_its_bucket(lengths):
+    batch, T = batch_of(lengths), sum(lengths)
+    bucket = bucket_of(batch, LIMIT)
+    if T > MAX_TOKENS:
+        assert bucket is None
+        return
+    assert T <= bucket.tokens <= MAX_TOKENS and bucket.tokens - T < max(32, min(T, 128))
+    assert len(lengths) <= bucket.sequences <= bucket.tokens
+    assert max(lengths) <= bucket.max_seqlen <= max(32, 2 * max(lengths))
+
+
+def test_buckets_are_few():
+    tokens, sequences, longest = [
+        {getattr(bucket_of(batch_of([n]), MAX_TOKENS), f) for n in range(1, MAX_TOKENS + 1)}
+        for f in ("tokens", "sequences", "max_seqlen")
+    ]
+    assert tokens == {32, 64, *range(128, 2049, 128)} and sequences == {1} and len(longest) == 7
+    many = {bucket_of(batch_of([1] * n), LIMIT).sequences for n in range(1, 200)}
+    assert many == {1, 2, 4, 8, 16, 32, 64, 128, 256}
+    assert bucket_of(batch_of([30]), LIMIT) == Bucket(32, 1, 32)
+
+
+def test_what_runs_as_it_is():
+    same = batch_of([20] * 9, seed=0)
+    same = replace(same, input_ids=same.input_ids[:20].repeat(9))
+    shared = share_prefixes(same, LIMIT, weight_bound_rows=0)
+    assert shared is not same
+    for batch in (batch_of([]), batch_of([MAX_TOKENS + 1]), batch_of([LIMIT + 1, 3]), shared):
+        assert bucket_of(batch, LIMIT) is None
+    assert bucket_of(batch_of([LIMIT, 3]), LIMIT) is not None
+
+
+# -------------------------------------------------------------------------------------------------- padding
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("lengths", [
+    [1], [32], [33], [7, 1, 3], [30] * 5, [128], [129], [1] * 70, [400, 2, 90], [LIMIT, 30, 30, 30],
+], ids=str)  # fmt: skip
+def test_padding_changes_no_vector(e, lengths):
+    batch = batch_of(lengths)
+    padded = poisoned(PaddedModel(e.model, make_at=1))
+    for normalize in (True, False):
+        expected = e.model(batch, normalize=normalize)
+        got = padded(batch, normalize=normalize)
+        assert got.shape == expected.shape and got.dtype == expected.dtype
+        assert (got - expected).abs().max() <= 2e-6 * max(1.0, expected.abs().max())
+    assert len(padded.programs) == 2
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=6), min_size=2, max_size=4))
+@torch.inference_mode()
+def test_batches_leave_nothing_behind(e, packs):
+    """Through the same buffers, one after the other; a result that was handed out is not written over."""
+    padded, results = poisoned(PaddedModel(e.model, make_at=1)), []
+    batches = [batch_of(lengths, seed) for seed, lengths in enumerate(packs)]
+    for batch in [*batches, *batches]:
+        results.append(padded(batch))
+    for batch, got in zip([*batches, *batches], results, strict=True):
+        assert (got - e.model(batch)).abs().max() <= 2e-6
+
+
+@torch.inference_mode()
+def test_images_stay_outside(e):
+    items = ["a cat", {"text": "what is it?", "image": Image.fromarray(synth_image(80, 60, 1))}]
+    batch = e.processor(items)
+    padded = poisoned(PaddedModel(e.model, make_at=1))
+    assert (padded(batch) - e.model(batch)).abs().max() <= 2e-6 and len(padded.programs) == 1
+
+
+@torch.inference_mode()
+def test_other_poolings_and_large_batches_run_as_they_are(e):
+    def first(x, cu_seqlens, norm_weight, eps, *, normalize):
+        return x[cu_seqlens[:-1].long()]
+
+    padded = PaddedModel(e.model, make_at=1)
+    for batch, options in ((batch_of([3, 4]), {"pool": first}), (batch_of([LIMIT + 1]), {}), (batch_of([512] * 5), {})):
+        assert torch.equal(padded(batch, **options), e.model(batch, **options))
+    assert not padded.programs
+
+
+@torch.inference_mode()
+def test_the_programs_used_last_are_kept(e):
+    made = []
+
+    class Counting(PaddedModel):
+        def _make(self, run):
+            made.append(1)
+            run()  # as a capture does before
+            return run
+
+    padded = Counting(e.model, max_programs=2, make_at=1)
+    small, middle, large = batch_of([5]), batch_of([50]), batch_of([100])
+    for batch in (small, middle, small, large, small):  # `middle` is the one to go
+        assert (padded(batch) - e.model(batch)).abs().max() <= 2e-6
+    assert len(made) == 3 and len(padded.programs) == 2
+    padded(middle)
+    assert len(made) == 4 and len(padded.programs) == 2
+
+
+def test_a_shape_is_worth_a_program_when_it_comes_again(e):
+    padded = PaddedModel(e.model, max_programs=2)
+    small, middle, large = batch_of([5]), batch_of([50]), batch_of([100])
+    for batch, programs in [(small, 0), (middle, 0), (small, 1), (middle, 2), (small, 2), (large, 2)]:
+        assert (padded(batch) - e.model(batch)).abs().max() <= 2e-6
+        assert len(padded.programs) == programs
+    keys = {name: (bucket_of(b, LIMIT), True) for name, b in (("small", small), ("middle", middle), ("large", large))}
+    assert list(padded.programs) == [keys["middle"], keys["small"]] and padded.uses[keys["small"]] == 3
+    padded(large)  # as often as `middle`, which was used longest ago
+    assert list(padded.programs) == [keys["small"], keys["large"]]
+
+
+def test_batches_of_ever_new_shapes_drive_no_program_out(e):
+    padded = PaddedModel(e.model, max_programs=1)
+    for _ in range(20):
+        padded(batch_of([5]))
+    (often,) = padded.programs
+    for n in (40, 100, 200, 40, 100, 200):  # each twice, which is less
+        padded(batch_of([n]))
+        assert list(padded.programs) == [often]
+    assert padded.uses[often] == 2  # but it ages
+    padded(batch_of([40]))
+    assert list(padded.programs) != [often]
+
+
+def test_counts_are_bounded(e, monkeypatch):
+    monkeypatch.setattr("minivlm2vec.graphs.MAX_COUNTED", 4)
+    padded = PaddedModel(e.model)
+    for n in (5, 5, 40, 70, 100, 130, 200, 5):
+        padded(batch_of([n]))
+    assert len(padded.uses) <= 5 and padded.uses[bucket_of(batch_of([5]), LIMIT), True] == 3
+
+
+def changed(model: VLM2Vec):
+    """Weights of its own, so that tests may change them."""
+    return randomize(empty_model(model.config).to_empty(device="cpu"), seed=7).requires_grad_(False)
+
+
+def test_what_is_replaced_is_noticed(e):
+    model, batch, made = changed(e.model), batch_of([5]), []
+
+    class Recording(PaddedModel):
+        def _make(self, run):
+            made.append(run())
+            return lambda: made[-1]  # as a graph does: what the weights were when it was made
+
+    padded = Recording(model, make_at=1)
+    before = padded(batch)
+    assert torch.equal(padded(batch), before) and len(made) == 1
+    model.decoder.layers[0].mlp = changed(e.model).decoder.layers[1].mlp  # a module
+    assert (padded(batch) - model(batch)).abs().max() <= 2e-6 and len(made) == 2
+    model.decoder.norm.weight = torch.nn.Parameter(torch.rand(model.config.decoder.hidden_size), requires_grad=False)
+    assert (padded(batch) - model(batch)).abs().max() <= 2e-6 and len(made) == 3
+    model.load_state_dict(changed(e.model).state_dict(), assign=True)
+    assert (padded(batch) - before).abs().max() <= 2e-6 and len(made) == 4
+    changed(e.model).decoder.layers[0].mlp = torch.nn.Identity()  # another model's
+    padded(batch)
+    assert len(made) == 4
+
+
+def test_hooks_are_called(e):
+    model, seen = changed(e.model), []
+    padded = PaddedModel(model, make_at=1)
+    padded(batch_of([5]))
+    handle = model.decoder.layers[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    assert torch.equal(padded(batch_of([5])), model(batch_of([5])))
+    assert seen == [(5, model.config.decoder.hidden_size)] * 2
+    handle.remove()
+    padded(batch_of([5]))
+    assert len(seen) == 2
+
+
+@torch.inference_mode()
+def test_threads_take_turns(e):
+    padded, batches = PaddedModel(e.model, make_at=1), [batch_of([n, 3], n) for n in (4, 9, 17, 30)]
+    expected = [e.model(b) for b in batches]
+    wrong = []
+
+    def work(i):
+        for _ in range(10):
+            if (padded(batches[i]) - expected[i]).abs().max() > 2e-6:
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert not wrong
+
+
+def test_kernels_take_padding(device, generator, poison_empty):
+    """Attention with empty sequences, rows beyond the last, and queries without keys: in the interpreter too."""
+    q, k, v = torch.randn(3, 24, 2, 32, device=device, generator=generator).unbind()
+    for x in (q, k, v):
+        x[20:] = float("nan")
+    cu = torch.tensor([0, 3, 20, 20, 20], dtype=torch.int32, device=device)
+    one_each = torch.arange(5, dtype=torch.int32, device=device)
+    for causal in (True, False):
+        ours, torchs = (attention(q, k, v, cu, 32, causal=causal, backend=b) for b in ("triton", "torch"))
+        assert (ours[:20] - torchs[:20]).abs().max() <= 2e-6
+        last = q[cu[1:].long() - 1]
+        options = {"causal": causal, "cu_seqlens_q": one_each, "max_seqlen_q": 1}
+        ours, torchs = (attention(last, k, v, cu, 32, **options, backend=b) for b in ("triton", "torch"))
+        assert (ours - torchs).abs().max() <= 2e-6 and (ours[2:] == 0).all()
+
+
+@torch.inference_mode()
+def test_the_model_on_kernels_takes_padding_and_shared_prefixes(device, e):
+    """The whole decoder on Triton kernels, in the interpreter without a card: in place on views, padded, pruned."""
+    on_kernels, plain = (randomize(empty_model(e.model.config).to_empty(device="cpu"), seed=7) for _ in range(2))
+    for model, backend in ((on_kernels, "triton"), (plain, "torch")):
+        model.to(device).backend = backend
+    batch = batch_of([7, 1, 12]).to(device)
+    expected = plain(batch)
+    assert (on_kernels(batch) - expected).abs().max() <= 2e-6
+    assert (poisoned(PaddedModel(on_kernels, make_at=1))(batch) - expected).abs().max() <= 2e-6
+    alike = pack([[5, 6, 7, 8, 9], [5, 6, 7, 1], [5, 6, 7, 8, 9], [3]])
+    shared = share_prefixes(alike, LIMIT, weight_bound_rows=0)
+    assert len(shared.input_ids) == 8
+    assert (on_kernels(shared.to(device)) - plain(alike.to(device))).abs().max() <= 2e-6
+
+
+def test_graphs_need_a_card(e):
+    with pytest.raises(ValueError, match="CUDA graphs need the Triton kernels on a CUDA device, got torch on cpu"):
+        Embedder(e.model, e.processor, cuda_graphs=True)
+    assert e.graphs is None  # not asked for
+
+
+# -------------------------------------------------------------------------------------------------- on a card
+
+
+@pytest.fixture(scope="module")
+def on_card(e) -> VLM2Vec:
+    """Heads of 32, bfloat16, Triton kernels."""
+    model = randomize(empty_model(e.model.config).to_empty(device="cpu"), seed=7)
+    return model.to(device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_gpu_graphs_equal_eager_and_the_model(on_card):
+    graphed, padded = GraphedModel(on_card, make_at=1), PaddedModel(on_card, make_at=1)
+    shapes = [[1], [30], [33], [7, 1, 3], [30] * 5, [128], [129], [1] * 70, [400, 2, 90], [30] * 64]
+    for seed, lengths in enumerate([*shapes, *shapes]):
+        batch = batch_of(lengths, seed).to("cuda")
+        got = graphed(batch)
+        assert torch.equal(got, padded(batch)), lengths
+        assert torch.cosine_similarity(got, on_card(batch)).min() > 0.999, lengths
+    assert len(graphed.programs) == len({bucket_of(batch_of(s), LIMIT) for s in shapes})
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_gpu_memory_is_bounded(on_card):
+    """Twenty shapes need about as much as the largest; a second round through them needs nothing more."""
+    shapes = [[n] * m for n, m in itertools.product((20, 60, 120, 250), (1, 2, 4, 6, 8))]
+    largest, all_of_them = GraphedModel(on_card, make_at=1), GraphedModel(on_card, max_programs=6, make_at=1)
+    before = reserved()
+    largest(batch_of(shapes[-1]).to("cuda"))
+    one = reserved() - before
+    for lengths in shapes:
+        all_of_them(batch_of(lengths).to("cuda"))
+    first_round = reserved() - before - one
+    for lengths in shapes:
+        all_of_them(batch_of(lengths).to("cuda"))
+    assert len(all_of_them.programs) == 6
+    print(f"one shape {one >> 20} MiB, twenty {first_round >> 20} MiB")
+    assert first_round <= 3 * max(one, 32 << 20)
+    assert reserved() - before - one <= first_round + (32 << 20)
+
+
+def reserved() -> int:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
+@pytest.mark.gpu
+def test_gpu_forward_waits_for_nothing(on_card):
+    """No synchronisation in the forward pass of texts and images, nor in a replay."""
+    batch = batch_of([30, 7]).to("cuda")
+    image = with_images(on_card).to("cuda")
+    graphed = GraphedModel(on_card, make_at=1)
+    with torch.inference_mode():
+        graphed(batch), on_card(image), on_card(batch)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            graphed(batch), on_card(image), on_card(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def with_images(model: VLM2Vec):
+    S, m = model.config.vision.image_size, model.config.vision.merged_per_side
+    n = 3 * m * m + 1 + 3 * m  # a (2, 1) grid: two crops and the global view, a separator for each row, one between
+    batch = batch_of([n + 5, 9])
+    crops = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, S, S, 3), np.uint8))
+    return replace(batch, crops=crops, grids=((2, 1),), image_index=torch.arange(n), image_source=torch.arange(n))
+
+
+@torch.inference_mode()
+def test_the_batch_of_that_test_is_sound(e):
+    assert e.model(with_images(e.model)).isfinite().all()
+
+
+@pytest.mark.gpu
+def test_gpu_embedder(e, tmp_path):
+    folder = new_checkpoint(tmp_path / "m", preset="tiny", seed=5)
+    options = {"device": "cuda", "dtype": torch.bfloat16, "show_progress": False, "share_prefixes": False}
+    plain = Embedder.from_pretrained(folder, **options, cuda_graphs=False)
+    graphed = Embedder.from_pretrained(folder, **options)
+    assert plain.graphs is None
+    texts = ["a cat", "", "x" * 700, "b" * 300, "ünïcode 🐈 text"]
+    for batch_tokens in (64, 512, 16384, 64, 512, 16384):
+        a, b = (x.encode(texts, batch_tokens=batch_tokens) for x in (plain, graphed))
+        assert (a * b).sum(1).min() > 0.999
+    assert graphed.graphs.programs

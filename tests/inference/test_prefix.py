@@ -1,0 +1,169 @@
+"""Shared prefixes: the same vectors from fewer rows."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from minivlm2vec import Embedder
+from minivlm2vec.batch import PackedBatch, SharedBatch, cumulative
+from minivlm2vec.info import empty_model
+from minivlm2vec.model import VLM2Vec
+from minivlm2vec.new_checkpoint import new_checkpoint
+from minivlm2vec.prefix import pays, share_prefixes
+from tests.support.golden import synth_image
+from tests.support.helpers import randomize
+
+ALWAYS = {"weight_bound_rows": 0, "smallest_share": 0.0}
+INSTRUCTION = "Find me an everyday image that matches the given caption: "
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return new_checkpoint(tmp_path_factory.mktemp("tiny") / "m", preset="tiny", seed=5)
+
+
+@pytest.fixture(scope="module")
+def e(folder) -> Embedder:
+    """Two query heads on one key-value head, three layers, original_max_position_embeddings 512."""
+    return Embedder.from_pretrained(folder, device="cpu", show_progress=False, share_prefixes=False)
+
+
+@pytest.fixture(scope="module", params=[2, 1], ids=["mha", "gqa"])
+def model(request, e) -> VLM2Vec:
+    config = e.model.config
+    config = replace(config, decoder=replace(config.decoder, num_key_value_heads=request.param))
+    return randomize(empty_model(config).to_empty(device="cpu"), seed=7).requires_grad_(False)
+
+
+def pack(texts: list[list[int]]) -> PackedBatch:
+    none = torch.empty(0, dtype=torch.int64)
+    ids = torch.tensor([t for text in texts for t in text], dtype=torch.int64)
+    lengths = [len(t) for t in texts]
+    positions = torch.cat([torch.arange(n) for n in [0, *lengths]])
+    return PackedBatch(ids, positions, cumulative(lengths), tuple(lengths), none, (), none, none)
+
+
+def distinct_beginnings(texts: list[list[int]]) -> int:
+    """What a pack needs at least, said in another way: every distinct beginning once, and for a text that is there
+    already its last token again, as each has a row of its own to be pooled."""
+    beginnings = {tuple(t[: i + 1]) for t in texts for i in range(len(t))}
+    return len(beginnings) + len(texts) - len({tuple(t) for t in texts})
+
+
+TEXTS = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=12), min_size=1, max_size=9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=TEXTS)
+def test_every_distinct_beginning_is_there_once(texts):
+    batch, rows = pack(texts), distinct_beginnings(texts)
+    shared = share_prefixes(batch, 512, **ALWAYS)
+    assert len(shared.input_ids) == rows
+    if rows == len(batch.input_ids):
+        assert shared is batch
+        return
+    assert isinstance(shared, SharedBatch) and shared.lengths == batch.lengths
+    assert torch.equal(shared.input_ids[shared.key_index], batch.input_ids)
+    assert torch.equal(shared.position_ids[shared.key_index], batch.position_ids)
+    assert shared.cu_seqlens_q.diff().tolist() == list(shared.row_lengths) and min(shared.row_lengths) >= 1
+    last_rows = shared.key_index[batch.cu_seqlens[1:].long() - 1]
+    assert torch.equal(last_rows, shared.cu_seqlens_q[1:].long() - 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(texts=TEXTS)
+@torch.inference_mode()
+def test_vectors_are_the_same(model, texts):
+    batch = pack(texts)
+    shared = share_prefixes(batch, 512, **ALWAYS)
+    assert (model(shared) - model(batch)).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("texts", [
+    [[1, 2, 3]] * 4,
+    [[1, 2, 3], [1, 2, 3, 4, 5], [1, 2], [1]],
+    [[5, *range(10, 60)], [9], [5, *range(10, 40), 7], [8, 1, 1], [8, 1, 2], [5, *range(10, 40), 7]],
+], ids=["identical", "one-begins-another", "several-groups"])  # fmt: skip
+@torch.inference_mode()
+def test_all_tokens_and_other_pooling_too(model, texts):
+    """The whole last layer instead of the last tokens of it, and what `hidden_states` gives."""
+
+    def mean(x, cu_seqlens, norm_weight, eps, *, normalize):
+        return torch.stack([s.mean(0) for s in x.split(cu_seqlens.diff().tolist())])
+
+    batch = pack(texts)
+    shared = share_prefixes(batch, 512, **ALWAYS)
+    assert len(shared.input_ids) < len(batch.input_ids)
+    for normalize in (True, False):
+        a, b = model(shared, normalize=normalize), model(batch, normalize=normalize)
+        assert (a - b).abs().max() <= 2e-6 * b.abs().max()
+    a, b = model(shared, pool=mean), model(batch, pool=mean)
+    assert (a - b).abs().max() <= 2e-6 * b.abs().max()
+    kept, expected = model.hidden_states(shared, [0, -1]), model.hidden_states(batch, [0, -1])
+    for layer, x in expected.items():
+        assert (kept[layer] - x).abs().max() <= 2e-6 * x.abs().max()
+
+
+def test_only_causal_attention_can_share(model):
+    with pytest.raises(ValueError, match="only causal"):
+        model(share_prefixes(pack([[1, 2, 3]] * 3), 512, **ALWAYS), causal=False)
+
+
+@torch.inference_mode()
+def test_long_sequences_and_images_take_no_part(e):
+    """A long text has other rotations, an image's places are 0 in all inputs; both stay whole beside sharing ones."""
+    image = {"text": "<|image_1|>\nwhat is it?", "image": Image.fromarray(synth_image(80, 60, 0))}
+    other = image | {"image": Image.fromarray(synth_image(80, 60, 1))}
+    items = [INSTRUCTION + "a", image, "x" * 700, INSTRUCTION + "b", other, "x" * 700, INSTRUCTION]
+    batch = e.processor(items)
+    shared = share_prefixes(batch, 512, **ALWAYS)
+    for i in (1, 2, 4, 5):
+        assert shared.row_lengths[i] == batch.lengths[i] and sorted(shared.row_lengths)[0] == 1
+    assert len(batch.input_ids) - len(shared.input_ids) >= 2 * len(INSTRUCTION)
+    assert (e.model(shared) - e.model(batch)).abs().max() <= 2e-6
+
+
+def test_work_is_saved(e):
+    """Rows that pass through the decoder's MLP: with a common instruction, the instruction's once."""
+    rows = []
+    hook = e.model.decoder.layers[0].mlp.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    items = [INSTRUCTION + chr(97 + i) * 8 for i in range(16)]
+    try:
+        e.share_prefixes = True
+        shared = e.encode(items)
+        e.share_prefixes = False
+        whole = e.encode(items)
+    finally:
+        hook.remove()
+        e.share_prefixes = False
+    n = len(e.plan(INSTRUCTION))
+    assert rows[1] - rows[0] == 15 * n, rows
+    assert np.abs(shared - whole).max() <= 2e-6
+
+
+def test_on_by_default(folder):
+    assert Embedder.from_pretrained(folder, device="cpu", show_progress=False).share_prefixes
+
+
+@pytest.mark.parametrize("tokens, rows, expected", [
+    (1920, 1164, True),  # 64 queries of 30 tokens, 12 of them in common
+    (1920, 1900, False),  # one percent is less than the gathers cost
+    (240, 120, False),  # reading the weights takes longer than either
+    (300, 120, True),
+    (300, 300, False),
+])  # fmt: skip
+def test_when_it_pays(tokens, rows, expected):
+    assert pays(tokens, rows, 256, 1 / 16) is expected
+
+
+def test_what_does_not_pay_stays_as_it_is():
+    batch = pack([[1, 2, 3, 4]] * 8)
+    assert share_prefixes(batch, 512) is batch
+    batch = pack([[i + 1, *range(200)] for i in range(9)])
+    assert share_prefixes(batch, 512, **ALWAYS) is batch
+    assert share_prefixes(pack([]), 512, **ALWAYS).lengths == ()

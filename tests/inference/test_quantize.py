@@ -1,0 +1,132 @@
+"""fp8: the product of torch against the same product in float32, and which layers it takes."""
+
+import pytest
+import torch
+from PIL import Image
+
+from minivlm2vec import Embedder
+from minivlm2vec.linear import Linear
+from minivlm2vec.new_checkpoint import new_checkpoint
+from minivlm2vec.quantize import Fp8Linear, quantize_fp8
+from minivlm2vec_kernels import quantize_rows
+from tests.support.golden import synth_image
+from tests.support.helpers import randomize
+
+
+def linear(n=48, k=64, bias=False, seed=0) -> Linear:
+    return randomize(Linear(k, n, bias=bias), seed).bfloat16().requires_grad_(False)
+
+
+def in_float32(layer: Linear, x: torch.Tensor) -> torch.Tensor:
+    """The same product, its e4m3 operands multiplied in float32."""
+    (w, sw), (a, sa) = quantize_rows(layer.weight), quantize_rows(x)
+    y = (a.float() @ w.float().T) * sa[:, None] * sw
+    return y if layer.bias is None else y + layer.bias.float()
+
+
+def test_rows_do_not_see_each_other():
+    """What makes a vector independent of its neighbours, here too; sums may be taken in another order."""
+    layer = Fp8Linear(linear())
+    x, large = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    alone = torch.cat([layer(row[None]) for row in x]).float()
+    beside = layer(torch.cat([x, 1e4 * large, torch.full_like(large, float("nan"))])).float()
+    assert (beside[:5] - alone).abs().max() <= 2**-8 * alone.abs().max() and beside[10:].isnan().all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 17])
+def test_products(bias, rows):
+    plain = linear(bias=bias)
+    layer = Fp8Linear(plain)
+    x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    exact = in_float32(plain, x)
+    limit = 2**-8 * exact.abs().max() * 1.01  # half a unit of bfloat16, of the largest
+    assert (layer(x).float() - exact).abs().max() <= limit
+    for start, stop in ((16, 32), (16, None)):
+        assert (layer.rows(x, start, stop).float() - exact[:, start:stop]).abs().max() <= limit
+    assert torch.equal(layer(x.view(rows, 1, 64)), layer(x).view(rows, 1, 48))
+    residual = torch.randn(rows, 48, generator=torch.Generator().manual_seed(2)).bfloat16()
+    assert torch.equal(layer.add_to(residual.clone(), x), residual + layer(x))
+    assert torch.equal(layer.quick_gelu(x), layer(x) * torch.sigmoid(1.702 * layer(x)))
+    gate, up = layer(x).chunk(2, dim=1)
+    assert torch.equal(layer.silu_mul(x), torch.nn.functional.silu(gate) * up)
+    cosine = torch.cosine_similarity(layer(x).float(), plain(x).float()).min()
+    print(f"smallest cosine to bfloat16 {cosine:.5f}")
+    assert cosine > 0.998
+
+
+def test_matrices_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"multiples of 16, got a matrix \[40, 64\]"):
+        Fp8Linear(linear(40, 64))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return new_checkpoint(tmp_path_factory.mktemp("tiny") / "m", preset="tiny", seed=5)
+
+
+def load(folder, **options) -> Embedder:
+    return Embedder.from_pretrained(
+        folder, device="cpu", dtype=torch.bfloat16, prepack=False, show_progress=False, **options
+    )
+
+
+def fp8_names(model) -> set[str]:
+    return {name for name, m in model.named_modules() if isinstance(m, Fp8Linear)}
+
+
+def test_what_is_quantised_by_default(folder):
+    names = fp8_names(load(folder, precision="fp8").model)
+    inner = "decoder.layers.1."
+    assert names == {inner + x for x in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj")}
+    assert not fp8_names(load(folder).model)
+
+
+def test_what_is_kept_can_be_chosen(folder):
+    names = fp8_names(quantize_fp8(load(folder).model, keep=("vision.*", "projector.mlp.2", "*.first.mlp.*")))
+    assert "projector.mlp.0" in names and "projector.mlp.2" not in names
+    assert "decoder.layers.2.mlp.down_proj" in names and "decoder.layers.0.mlp.down_proj" not in names
+    assert "decoder.layers.0.self_attn.qkv_proj" in names and not any(n.startswith("vision") for n in names)
+
+
+def test_vectors_are_near_those_of_bfloat16(folder):
+    texts = ["a cat", "ünïcode 🐈 text", "b" * 100, "what is left of the dog?"]
+    plain, fp8 = load(folder), load(folder, precision="fp8")
+    everything = load(folder)
+    quantize_fp8(everything.model, keep=("vision.*",))
+    expected = plain.encode(texts)
+    near, far = ((expected * e.encode(texts)).sum(1).min() for e in (fp8, everything))
+    print(f"smallest cosine to bfloat16: {near:.4f}, with every matrix of the decoder {far:.4f}")
+    assert 0.98 < near < 1 - 1e-6  # measured 0.9923; random weights are a hard case, and there are three layers
+    assert 0.9 < far < near  # measured 0.9354
+    assert all(m.weight.element_size() == 1 for m in fp8.model.modules() if isinstance(m, Fp8Linear))
+
+
+def test_the_tower_too(folder):
+    """Every matrix in 8 bits, with biases and quick_gelu: a vector of an image stays near."""
+    plain, everything = load(folder), load(folder)
+    quantize_fp8(everything.model, keep=())
+    assert "vision.layers.0.mlp.fc1" in fp8_names(everything.model)
+    image = Image.fromarray(synth_image(80, 60, 0))
+    cosine = (plain.encode([image]) @ everything.encode([image]).T).item()
+    print(f"cosine to bfloat16 {cosine:.4f}")
+    assert 0.9 < cosine < 1 - 1e-6
+
+
+def test_errors(folder):
+    with pytest.raises(ValueError, match="precision is 'bf16' or 'fp8', got 'int4'"):
+        load(folder, precision="int4")
+    with pytest.raises(ValueError, match=r"bfloat16 models, got torch\.float32"):
+        Embedder.from_pretrained(folder, device="cpu", precision="fp8", prepack=False, show_progress=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 30, 777, 4096])
+@pytest.mark.parametrize("n, k", [(9216, 3072), (3072, 3072), (16384, 3072), (3072, 8192)])
+def test_gpu_products(rows, n, k):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no e4m3 products before capability 8.9")
+    plain = randomize(Linear(k, n, bias=False)).bfloat16().cuda().requires_grad_(False)
+    x = torch.randn(rows, k, device="cuda").bfloat16()
+    exact = in_float32(plain, x)
+    assert (Fp8Linear(plain)(x).float() - exact).abs().max() <= 2**-7 * exact.abs().max()

@@ -1,0 +1,199 @@
+"""Compile every kernel ahead of time for sm_80, sm_90 and sm_100 and read what came out. Needs no GPU.
+
+    python -m tests.kernels.aot                    compare all specs with tests/kernels/aot_table.json
+    python -m tests.kernels.aot --write            compile all specs and write the table for this Triton version
+    python -m tests.kernels.aot --only attention   only kernels whose name contains the word
+
+A kernel file `x_triton.py` registers its compile specs in `tests/kernels/aot_specs/x.py`: a function `specs()` that
+returns a list of `Spec`. Modules there are found by themselves. Kernels must not be under TRITON_INTERPRET=1.
+
+What is read per (Triton version, kernel, config, arch):
+    registers   per thread (cuobjdump --dump-resource-usage)
+    shared      bytes per block (Triton's metadata)
+    spills      local-memory instructions in the SASS (LDL, STL); must be 0
+    wgmma       HGMMA instructions in the SASS; where a spec promises them, their count on sm_90 must not fall
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TABLE = Path(__file__).with_name("aot_table.json")
+ARCHS = (80, 90, 100)
+REGISTER_SLACK = 8  # registers per thread a kernel may grow before the table has to be written again
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One kernel with one set of constants, as its launcher would compile it.
+
+    `types` holds Triton's type names of the run-time arguments ("*bf16", "i32", "i64", "fp32"). Pointers and
+    integers count as divisible by 16 (aligned tensors, and strides of real models) unless in `unaligned`.
+    """
+
+    kernel: str  # "attention_triton.attention_kernel", inside minivlm2vec_kernels
+    config: str  # free text, unique within the kernel
+    types: dict[str, str | tuple[str, ...]]
+    constants: dict[str, object]
+    num_warps: int = 4
+    num_stages: int = 2
+    unaligned: frozenset[str] = frozenset()
+    archs: tuple[int, ...] = ARCHS
+    wgmma: bool = False  # must use wgmma on sm_90
+    quick: bool = False  # part of the default tests; the others only of this command
+    options: dict[str, object] = field(default_factory=dict)  # further compiler options, such as maxnreg
+
+    def key(self, arch: int) -> str:
+        return f"{self.kernel}[{self.config}] sm_{arch}"
+
+
+Measured = dict[str, int]
+
+
+def all_specs(only: str = "", quick: bool = False) -> list[Spec]:
+    from tests.kernels import aot_specs
+
+    modules = sorted(m.name for m in pkgutil.iter_modules(aot_specs.__path__))
+    specs = [s for m in modules for s in importlib.import_module(f"tests.kernels.aot_specs.{m}").specs()]
+    keys = [s.key(0) for s in specs]
+    assert len(set(keys)) == len(keys), f"two specs of one name: {sorted(k for k in keys if keys.count(k) > 1)}"
+    return [s for s in specs if only in s.kernel and (s.quick or not quick)]
+
+
+def measure(spec: Spec, arch: int) -> Measured:
+    """Compiles `spec` for `arch` and reads the cubin."""
+    compiled = compile_kernel(spec, arch)
+    usage, sass = (
+        dump(compiled.asm["cubin"], "--dump-resource-usage"),
+        dump(compiled.asm["cubin"], "--dump-sass"),
+    )
+    return {
+        "registers": int(re.search(r"\bREG:(\d+)", usage).group(1)),
+        "shared": compiled.metadata.shared,
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "wgmma": len(re.findall(r"\bHGMMA\b", sass)),
+    }
+
+
+def compile_kernel(spec: Spec, arch: int):
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    module, name = spec.kernel.split(".")
+    kernel = getattr(importlib.import_module(f"minivlm2vec_kernels.{module}"), name)
+    given = spec.types.keys() | spec.constants.keys()
+    if given != set(kernel.arg_names):
+        raise ValueError(f"{spec.key(arch)}: arguments differ from the kernel's: {given ^ set(kernel.arg_names)}")
+    signature = {a: spec.types.get(a, "constexpr") for a in kernel.arg_names}
+    aligned = [i for i, a in enumerate(kernel.arg_names) if _may_align(signature[a]) and a not in spec.unaligned]
+    source = triton.compiler.ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs=dict(spec.constants),
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _may_align(type_name: str | tuple[str, ...]) -> bool:
+    return type_name[0] == "*" or type_name in ("i32", "i64")
+
+
+def dump(cubin: bytes, what: str) -> str:
+    """Text of cuobjdump, which Triton's wheel ships."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, what, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def measure_all(specs: list[Spec]) -> dict[str, Measured]:
+    """Measures specs x archs; the compiler spends its time outside the GIL, so threads help."""
+    jobs = [(s, arch) for s in specs for arch in s.archs]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return dict(pool.map(lambda job: (job[0].key(job[1]), measure(*job)), jobs))
+
+
+def problems(specs: list[Spec], measured: dict[str, Measured], table: dict[str, Measured]) -> list[str]:
+    """What is wrong with `measured`: spills, missing wgmma, growth beyond the table. Empty if all is well."""
+    found = []
+    for spec in specs:
+        for arch in spec.archs:
+            key = spec.key(arch)
+            found += [f"{key}: {p}" for p in _problems(spec, arch, measured[key], table.get(key))]
+    return found
+
+
+def _problems(spec: Spec, arch: int, now: Measured, before: Measured | None) -> list[str]:
+    found = []
+    if now["spills"]:
+        found.append(f"{now['spills']} spill instructions")
+    if spec.wgmma and arch == 90 and not now["wgmma"]:
+        found.append("no wgmma")
+    if before is None:
+        return found
+    if now["wgmma"] < before["wgmma"]:
+        found.append(f"wgmma fell from {before['wgmma']} to {now['wgmma']}")
+    if now["registers"] > before["registers"] + REGISTER_SLACK:
+        found.append(f"registers grew from {before['registers']} to {now['registers']}")
+    if now["shared"] > before["shared"]:
+        found.append(f"shared memory grew from {before['shared']} to {now['shared']}")
+    return found
+
+
+def triton_version() -> str:
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def read_table() -> dict[str, dict[str, Measured]]:
+    """{Triton version: {key: measured}}."""
+    return json.loads(TABLE.read_text()) if TABLE.exists() else {}
+
+
+def write_table(measured: dict[str, Measured], only: str) -> None:
+    """Replaces this Triton version's entries (those matching `only`) and leaves other versions alone."""
+    table = read_table()
+    kept = {k: v for k, v in table.get(triton_version(), {}).items() if only not in k.split("[")[0]}
+    table[triton_version()] = kept | measured
+    blocks = []
+    for version in sorted(table):
+        rows = [f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(table[version].items())]
+        blocks.append(f'  "{version}": {{\n' + ",\n".join(rows) + "\n  }")
+    TABLE.write_text("{\n" + ",\n".join(blocks) + "\n}\n")  # one line an entry: readable in a diff
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="write the table instead of comparing with it")
+    parser.add_argument("--only", default="", help="only kernels whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="only the specs of the default tests")
+    args = parser.parse_args()
+    specs = all_specs(args.only, args.quick)
+    measured = measure_all(specs)
+    for key, values in measured.items():
+        print(f"{key:90s}", " ".join(f"{k} {v:6d}" for k, v in values.items()))
+    table = {} if args.write else read_table().get(triton_version(), {})
+    found = problems(specs, measured, table)
+    print(*found, sep="\n")
+    if args.write and not found:
+        write_table(measured, args.only)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

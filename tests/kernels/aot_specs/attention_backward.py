@@ -1,0 +1,54 @@
+"""Attention's gradient as the model needs it: causal with head dim 96 (decoder) and full with 64 (image tower);
+the widest head dim and float32 once each."""
+
+import torch
+
+from minivlm2vec_kernels import attention_backward_triton as backward
+from minivlm2vec_kernels.attention_triton import split_head_dim
+from tests.kernels.aot import ARCHS, Spec
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+OWN = {"dq": ("out", "dq"), "dkv": ("dk", "dv")}  # the tensors, besides those of both passes
+
+
+def specs() -> list[Spec]:
+    return [spec for pass_ in OWN for spec in _specs(pass_)]
+
+
+def _specs(pass_: str) -> list[Spec]:
+    return [
+        _spec(pass_, 96, True, archs=(90,), quick=True),
+        _spec(pass_, 96, True, group=4),
+        _spec(pass_, 64, False),
+        _spec(pass_, 128, True),
+        _spec(pass_, 128, True, dtype="fp32"),
+    ]
+
+
+def _spec(
+    pass_: str, H: int, causal: bool, group: int = 1, dtype: str = "bf16", archs: tuple[int, ...] = ARCHS,
+    quick: bool = False,
+) -> Spec:  # fmt: skip
+    H0, H1 = split_head_dim(H)
+    tile = backward.choose_backward_tile(pass_, H, DTYPES[dtype])
+    heads = "heads" if pass_ == "dq" else "heads_kv"
+    types = dict.fromkeys(("q", "k", "v", "dout", *OWN[pass_]), f"*{dtype}")
+    types |= dict.fromkeys(("lse", "delta"), "*fp32") | dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "*i32")
+    types |= dict.fromkeys((heads, "tiles", "Tq", *(f"stride_{x}{dim}" for x in "qkv" for dim in "tn")), "i32")
+    types |= dict.fromkeys(("scale", "scale_log2"), "fp32") | ({} if group == 1 else {"group": "i32"})
+    constants = {"H0": H0, "H1": H1, "BM": tile.BM, "BN": tile.BN, "CAUSAL": causal}
+    constants |= {"group": 1} if group == 1 else {}  # Triton makes an integer argument of 1 a constant
+    return Spec(
+        kernel=f"attention_backward_triton.attention_{pass_}_kernel",
+        config=f"{dtype} H{H} {'causal' if causal else 'full'} group{group} {tile.BM}x{tile.BN} "
+        f"warps{tile.warps} stages{tile.stages}",
+        types=types,
+        constants=constants,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        unaligned=frozenset({"tiles", "Tq", "group"}),
+        archs=archs,
+        wgmma=max(tile.BM, tile.BN) >= 64 and dtype == "bf16",
+        quick=quick,
+        options={"enable_fp_fusion": True},
+    )

@@ -1,0 +1,27 @@
+"""layer_norm_triton.py: the tower's width, a small checkpoint's, and a wide one."""
+
+from minivlm2vec_kernels import layer_norm_triton
+from tests.kernels.aot import Spec
+
+TYPES = dict.fromkeys(("x", "weight", "bias", "out"), "*bf16") | {
+    "R": "i32", "D": "i32", "stride_x": "i32", "stride_residual": "i32", "eps": "fp32"
+}  # fmt: skip
+
+
+FORMS = {"": (), " add": ("residual", "total"), " shift": ("shift", "total")}
+
+
+def specs() -> list[Spec]:
+    return [_spec(D, form) for D in (64, 1024, 4096, 8192) for form in FORMS]
+
+
+def _spec(D: int, form: str) -> Spec:
+    BD, BM, warps = layer_norm_triton.settings(D)
+    given = FORMS[form]
+    types = TYPES | dict.fromkeys(given, "*bf16")
+    constants = {"ADD": "residual" in given, "SHIFT": "shift" in given, "BM": BM, "BD": BD}
+    constants |= dict.fromkeys({"residual", "shift", "total"} - set(given))
+    return Spec(
+        "layer_norm_triton.layer_norm_kernel", f"D{D}{form}", types, constants, warps, unaligned=frozenset({"R"}),
+        quick=D == 1024 and form != "",
+    )  # fmt: skip

@@ -1,0 +1,303 @@
+"""What is to happen on a card, on a pretended one:
+
+python -m pytest -p tests.kernels.pretended tests/kernels/rehearsal.py
+"""
+
+import re
+from dataclasses import astuple, replace
+
+import numpy as np
+import pytest
+import torch
+import triton
+from PIL import Image
+from triton.runtime.errors import OutOfResources
+
+from bench import bench_model, common, run
+from minivlm2vec import Embedder
+from minivlm2vec.config import VLM2VecConfig
+from minivlm2vec.graphs import GraphedModel
+from minivlm2vec.new_checkpoint import base_config
+from minivlm2vec.prefix import share_prefixes
+from minivlm2vec.quantize import quantize_fp8
+from minivlm2vec_kernels import (
+    activation_triton,
+    attention_backward_triton,
+    attention_triton,
+    ops,
+    rms_norm_triton,
+    rope_triton,
+)
+
+CONFIG = VLM2VecConfig.from_dict(base_config("full"))
+LAYERS, TOWER_LAYERS = 32, 23  # of the published model, as far as they are computed
+TEXT = {"rms_norm_kernel": 2 * LAYERS, "rope_kernel": LAYERS + 1, "attention_kernel": LAYERS,
+        "silu_mul_kernel": LAYERS, "pool_last_token_kernel": 1}  # fmt: skip
+CHUNK = {"layer_norm_kernel": 2 * TOWER_LAYERS + 1, "attention_kernel": TOWER_LAYERS}  # 64 crops at most
+CHUNK["linear_quick_gelu_kernel"] = TOWER_LAYERS
+IMAGES = {"image_patches_kernel": 1, "merge_crops_kernel": 1}
+
+
+def model():
+    m = bench_model.random_model(CONFIG, torch.bfloat16, torch.device("cuda"))
+    m.backend = "triton"
+    return m
+
+
+def batch(name: str):
+    return bench_model.batch_of(CONFIG, bench_model.FULL[name], torch.device("cuda"))
+
+
+# ------------------------------------------------------------------------------------- the published model
+
+
+@pytest.mark.parametrize("name", bench_model.FULL)
+@torch.inference_mode()
+def test_forward(card, name):
+    """Each workload of the bench: the kernels it takes, and that nothing waits or is fetched from the host."""
+    m, b = model(), batch(name)
+    m(b)  # constants come to the card
+    card.forget()
+    vectors = m(b)
+    assert vectors.shape == (b.num_sequences, 3072) and vectors.dtype == torch.float32 and vectors.is_cuda
+    assert not card.waits and not card.uploads
+    assert card.operators["aten.add_.Tensor"] == 0  # biases ride along
+    chunks = -(-sum(1 + h * w for h, w in b.grids) // 64)
+    expected = dict(TEXT)
+    for kernel, count in CHUNK.items():
+        if chunks:
+            expected[kernel] = expected.get(kernel, 0) + count * chunks
+    assert card.kernels() == expected | (IMAGES if chunks else {})
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+@torch.inference_mode()
+def test_every_card(card, capability):
+    """Kernels for it compile and find the shared memory that they want, for short and long sequences and images."""
+    card.capability = capability
+    for name in ("a1", "d"):
+        assert model()(batch(name)).shape[1] == 3072
+    assert max(launch.shared for launch in card.launches) >= 48 << 10  # what is there without asking
+
+
+@torch.inference_mode()
+def test_graphs(card):
+    """A capture takes nothing from the host; a batch of a known bucket is three copies and a replay."""
+    graphed, b = GraphedModel(model(), make_at=1), batch("a1")
+    graphed(b)
+    assert sum(launch.captured for launch in card.launches) == sum(TEXT.values())
+    card.forget()
+    assert graphed(b).shape == (1, 3072)
+    assert card.replays == 1 and not card.launches and not card.waits and not card.uploads
+    assert card.operators["aten.copy_.default"] == 3
+    with_images = batch("b1")
+    graphed(with_images)
+    card.forget()
+    graphed(with_images)
+    assert card.replays == 1 and card.kernels() == CHUNK | IMAGES
+
+
+@torch.inference_mode()
+def test_shared_prefixes(card):
+    on_host = bench_model.batch_of(CONFIG, bench_model.COMMON, torch.device("cpu"))
+    shared = share_prefixes(on_host, 4096, weight_bound_rows=0).to("cuda")
+    m = model()
+    m(shared)
+    card.forget()
+    assert m(shared).shape == (shared.num_sequences, 3072)
+    assert card.kernels() == TEXT and not card.waits and not card.uploads
+
+
+@torch.inference_mode()
+def test_fp8(card):
+    quantised = quantize_fp8(bench_model.sharing_weights(model(), "triton"))
+    card.forget()
+    assert quantised(batch("a")).shape == (64, 3072)
+    assert card.operators["aten._scaled_mm.default"] == card.kernels()["quantize_rows_kernel"] > 2 * LAYERS
+    card.capability = (8, 0)
+    with pytest.raises(ValueError, match=r"8\.9"):
+        quantize_fp8(bench_model.sharing_weights(model(), "triton"))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"cuda_graphs": False}, {"precision": "fp8", "dtype": torch.bfloat16}], ids=str
+)
+def test_embedder(card, options):
+    """From pictures to vectors: all that the forward pass takes is pinned, and only the end waits."""
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 200, 3), np.uint8)
+    inputs = ["a cat", "a text " * 30, Image.fromarray(pixels), {"text": "what is <|image_1|>?", "image": pixels}]
+    e = Embedder.from_pretrained("mini", **{"dtype": torch.bfloat16} | options, show_progress=False)
+    assert e.device.type == "cuda" and e.model.backend is None
+    for _ in range(2):  # at the second time graphs are captured
+        e.encode(inputs, batch_tokens=100)
+    card.forget()
+    assert e.encode(inputs, batch_tokens=100).shape == (4, e.dimension)
+    assert card.waits == {"to cpu": 2}  # whether all are finite, and the vectors
+    assert card.uploads["pageable"] == 1  # their order
+    assert card.replays == (0 if options.get("cuda_graphs") is False else 2)  # two packs
+    assert set(card.kernels()) >= ({"attention_kernel", "merge_crops_kernel"})
+
+
+def test_a_capture_that_fails(card, monkeypatch):
+    """By default graphs are then given up; who asks for them is told."""
+
+    class Failing:
+        def __init__(self, *_, **__): ...
+        def __enter__(self): ...
+        def __exit__(self, *_):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", Failing)
+    options = {"dtype": torch.bfloat16, "show_progress": False}
+    e = Embedder.from_pretrained("mini", **options)
+    e.encode(["a cat"])
+    with pytest.warns(UserWarning, match="CUDA graphs are off.*not permitted"):
+        assert e.encode(["a cat"]).shape == (1, e.dimension)
+    for text in ("a cat", "a text " * 30, "a text " * 30):
+        assert e.encode([text]).shape == (1, e.dimension)
+    assert card.replays == 0 and len(e.graphs.programs) == 1
+    strict = Embedder.from_pretrained("mini", **options, cuda_graphs=True)
+    strict.encode(["a cat"])
+    with pytest.raises(RuntimeError, match="not permitted"):
+        strict.encode(["a cat"])
+
+
+# ----------------------------------------------------------------------------------------------- kernels
+
+
+@pytest.mark.parametrize(("H", "causal", "lengths"), [(96, True, (777, 30, 1)), (64, False, (577, 577))])
+def test_backward_kernels(card, H, causal, lengths):
+    """Those of the published model, called as autograd would."""
+    make = {"device": "cuda", "dtype": torch.bfloat16}
+    T, D = sum(lengths), 32 * H
+    q, k, v = torch.zeros(T, 3 * D, **make).view(T, 3, 32, H).unbind(1)
+    cu = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    call = (cu, max(lengths), causal, None, None, None)
+    out, lse = attention_backward_triton.attention_with_lse(q, k, v, *call)
+    gradients = attention_backward_triton.attention_backward(out, q, k, v, out, lse, *call)
+    assert [g.shape for g in gradients] == [q.shape] * 3
+    x, weight = torch.zeros(T, D, **make), torch.zeros(D, **make)
+    dx, dweight = rms_norm_triton.rms_norm_backward(x, x, x, weight, 1e-5, True)
+    assert dx.shape == x.shape and dweight.shape == weight.shape
+    assert activation_triton.silu_mul_backward(x[:, : D // 2], x).shape == x.shape
+    cos = torch.zeros(T, H // 2, **make)
+    assert rope_triton.rope(q, k, cos, cos, True)[0].shape == q.shape
+    assert len(card.kernels()) == 6 and not card.waits
+
+
+# ----------------------------------------------------------------------------------------------- the bench
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """The bench with few repetitions, a tiny model with few inputs, and a folder of its own."""
+    for name, value in {"REPETITIONS": 1, "FEWEST": 1, "WARM_UPS": 1, "RESULTS": tmp_path}.items():
+        monkeypatch.setattr(common, name, value)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    sizes = base_config("tiny")
+    sizes["num_key_value_heads"] = sizes["num_attention_heads"]  # varlen_attn knows no groups
+    monkeypatch.setattr(bench_model, "base_config", lambda preset: sizes)
+    monkeypatch.setattr(bench_model, "FULL", {name: few_of(work) for name, work in bench_model.FULL.items()})
+    monkeypatch.setattr(bench_model, "WARM_UPS", 1)
+    monkeypatch.setattr(bench_model, "FP8_COSINE", -1)  # there are none
+    plain = common.Session.run
+    without = lambda self, cases: plain(self, (c for c in cases if "backward" not in c.kernel))  # noqa: E731
+    monkeypatch.setattr(common.Session, "run", without)
+
+    def call(*args: str) -> list[dict[str, str]]:
+        monkeypatch.setattr("sys.argv", ["bench.run", *args])
+        assert run.main() == 0
+        (path,) = tmp_path.glob("*.csv")
+        return list(common.read_rows(path))
+
+    return call
+
+
+def few_of(work: bench_model.Workload) -> bench_model.Workload:
+    some = slice(-9, -7) if len(work.texts) > 9 else slice(None)  # one with an image in the mixed batch, one without
+    return replace(work, texts=work.texts[some], grids=work.grids[some])
+
+
+def test_the_bench(card, quick, capsys):
+    """Every case but those of gradients, with every provider that is installed."""
+    rows = quick("--all")
+    printed = capsys.readouterr().out
+    missing = set(re.findall(r": no (.+?): \w+Error", printed))
+    flex = {"FlexAttention"}  # makes its mask by vmap, which a fake tensor does not survive
+    fused = {f"SDPA {kind}" for kind in ("flash", "cuDNN", "efficient")}
+    asks_the_driver = fused if torch.version.cuda else set()  # where torch is built with CUDA, which of them there are
+    assert missing <= flex | asks_the_driver, printed
+    cases = {(r["kernel"], r["case"]) for r in rows}
+    assert len(cases) > 80
+    for case in cases:
+        providers = {r["provider"] for r in rows if (r["kernel"], r["case"]) == case}
+        ours = set() if case[0].startswith("linear (") else {"triton"}  # torch's products alone, for comparison
+        assert providers >= ours | {"torch"}, (case, providers)
+    peers = {"SDPA default", "varlen_attn (FA2)", "packed + compile", "bf16"} | fused - asks_the_driver
+    assert peers <= {r["provider"] for r in rows}
+
+
+# ------------------------------------------------------------------------------- that it finds what is wrong
+
+
+def test_it_finds_too_much_shared_memory(card):
+    q, cu = torch.zeros(777, 32, 96, device="cuda", dtype=torch.bfloat16), torch.tensor([0, 777], device="cuda").int()
+    tile = attention_triton.Tile(128, 128, 8, stages=8, tma=True)
+    with pytest.raises(OutOfResources, match="Hardware limit: 232448"):
+        attention_triton.launch(q, q, q, cu, 777, cu, 777, True, None, tile)
+
+
+def test_it_finds_tensors_on_two_devices(card):
+    x = torch.zeros(4, 64, device="cuda")
+    with pytest.raises(RuntimeError, match="cpu"):
+        x + torch.zeros(4, 64)
+    with pytest.raises(ValueError, match="cannot be accessed from Triton"):
+        rms_norm_triton.rms_norm(x, torch.zeros(64), 1e-5)
+
+
+def test_it_finds_waits(card):
+    x = torch.zeros(4, device="cuda")
+    assert bool((x > 0).any()) and x[0].item() == 0 and x.tolist() == [0, 0, 0, 0] and len(x.nonzero()) == 0
+    assert card.waits == {"item": 2, "to cpu": 1, "nonzero": 1}
+    x.to("cpu", non_blocking=True)
+    assert sum(card.waits.values()) == 4
+
+
+@pytest.mark.parametrize(
+    "forbidden",
+    [lambda x: x.item(), lambda x: x.cpu(), lambda x: torch.ones(1).to("cuda"), lambda x: torch.cuda.synchronize()],
+    ids=["item", "download", "upload", "synchronize"],
+)
+def test_it_finds_what_a_graph_cannot_hold(card, forbidden):
+    x = torch.zeros(1, device="cuda")
+    with pytest.raises(RuntimeError, match="while a CUDA graph is captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        forbidden(x)
+    assert not card.capturing
+
+
+def test_it_finds_a_missing_allocator(card):
+    """Descriptors made by a kernel want memory of the launcher."""
+    triton.set_allocator(triton.runtime._allocation.NullAllocator())
+    q = torch.zeros(777, 32, 96, device="cuda", dtype=torch.bfloat16)
+    cu = torch.tensor([0, 777], device="cuda", dtype=torch.int32)
+    attention_triton.attention(q, q, q, cu, 777, True, None, None, None)  # sets one
+    triton.set_allocator(triton.runtime._allocation.NullAllocator())
+    tile = attention_triton.choose_tile(777, 777, True, True, q.dtype)
+    assert tile.tma
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="no allocator was set"):
+        patch.setattr(triton, "set_allocator", lambda allocator: None)
+        attention_triton.launch(q, q, q, cu, 777, cu, 777, True, None, tile)
+
+
+def test_gradients_are_refused(card):
+    with pytest.raises(NotImplementedError, match="no gradients"):
+        torch.zeros(4, device="cuda").requires_grad_()
+    p = torch.nn.Parameter(torch.zeros(4, 64, device="cuda"))
+    assert ops.rms_norm(p, p[0], 1e-5).shape == (4, 64)
+
+
+def test_a_launch_is_recorded(card):
+    rms_norm_triton.rms_norm(torch.zeros(5, 64, device="cuda"), torch.zeros(64, device="cuda"), 1e-5)
+    (launch,) = card.launches
+    assert launch.kernel == "rms_norm_kernel" and launch.grid[0] > 0 and not launch.captured
+    assert astuple(launch)[1:] == (launch.grid, launch.shared, False)

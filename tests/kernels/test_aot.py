@@ -1,0 +1,65 @@
+"""Kernels compile for sm_80, sm_90 and sm_100: no spill, wgmma where promised, no drift from the table."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernels import aot
+from tests.support.helpers import compiling_environment
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def output() -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "tests.kernels.aot", "--quick"]
+    return subprocess.run(command, cwd=ROOT, env=compiling_environment(), capture_output=True, text=True)
+
+
+def test_kernels_compile_without_spills_and_as_the_table_says(output):
+    print(output.stdout)
+    assert output.returncode == 0, output.stdout + output.stderr
+
+
+def test_table_covers_every_spec_of_this_triton(output):
+    table = aot.read_table()
+    version = aot.triton_version()
+    if version not in table:
+        pytest.skip(f"no table for Triton {version}; have {', '.join(table)}")
+    missing = [s.key(arch) for s in aot.all_specs() for arch in s.archs if s.key(arch) not in table[version]]
+    assert not missing, "run python -m tests.kernels.aot --write"
+
+
+def test_table_is_what_write_table_writes(tmp_path, monkeypatch):
+    before = json.loads(aot.TABLE.read_text())
+    copy = tmp_path / "table.json"
+    copy.write_text(aot.TABLE.read_text())
+    monkeypatch.setattr(aot, "TABLE", copy)
+    aot.write_table(before.get(aot.triton_version(), {}), only="")
+    assert json.loads(copy.read_text()) == before | {aot.triton_version(): before.get(aot.triton_version(), {})}
+
+
+SPEC = aot.Spec("x.y", "c", {}, {}, archs=(90,), wgmma=True)
+GOOD = {"registers": 100, "shared": 1024, "spills": 0, "wgmma": 8}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({}, None),
+        ({"registers": 100 + aot.REGISTER_SLACK}, None),
+        ({"registers": 101 + aot.REGISTER_SLACK}, "registers grew from 100"),
+        ({"shared": 2048}, "shared memory grew from 1024 to 2048"),
+        ({"spills": 3}, "3 spill instructions"),
+        ({"wgmma": 4}, "wgmma fell from 8 to 4"),
+        ({"wgmma": 0}, "no wgmma"),
+    ],
+)
+def test_problems_are_named(change, complaint):
+    key = SPEC.key(90)
+    found = aot.problems([SPEC], {key: GOOD | change}, {key: GOOD})
+    assert bool(found) == (complaint is not None)
+    assert complaint is None or any(complaint in f for f in found)

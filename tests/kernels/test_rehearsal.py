@@ -1,0 +1,45 @@
+"""On a machine without a card: what is to happen on one, on a pretended one (pretend_card.py)."""
+
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.helpers import compiling_environment
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card: pytest -m gpu")
+
+
+RUNS = {"rehearsal": ("tests/kernels/rehearsal.py",), "gpu": ("-m", "gpu", "tests")}
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, str]:
+    """What pytest says of each, both at the same time."""
+    with ThreadPoolExecutor(len(RUNS)) as pool:
+        return dict(zip(RUNS, pool.map(pytest_on_a_pretended_card, RUNS.values()), strict=True))
+
+
+def pytest_on_a_pretended_card(arguments: tuple[str, ...]) -> str:
+    command = [sys.executable, "-m", "pytest", "-p", "tests.kernels.pretended", "-q", "--tb=short", *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=compiling_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    return f"{done.stdout}\nexit status {done.returncode}"
+
+
+def test_rehearsal(reports):
+    report = reports["rehearsal"]
+    assert report.endswith("exit status 0") and " passed" in report, report[-8000:]
+
+
+def test_tests_that_need_a_card_run_as_far_as_their_numbers(reports):
+    report = reports["gpu"]
+    assert report.endswith("exit status 0"), report[-8000:]
+    assert int(re.search(r"(\d+) passed", report)[1]) > 200, report[-8000:]

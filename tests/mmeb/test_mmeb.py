@@ -1,0 +1,573 @@
+"""The MMEB evaluator: scores by hand and against the original's algorithm, files, damage, resuming, processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from minivlm2vec.errors import InputError
+from minivlm2vec.mmeb import dataset, report, score, subsets
+from minivlm2vec.mmeb.dataset import Dataset, Images, Pair, open_dataset
+from minivlm2vec.mmeb.encode import Group, Store, as_input, fingerprint
+from minivlm2vec.mmeb.mini import build, bundled
+from minivlm2vec.mmeb.score import METRICS, CollapsedEmbeddings, figures, score_rows
+from tests.support.files_data import make_adapter
+
+MINI = bundled() / "MMEB-eval"
+
+
+class Hashing:
+    """A fake embedder: every input has its own pseudo-random vector. Counts what it is asked for."""
+
+    name = "hashing"
+
+    def __init__(self, dimension: int = 16, fail_after: int | None = None):
+        self.dimension, self.fail_after, self.inputs = dimension, fail_after, []
+
+    def encode(self, inputs, **options):
+        if self.fail_after is not None and len(self.inputs) >= self.fail_after:
+            raise KeyboardInterrupt
+        self.inputs += [x for x in inputs if not _is_probe(x)]
+        return np.stack([self._vector(x) for x in inputs])
+
+    def _vector(self, x):
+        if isinstance(x, dict):
+            image = x["image"]
+            content = image.tobytes() if isinstance(image, np.ndarray) else _content(image)
+            seed = x["text"].encode() + content
+        else:
+            seed = x.encode()
+        rng = np.random.default_rng(np.frombuffer(seed.ljust(8), np.uint8))
+        return rng.standard_normal(self.dimension).astype(np.float32)
+
+
+def _content(image):
+    return image.read_bytes() if isinstance(image, Path) else image
+
+
+def _is_probe(x):
+    return x == "Represent the given text.\n" or (isinstance(x, dict) and isinstance(x["image"], np.ndarray))
+
+
+class Constant(Hashing):
+    def _vector(self, x):
+        return np.ones(self.dimension, np.float32)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Two subsets of 30 rows with 5 candidates, one with pictures in a folder."""
+    root = tmp_path / "data"
+    for name in ("CIRR", "WebQA"):
+        (root / name).mkdir(parents=True)
+    for i in range(8):
+        Image.new("RGB", (8, 8), (30 * i, 0, 0)).save(root / "CIRR" / f"image_{i}.png")
+    write_rows(root, "CIRR", [image_row(i) for i in range(30)])
+    tag = "<|image_1|>\nFind a Wikipedia image that answers this question: {}\n"
+    webqa = [{"qry_text": tag.format(i), "qry_img_path": "", "tgt_text": [f"{i} {j}" for j in range(5)],
+              "tgt_img_path": [""] * 5} for i in range(30)]  # fmt: skip
+    write_rows(root, "WebQA", webqa)
+    return root
+
+
+def image_row(i):
+    paths = [f"CIRR/image_{(i + j) % 8}.png" for j in range(5)]
+    return {"qry_text": f"<|image_1|>\nchange {i}\n", "qry_img_path": f"CIRR/image_{i % 8}.png",
+            "tgt_text": ["<|image_1|>\nRepresent the given image.\n"] * 5, "tgt_img_path": paths}  # fmt: skip
+
+
+def write_rows(root, name, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (root / name / "test.jsonl").write_text(text, encoding="utf-8")
+
+
+def run(data, out, encoder=None, **options):
+    pytest.importorskip("pyarrow")
+    from minivlm2vec.mmeb.evaluate import evaluate
+
+    return evaluate(encoder or Hashing(), data, out=out, **options)
+
+
+# --- scoring ---------------------------------------------------------------------------------------------
+
+
+def test_scores_by_hand():
+    """Three rows over unit vectors in the plane, figures worked out on paper."""
+    at = {name: (np.cos(np.radians(a)), np.sin(np.radians(a))) for name, a in
+          {"q": 0, "near": 10, "far": 60, "back": 180, "mirror": -10}.items()}  # fmt: skip
+    names = list(at)
+    vectors = 3 * np.array([at[name] for name in names], np.float32)  # lengths must not matter
+    index = names.index
+    rows = [
+        (index("q"), [index("near"), index("far"), index("back")]),  # rank 1
+        (index("q"), [index("far"), index("near"), index("back")]),  # rank 2
+        (index("q"), [index("near"), index("mirror"), index("far")]),  # a tie: rank 2, 1 as the original counts
+    ]
+    scored = score_rows(vectors, rows)
+    assert [one.rank for one in scored] == [1, 2, 2]
+    assert [one.rank_original for one in scored] == [1, 2, 1]
+    assert [one.predicted for one in scored] == [0, 1, 0]
+    np.testing.assert_allclose(scored[0].scores, [0.9848078, 0.5, -1.0], atol=1e-6)
+    mean = dict(zip(METRICS, figures(scored, "x").mean, strict=True))
+    assert mean["precision@1"] == pytest.approx(100 / 3)
+    assert mean["precision@1_original"] == pytest.approx(200 / 3)
+    assert mean["mrr"] == pytest.approx(100 * (1 + 0.5 + 0.5) / 3)
+    assert mean["recall@5"] == mean["recall@10"] == 100
+
+
+def original_algorithm(query, targets):
+    """What the published evaluator does with one row: normalised dot products and numpy's first maximum."""
+    norms = np.linalg.norm(targets, axis=1) * np.linalg.norm(query)
+    return int(np.argmax(np.dot(targets, query) / norms))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), candidates=st.integers(1, 40), copies=st.integers(0, 20))
+def test_agrees_with_the_originals_algorithm_ties_included(seed, candidates, copies):
+    """Vectors of small whole numbers, whose dot products float32 holds exactly: with others, numpy may give equal
+    candidates scores that differ in the last bit, by their place in memory."""
+    rng = np.random.default_rng(seed)
+    vectors = rng.integers(-9, 10, (1 + candidates + copies, 24)).astype(np.float32)
+    vectors[1 + candidates :] = vectors[rng.integers(1, 1 + candidates, copies)]  # ties, the positive's too
+    order = [1, *(2 + rng.permutation(candidates + copies - 1))]
+    (one,) = score_rows(vectors, [(0, order)])
+    assert one.predicted == original_algorithm(vectors[0], vectors[order])
+    cosines = vectors[order].astype(np.float64) @ vectors[0] / np.linalg.norm(vectors[order], axis=1)
+    tied = sum(np.array_equal(vectors[i], vectors[1]) for i in order[1:])
+    above = sum(cosines[1:] > cosines[0] + 1e-6)
+    assert (one.rank_original, one.rank) == (1 + above, 1 + above + tied)
+
+
+def test_agrees_with_the_originals_algorithm_on_random_vectors():
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((300, 64)).astype(np.float32)
+    rows = [(i, 100 + rng.permutation(200)[: 1 + i]) for i in range(100)]
+    for (query, targets), one in zip(rows, score_rows(vectors, rows, block=7), strict=True):
+        assert one.predicted == original_algorithm(vectors[query], vectors[targets])
+
+
+def test_a_constant_vector_scores_nothing_here_and_everything_there():
+    scored = score_rows(np.ones((6, 4), np.float32), [(0, [1, 2, 3]), (4, [5, 2, 3])])
+    mean = dict(zip(METRICS, figures(scored, "x").mean, strict=True))
+    assert mean["precision@1"] == 0
+    assert mean["precision@1_original"] == 100
+
+
+def test_the_positive_listed_again_is_no_wrong_answer():
+    vectors = np.eye(3, dtype=np.float32) + 0.1
+    (one,) = score_rows(vectors, [(1, [1, 2, 1])])
+    assert (one.rank, one.rank_original) == (1, 1)
+
+
+@pytest.mark.parametrize(("value", "words"), [(np.nan, "not finite"), (0, "zero")])
+def test_vectors_that_cannot_be_compared(value, words):
+    vectors = np.ones((3, 4), np.float32)
+    vectors[1] = value
+    with pytest.raises(ValueError, match=f"1 of 3 vectors are {words}, the first is number 1"):
+        score_rows(vectors, [(0, [1, 2])])
+
+
+def test_bootstrap_intervals():
+    """The interval of a proportion of 1,000 rows is near the normal one; averages are narrower; same every time."""
+    hit, miss = (score.Scored(np.zeros(2, np.float32), rank, rank, rank - 1) for rank in (1, 2))
+    one = figures([hit] * 400 + [miss] * 600, "a")
+    low, high = one.interval()[:, 0]
+    half = 1.96 * 100 * np.sqrt(0.4 * 0.6 / 1000)
+    assert (low, high) == pytest.approx((40 - half, 40 + half), abs=0.4)
+    both = score.average([one, figures([hit] * 400 + [miss] * 600, "b")])
+    assert both.mean[0] == pytest.approx(40)
+    assert np.ptp(both.interval()[:, 0]) == pytest.approx((high - low) / np.sqrt(2), rel=0.1)
+    again = figures([hit] * 400 + [miss] * 600, "a")
+    np.testing.assert_array_equal(one.replicates, again.replicates)
+
+
+def test_collapse_is_found():
+    rng = np.random.default_rng(0)
+    rows = [(i, [30 + i, *(30 + (i + j) % 200 for j in range(1, 120))]) for i in range(30)]
+    healthy = rng.standard_normal((230, 32)).astype(np.float32)
+    score.check_collapse(healthy, rows, score_rows(healthy, rows), "x")
+
+    same = 1 + 1e-4 * rng.standard_normal((230, 32)).astype(np.float32)
+    with pytest.raises(CollapsedEmbeddings, match="30 different queries are nearly the same"):
+        score.check_collapse(same, rows, score_rows(same, rows), "x")
+
+    one_answer = healthy.copy()
+    one_answer[:30, 0] += 50
+    one_answer[30:, 0] = 0
+    one_answer[40, 0] = 50
+    always = [(i, [30 + i, *(30 + j for j in range(120) if j != i)]) for i in range(30)]
+    with pytest.raises(CollapsedEmbeddings, match=r"30 queries all get the same answer .*hit@1 = 1/30"):
+        score.check_collapse(one_answer, always, score_rows(one_answer, always), "x")
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+def test_images_from_a_folder_and_from_a_zip_are_the_same(data, tmp_path):
+    zipped = tmp_path / "pictures.zip"
+    with zipfile.ZipFile(zipped, "w") as archive:
+        for path in (data / "CIRR").glob("*.png"):
+            archive.write(path, f"some/top/CIRR/{path.name}")
+    (tmp_path / "nested" / "images").mkdir(parents=True)
+    (data / "CIRR").rename(tmp_path / "nested" / "images" / "CIRR")
+    folder, inside = Images(tmp_path / "nested"), Images(zipped)
+    for i in range(8):
+        path = f"CIRR/image_{i}.png"
+        assert folder.source(path).read_bytes() == inside.source(path)
+    with pytest.raises(FileNotFoundError, match=r"CIRR/none\.png is not in .*pictures\.zip"):
+        inside.source("CIRR/none.png")
+    with pytest.raises(ValueError, match="leaves the image folder"):
+        folder.source("../secret.png")
+
+
+def test_a_damaged_zip_is_named_or_skipped(data, tmp_path):
+    zipped = data / "images.zip"
+    with zipfile.ZipFile(zipped, "w") as archive:
+        for path in sorted((data / "CIRR").glob("*.png")):
+            archive.write(path, f"CIRR/{path.name}")
+        place = archive.getinfo("CIRR/image_3.png").header_offset + 60
+    content = bytearray(zipped.read_bytes())
+    content[place] ^= 0xFF
+    zipped.write_bytes(content)
+    with pytest.raises(ValueError, match=r"CIRR/image_3\.png in .*images\.zip cannot be read: Bad CRC-32"):
+        run(data, tmp_path / "out", names=["CIRR"])
+    assert Dataset(data).rows(subsets.MMEB["CIRR"], skip_damaged=True).damaged
+    zipped.write_bytes(b"PK, but no zip")
+    with pytest.raises(ValueError, match="neither a folder nor a zip"):
+        Dataset(data)
+
+
+def test_parquet_and_json_lines_give_the_same_rows(data):
+    pyarrow = dataset.import_pyarrow() if pytest.importorskip("pyarrow") else None
+    before = {name: list(Dataset(data).rows(one)) for name, one in Dataset(data).subsets.items()}
+    for name in before:
+        lines = (data / name / "test.jsonl").read_text(encoding="utf-8").splitlines()
+        table = pyarrow.Table.from_pylist([json.loads(line) for line in lines])
+        pyarrow.parquet.write_table(table, data / name / "test-00000-of-00001.parquet")
+        (data / name / "test.jsonl").unlink()
+    after = {name: list(Dataset(data).rows(one)) for name, one in Dataset(data).subsets.items()}
+    assert before == after
+    assert len(after["CIRR"]) == 30
+    assert after["CIRR"][1].targets[0] == Pair("<|image_1|>\nRepresent the given image.\n", "CIRR/image_1.png")
+
+
+def test_a_damaged_parquet_file_is_named(data):
+    pytest.importorskip("pyarrow")
+    (data / "WebQA" / "test.jsonl").unlink()
+    (data / "WebQA" / "test-00000-of-00001.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(ValueError, match=r"WebQA.*parquet is not a readable parquet file"):
+        Dataset(data).rows(subsets.MMEB["WebQA"])
+
+
+DAMAGE = {
+    "column": (lambda row: row.pop("tgt_img_path"), ValueError, "column tgt_img_path is missing"),
+    "lengths": (lambda row: row["tgt_text"].pop(), ValueError, "tgt_text has 4 entries, tgt_img_path 5"),
+    "empty": (lambda row: row.update(tgt_text=[], tgt_img_path=[]), ValueError, "there are no candidates"),
+    "scalar": (lambda row: row.update(tgt_text="a"), ValueError, "tgt_text is a list, got str"),
+    "number": (lambda row: row.update(qry_text=7), ValueError, "query: text and image path are strings, got int"),
+    "nothing": (lambda row: row.update(qry_text="", qry_img_path=None), ValueError, "neither text nor image"),
+    "missing": (lambda row: row.update(qry_img_path="CIRR/gone.png"), FileNotFoundError, "CIRR/gone.png is not in"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_rows_are_named_or_skipped(data, kind):
+    change, error, words = DAMAGE[kind]
+    rows = [image_row(i) for i in range(4)]
+    change(rows[2])
+    write_rows(data, "CIRR", rows)
+    with pytest.raises(error, match=f"CIRR, row 2: .*{words}"):
+        Dataset(data).rows(subsets.MMEB["CIRR"])
+    found = Dataset(data).rows(subsets.MMEB["CIRR"], skip_damaged=True)
+    assert [row.index for row in found] == [0, 1, 3]
+    assert len(found.damaged) == 1 and "CIRR, row 2" in found.damaged[0]
+
+
+def test_an_unreadable_image_is_skipped_or_named(data, tmp_path):
+    (data / "CIRR" / "image_3.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    found = Dataset(data).rows(subsets.MMEB["CIRR"], skip_damaged=True)
+    touching = [i for i in range(30) if any((i + j) % 8 == 3 for j in range(5))]
+    assert len(found.damaged) == len(touching)
+    assert not {row.index for row in found} & set(touching)
+
+    class Refusing(Hashing):
+        def encode(self, inputs, **options):
+            for i, x in enumerate(inputs):
+                if isinstance(x, dict) and isinstance(x["image"], Path) and x["image"].name == "image_3.png":
+                    raise InputError("cannot identify image file", name=str(x["image"]), index=i)
+            return super().encode(inputs, **options)
+
+    with pytest.raises(ValueError, match=r"CIRR, CIRR/image_3\.png: cannot identify image file"):
+        run(data, tmp_path / "out", Refusing(), names=["CIRR"])
+
+
+def test_unknown_names_suggest_the_nearest(data):
+    with pytest.raises(ValueError, match=r"no subset is named 'webqa'; did you mean WebQA\?"):
+        open_dataset(data, names=["webqa"])
+    with pytest.raises(ValueError, match="no subset is named 'zzzz'; there are CIRR, WebQA"):
+        open_dataset(data, names=["zzzz"])
+    with pytest.raises(ValueError, match=r"did you mean retrieval\?"):
+        open_dataset(data, meta_tasks=["retrival"])
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a dataset's name"):
+        open_dataset(data / "nowhere" / "at" / "all")
+    _, chosen = open_dataset(MINI, meta_tasks=["grounding"])
+    assert {one.meta_task for one in chosen} == {"grounding"} and len(chosen) == 8
+
+
+def test_only_what_is_needed_is_fetched_from_the_hub(monkeypatch, data):
+    asked = {}
+
+    def fake(name, **options):
+        asked.update(options, name=name)
+        return str(data)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fake)
+    _, chosen = open_dataset(names=["CIRR"], image_dir=data)
+    assert [one.name for one in chosen] == ["CIRR"]
+    assert asked["name"] == "TIGER-Lab/MMEB-eval" and asked["repo_type"] == "dataset"
+    assert asked["allow_patterns"] == ["CIRR/test*"]
+    open_dataset(names=["WebQA"])
+    assert asked["allow_patterns"] == ["WebQA/test*", "images.zip"]
+
+
+def test_a_tag_without_an_image_stays_text(data):
+    """WebQA's and EDIS' queries name <|image_1|> and have no image: literal text, as in the original."""
+    found = Dataset(data)
+    row = next(iter(found.rows(subsets.MMEB["WebQA"])))
+    assert as_input(row.query, found.images) == "<|image_1|>\nFind a Wikipedia image that answers this question: 0\n"
+    row = next(iter(found.rows(subsets.MMEB["CIRR"])))
+    assert as_input(row.query, found.images) == {"text": row.query.text, "image": data / "CIRR" / "image_0.png"}
+
+
+# --- encoding --------------------------------------------------------------------------------------------
+
+
+def test_each_distinct_pair_is_encoded_once(data, tmp_path):
+    encoder = Hashing()
+    run(data, tmp_path / "out", encoder, batch_size=7)
+    asked = [x if isinstance(x, str) else (x["text"], str(x["image"])) for x in encoder.inputs]
+    assert len(asked) == len(set(asked)) == (30 + 8) + (30 + 150)
+
+
+def test_a_run_that_was_cut_off_goes_on_and_gives_the_same(data, tmp_path):
+    whole = run(data, tmp_path / "whole", batch_size=16)
+    broken = Hashing(fail_after=60)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path / "cut", broken, batch_size=16)
+    (tmp_path / "cut" / "vectors").joinpath("left.123.tmp").write_bytes(b"half a chunk")
+    resumed = Hashing()
+    again = run(data, tmp_path / "cut", resumed, batch_size=16)
+    assert len(broken.inputs) + len(resumed.inputs) == 38 + 180
+    assert again.as_dict() == whole.as_dict()
+    for name in ("CIRR_pred.parquet", "WebQA_pred.parquet", "results.json", "table.html"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    finished = Hashing()
+    run(data, tmp_path / "cut", finished, batch_size=16)
+    assert finished.inputs == []
+
+
+def test_vectors_of_another_model_option_or_picture_are_not_taken_up(data, tmp_path):
+    def encoded(encoder=None, **options):
+        encoder = encoder or Hashing()
+        run(data, tmp_path / "out", encoder, names=["CIRR"], **options)
+        return len(encoder.inputs)
+
+    assert encoded() == 38
+    assert encoded() == 0
+    assert encoded(Hashing(dimension=17)) == 38
+    assert encoded(max_length=100) == 38
+    Image.new("RGB", (9, 30), (1, 2, 3)).save(data / "CIRR" / "image_3.png")
+    assert encoded() == 38
+
+
+def test_wrong_number_of_vectors_is_refused(tmp_path):
+    class Short:
+        def encode(self, inputs, **options):
+            return np.ones((len(inputs) - 1, 3), np.float32)
+
+    store = Store(Short(), {}, tmp_path, 8, Group())
+    with pytest.raises(ValueError, match=r"shape \(1, 3\) for 2 inputs"):
+        store.vectors("x", [Pair("a", ""), Pair("b", "")], Images(tmp_path))
+
+
+def test_processes_share_the_work_and_score_the_same(data, tmp_path):
+    """Two processes under torchrun's variables write what one writes."""
+    run(data, tmp_path / "one", batch_size=16)
+    script = tmp_path / "work.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = {sys.path!r}\n"
+        "from tests.mmeb.test_mmeb import Hashing\nfrom minivlm2vec.mmeb.evaluate import evaluate\n"
+        "encoder = Hashing()\n"
+        f"result = evaluate(encoder, {str(data)!r}, out={str(tmp_path / 'two')!r}, batch_size=16)\n"
+        "print(len(encoder.inputs), result is None)\n",
+        encoding="utf-8",
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    counts = [int(line.split()[0]) for line in (text.strip().splitlines()[-1] for text in said)]
+    assert sum(counts) == 38 + 180 and min(counts) > 60
+    assert "True" not in said[0] and "True" in said[1]
+    for name in ("CIRR_score.json", "CIRR_pred.parquet", "WebQA_pred.parquet", "results.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+# --- the whole -------------------------------------------------------------------------------------------
+
+
+def test_files_and_figures_agree_with_the_originals_evaluator(data, tmp_path):
+    """Every file, recomputed here from the fake's vectors in the original's way."""
+    import pyarrow.parquet
+
+    results = run(data, tmp_path)
+    encoder, found = Hashing(), Dataset(data)
+    for name in ("CIRR", "WebQA"):
+        rows = list(found.rows(found.subsets[name]))
+        predicted = []
+        for row in rows:
+            vectors = encoder.encode([as_input(pair, found.images) for pair in (row.query, *row.targets)])
+            predicted.append(original_algorithm(vectors[0], vectors[1:]))
+        correct = predicted.count(0)
+        text = (tmp_path / f"{name}_score.json").read_text()
+        assert text == json.dumps({"acc": correct / 30, "num_correct": correct, "num_pred": 30}, indent=4)
+        table = pyarrow.parquet.read_table(tmp_path / f"{name}_pred.parquet").to_pydict()
+        assert table["pred"] == predicted
+        assert table["pred_text"] == [row.targets[i].text for row, i in zip(rows, predicted, strict=True)]
+        assert [len(scores) for scores in table["scores"]] == [5] * 30
+        assert results.figures[name].mean[1] == pytest.approx(100 * correct / 30)
+        assert results.as_dict()["subsets"][name]["precision@1_original"]["mean"] == pytest.approx(
+            100 * correct / 30, abs=1e-3
+        )
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert stored == results.as_dict()
+    assert set(stored["averages"]) == {"retrieval", "IND", "all"}
+    both = [stored["subsets"][name]["mrr"]["mean"] for name in ("CIRR", "WebQA")]
+    assert stored["averages"]["all"]["mrr"]["mean"] == pytest.approx(np.mean(both), abs=1e-3)
+
+
+def test_collapsed_models_fail_loudly(data, tmp_path):
+    with pytest.raises(CollapsedEmbeddings, match="CIRR: the vectors of 30 different queries are nearly the same"):
+        run(data, tmp_path, Constant())
+    results = run(data, tmp_path, Constant(), allow_collapsed=True)
+    assert results.figures["CIRR"].mean[:2].tolist() == [0, 100]
+    assert results.notes[0].startswith("COLLAPSED: CIRR")
+    assert "COLLAPSED" in (tmp_path / "table.txt").read_text()
+
+
+def test_skipped_and_limited_rows_show_in_the_table(data, tmp_path):
+    (data / "CIRR" / "image_7.png").unlink()
+    results = run(data, tmp_path, skip_damaged=True, limit=20, names=["CIRR"])
+    assert results.figures["CIRR"].rows < 20
+    table = (tmp_path / "table.md").read_text()
+    assert "damaged rows left out; the first: CIRR, row" in table
+    assert "only the first 20 rows" in table
+
+
+def test_published_table():
+    """The averages that the paper prints follow from its rows, but for those that are marked."""
+    groups = subsets.groups(subsets.MMEB.values())
+    sizes = {name: len(members) for name, members in groups.items()}
+    assert sizes == {"classification": 10, "vqa": 10, "retrieval": 12, "grounding": 4, "IND": 20, "OOD": 16, "all": 36}
+    for model, averages in subsets.PUBLISHED_AVERAGES.items():
+        for group, value in averages.items() if model != "VLM2Vec Full" else ():
+            from_rows = np.mean([subsets.PUBLISHED[name][model] for name in groups[group]])
+            assert from_rows == pytest.approx(value, abs=0.11), (model, group)
+    assert subsets.published_average("VLM2Vec Full", "all", groups["all"]) == 55.9
+    assert subsets.published_average("SigLIP", "retrieval", groups["retrieval"]) == pytest.approx(44.1, abs=0.05)
+    assert subsets.published_average("UniIR", "grounding", groups["grounding"]) == pytest.approx(62.2, abs=0.1)
+    assert subsets.published_average("VLM2Vec Full", "all", ["CIRR"]) is None
+    assert subsets.published_average("CLIP", "all", ["CIRR", "WebQA"]) == pytest.approx((12.6 + 67.5) / 2)
+
+
+@pytest.mark.parametrize("form", ["text", "markdown", "html"])
+def test_table_of_the_whole_benchmark(form):
+    hit, miss = (score.Scored(np.zeros(2, np.float32), rank, rank, rank - 1) for rank in (1, 2))
+    got = {name: figures([hit] * (i % 5) + [miss] * 5, name) for i, name in enumerate(subsets.MMEB)}
+    members = subsets.groups(subsets.MMEB.values())
+    averages = {group: score.average([got[name] for name in names]) for group, names in members.items()}
+    table = report.render("a <model>", subsets.MMEB, got, averages, ["a note"], form)
+    for name in subsets.MMEB:
+        assert name in table
+    for words in ("CIFAR-100 (not averaged)", "Classification (10)", "All (36)", "55.9", "60.1", "44.3", "a note"):
+        assert words in table
+    assert ("a <model>" in table) != (form == "html")
+    if form == "text":
+        lines = table.splitlines()
+        assert len({len(line) for line in lines if line.startswith("----")}) == 2
+        assert all(len(line) <= 120 for line in lines)
+
+
+def test_command_on_the_bundled_data_with_a_tiny_checkpoint(tmp_path, capsys):
+    """`minivlm2vec mmeb`, end to end: a random checkpoint, real pictures, all four meta-tasks."""
+    pytest.importorskip("pyarrow")
+    from minivlm2vec.cli import main
+    from minivlm2vec.new_checkpoint import new_checkpoint
+
+    new_checkpoint(tmp_path / "tiny", preset="tiny")
+    names = [one.name for one in build.evaluated(build.TRIMMED)]
+    arguments = ["mmeb", "--model", str(tmp_path / "tiny"), "--data", "mini", "-o", str(tmp_path / "out"), "--quiet",
+                 "--limit", "6", "--device", "cpu", "--num-crops", "1"]  # fmt: skip
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    for words in (*names, "Classification (5)", "VQA (10)", "Retrieval (11)", "Grounding (6)", "IND (13)", "All (32)"):
+        assert words in printed
+    scores = [json.loads((tmp_path / "out" / f"{name}_score.json").read_text()) for name in names]
+    assert [one["num_pred"] for one in scores] == [6] * 41
+    assert main([*arguments, "--subsets", "Emoji-Gruop"]) == 1
+    assert "did you mean Emoji-Group?" in capsys.readouterr().err
+
+
+def test_fingerprint_tells_models_apart():
+    options = {"max_length": 256}
+    one, same, other = (fingerprint(Hashing(d), options, Group()) for d in (4, 4, 5))
+    assert one == same != other
+
+
+def test_fingerprint_tells_adapters_apart(tmp_path):
+    """Also one that changes the image tower alone."""
+    from minivlm2vec import Embedder
+    from minivlm2vec.new_checkpoint import new_checkpoint
+
+    folder = new_checkpoint(tmp_path / "m")
+    tower = make_adapter(folder, tmp_path / "tower", target_modules=("out_proj",))
+    both = make_adapter(folder, tmp_path / "both")
+    found = set()
+    for adapter in (None, tower, both):
+        e = Embedder.from_pretrained(folder, adapter=adapter, device="cpu", show_progress=False)
+        found.add(fingerprint(e, {"max_length": 256}, Group()))
+    assert len(found) == 3
+
+
+def test_rows_share_their_pairs():
+    found = dataset.Rows(subsets.MMEB["CIRR"])
+    rows = [
+        dataset.Row(0, Pair("q", ""), (Pair("a", ""), Pair("b", ""))),
+        dataset.Row(3, Pair("b", ""), (Pair("q", ""),)),
+    ]
+    for row in rows:
+        found.add(row)
+    assert found.pairs == [Pair("q", ""), Pair("a", ""), Pair("b", "")]
+    assert [(query, list(targets)) for query, targets in found.numbered] == [(0, [1, 2]), (2, [0])]
+    assert list(found) == rows and len(found) == 2

@@ -1,0 +1,251 @@
+"""Images from callers: data URIs, what Pillow may open, and fetches that stay where they may go. Loopback only."""
+
+import asyncio
+import base64
+import io
+import re
+import struct
+import threading
+import time
+import zlib
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra `serve`")
+
+from PIL import Image
+
+from minivlm2vec.errors import InputError
+from minivlm2vec.serve.errors import APIError
+from minivlm2vec.serve.images import RemoteImages, decode_data_uri, is_public, open_image
+from tests.support.serving import data_uri, picture
+
+
+def test_data_uri():
+    image = picture(20, 10)
+    data = decode_data_uri(data_uri(image), "p")
+    assert open_image(data, "p", max_pixels=200).tobytes() == image.tobytes()
+    assert decode_data_uri("data:image/png;charset=utf-8;base64,AAAA", "p") == b"\0\0\0"
+
+
+@pytest.mark.parametrize("uri", ["data:", "data:image/png,a", "data:image/png;base64", "data:;base64,@@@@"])
+def test_bad_data_uri(uri):
+    with pytest.raises(APIError, match=r"^here: ") as e:
+        decode_data_uri(uri, "here")
+    assert (e.value.status, e.value.param) == (400, "here")
+
+
+def test_pixels_are_bounded_before_decoding():
+    buffer = io.BytesIO()
+    Image.new("1", (6000, 6000)).save(buffer, "PNG")  # 36 M pixels in some KB
+    assert len(buffer.getvalue()) < 10_000
+    with pytest.raises(InputError, match="36,000,000 pixels are more than the 35,999,999"):
+        open_image(buffer.getvalue(), "p", max_pixels=35_999_999)
+    bomb = _png_header(2**31 - 1, 2**31 - 1)
+    with pytest.raises(InputError, match="decompression bomb"):
+        open_image(bomb, "p", max_pixels=1000)
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"  # Pillow would run Ghostscript on it
+
+
+@pytest.mark.parametrize("data", [b"", b"GIF89a", POSTSCRIPT, b"P6 1 1 255\n\0\0\0"])
+def test_other_formats_are_refused(data):
+    with pytest.raises(InputError, match="no image in a known format"):
+        open_image(data, "p", max_pixels=1000)
+
+
+@pytest.mark.parametrize("address", [
+    "127.0.0.1", "127.8.8.8", "0.0.0.0", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",
+    "100.100.100.200", "168.63.129.16", "224.0.0.1", "255.255.255.255", "192.0.0.192", "198.18.0.1", "240.0.0.1",
+    "::", "::1", "fe80::1", "fe80::1%eth0", "fc00::1", "fd00:ec2::254", "ff02::1", "::ffff:127.0.0.1",
+    "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "2001:0:7f00:1::", "2001:db8::1",
+])  # fmt: skip
+def test_addresses_that_are_not_public(address):
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["1.1.1.1", "93.184.215.14", "2606:4700:4700::1111", "::ffff:1.1.1.1"])
+def test_public_addresses(address):
+    assert is_public(address)
+
+
+def fetch(url: str, **options) -> bytes:
+    return asyncio.run(RemoteImages(**options).fetch(url, "here"))
+
+
+def refused(url: str, status: int, message: str, **options) -> APIError:
+    with pytest.raises(APIError, match=message) as e:
+        fetch(url, **options)
+    assert e.value.status == status, e.value.message
+    assert e.value.param == "here"
+    return e.value
+
+
+def resolving(*answers: list[str]):
+    """A resolver that gives these answers one after another, then fails the test."""
+    left = list(answers)
+
+    async def resolve(host, port):
+        return left.pop(0)
+
+    return resolve
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1/", "http://[::1]/", "http://localhost/", "http://2130706433/",
+                                 "http://0x7f.1/", "http://169.254.169.254/latest/meta-data/"])  # fmt: skip
+def test_no_loopback_or_metadata_even_where_every_host_is_allowed(url):
+    error = refused(url, 403, "not public", allow=("*",))
+    assert error.code == "image_host_not_allowed"
+
+
+def test_one_private_address_among_public_ones_is_enough():
+    resolve = resolving(["1.1.1.1", "10.0.0.7"])
+    refused("http://example.com/", 403, "not public", allow=("example.com",), resolver=resolve)
+
+
+@pytest.mark.parametrize(("pattern", "url", "ok"), [
+    ("example.com", "https://example.com/a.png", True),
+    ("example.com", "https://EXAMPLE.com:443/a.png", True),
+    ("example.com", "https://example.com:8443/a.png", False),
+    ("example.com:8443", "https://example.com:8443/a.png", True),
+    ("example.com:8443", "https://example.com/a.png", False),
+    ("example.com", "https://www.example.com/", False),
+    ("example.com", "https://example.com.evil.test/", False),
+    ("*.example.com", "https://img.example.com/", True),
+    ("*.example.com", "https://evilexample.com/", False),
+    ("*.example.com", "https://example.com/", False),
+])  # fmt: skip
+def test_allow_list(pattern, url, ok):
+    private = resolving(["10.0.0.1"])  # so that nothing is ever fetched here
+    refused(url, 403, "not public" if ok else "no images from that host", allow=(pattern,), resolver=private)
+
+
+@pytest.mark.parametrize("url", ["ftp://example.com/", "file:///etc/passwd", "http://", "http://a:b@example.com/",
+                                 "http://example.com:99999/", "http://[::1/"])  # fmt: skip
+def test_other_urls(url):
+    refused(url, 400, "URL", allow=("*",), resolver=resolving())
+
+
+class Handler(BaseHTTPRequestHandler):
+    """What the path says."""
+
+    def do_GET(self):
+        self.server.seen.append((self.path, self.headers["Host"]))
+        getattr(self, "path_" + re.match(r"/(\w+)", self.path)[1])()
+
+    def path_image(self):
+        self.answer(200, self.server.image)
+
+    def path_large(self):
+        self.answer(200, b"x" * 5000)
+
+    def path_endless(self):
+        self.send_response(200)
+        self.end_headers()
+        while not self.server.closing:  # no Content-Length, one byte after another
+            self.wfile.write(b"x")
+            time.sleep(0.01)
+
+    def path_missing(self):
+        self.answer(404, b"")
+
+    def path_redirect(self):
+        self.answer(302, b"", Location=self.path.removeprefix("/redirect"))
+
+    def path_loop(self):
+        self.answer(302, b"", Location="/loop")
+
+    def path_away(self):
+        self.answer(302, b"", Location="http://169.254.169.254/latest/")
+
+    def path_file(self):
+        self.answer(302, b"", Location="file:///etc/passwd")
+
+    def answer(self, status, body, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def image_server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.image, server.seen, server.closing = base64.b64decode(data_uri(picture(8, 8)).partition(",")[2]), [], False
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield server, f"http://pictures.test:{server.server_address[1]}"
+    finally:
+        server.closing = True
+        server.shutdown()
+        thread.join(10)
+        server.server_close()
+
+
+def here(server, **options):
+    """Options that let a fetch reach the test's own server, as if 127.0.0.1 were public."""
+    return {
+        "allow": (f"pictures.test:{server.server_address[1]}",),
+        "resolver": resolving(*[["127.0.0.1"]] * 5),
+        "address_allowed": lambda address: address == "127.0.0.1",
+    } | options
+
+
+def test_fetch():
+    with image_server() as (server, url):
+        assert fetch(url + "/image?a=b", **here(server)) == server.image
+        assert server.seen == [("/image?a=b", url.removeprefix("http://"))]  # the name, though by its address
+
+
+def test_the_address_that_was_checked_is_the_one_that_is_used():
+    """A DNS that answers otherwise the second time is not asked a second time."""
+    with image_server() as (server, url):
+        rebinding = resolving(["127.0.0.1"], ["10.0.0.1"])
+        assert fetch(url + "/image", **here(server, resolver=rebinding)) == server.image
+        assert asyncio.run(rebinding("", 0)) == ["10.0.0.1"]  # the second answer is still there
+
+
+def test_redirects_are_followed_and_checked():
+    with image_server() as (server, url):
+        assert fetch(url + "/redirect/image", **here(server)) == server.image
+        refused(url + "/loop", 400, "more than 3 redirects", **here(server))
+        refused(url + "/away", 403, "no images from that host", **here(server))
+        everything = here(server, allow=("*", *here(server)["allow"]))
+        everything["resolver"] = resolving(["127.0.0.1"], ["169.254.169.254"])
+        refused(url + "/away", 403, "not public", **everything)
+        everything["resolver"] = resolving(["127.0.0.1"])
+        refused(url + "/file", 400, "URL", **everything)
+        moved = {"resolver": resolving(["127.0.0.1"], ["10.0.0.1"])}
+        refused(url + "/redirect/image", 403, "not public", **(here(server) | moved))
+
+
+def test_size_time_and_status():
+    with image_server() as (server, url):
+        refused(url + "/large", 400, "larger than 4,999 bytes", **here(server, max_bytes=4999))
+        refused(url + "/missing", 400, "answered 404", **here(server))
+        start = time.monotonic()
+        refused(url + "/endless", 400, "not fetched within 0.3 s", **here(server, timeout=0.3))
+        assert time.monotonic() - start < 3
+
+
+def test_what_cannot_be_reached_tells_nothing_about_the_network():
+    with image_server() as (server, url):
+        options = here(server)
+    message = refused(url + "/image", 400, "could not be fetched", **options).message
+    assert "127.0.0.1" not in message
+
+
+def _png_header(width: int, height: int) -> bytes:
+    """A PNG that says how large it is and ends where its pixels would begin."""
+    chunks = (b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
+    )
