@@ -24,9 +24,9 @@ import torch
 from PIL import Image
 
 from minivlm2vec import Embedder, VLM2VecConfig
+from minivlm2vec.inference import optimize
 from minivlm2vec.info import empty_model, image_flops, text_flops
 from minivlm2vec.new_checkpoint import base_config, byte_tokenizer, new_checkpoint
-from minivlm2vec.prepack import prepack
 from minivlm2vec.processor import Processor
 
 
@@ -56,7 +56,7 @@ def mixed(dtype: torch.dtype, repeat: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         new_checkpoint(folder, preset="small", seed=1)
         e = Embedder.from_pretrained(folder, device="cpu", dtype=dtype, show_progress=False)
-        plain = Embedder.from_pretrained(folder, device="cpu", dtype=dtype, prepack=False, show_progress=False)
+        plain = Embedder.from_pretrained(folder, device="cpu", dtype=dtype, optimize=False, show_progress=False)
         theirs = OriginalWay(plain.model)
     items = mixed_inputs()
     loaded = [e.load(e.plan(x)) for x in items]
@@ -80,7 +80,7 @@ def mixed(dtype: torch.dtype, repeat: int) -> None:
 def one_image(dtype: torch.dtype, repeat: int) -> None:
     """One square image at 4 crops with 20 tokens of text, at the published sizes."""
     config = VLM2VecConfig.from_dict(base_config("full"))
-    model = prepack(random_model(config, dtype))
+    model = optimize(random_model(config, dtype))
     processor = Processor(_InMemory(), config)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (672, 672, 3), np.uint8))
     batch = processor([{"text": "<|image_1|>" + "x" * 16, "image": image}])

@@ -42,7 +42,7 @@ def main() -> None:
 
 def measure(pairs: int, chunk: int, device: str) -> tuple[float, float]:
     """Bytes beyond what is held before, and the loss (which the chunk does not change)."""
-    e = Embedder.from_pretrained("mini", device=device, dtype=torch.float32, prepack=False, show_progress=False)
+    e = Embedder.from_pretrained("mini", device=device, dtype=torch.float32, optimize=False, show_progress=False)
     e.model.requires_grad_(True)
     inputs = _inputs(e, pairs)
     size = chunk or len(inputs)

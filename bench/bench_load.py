@@ -18,15 +18,14 @@ from .bench_encode import commit, machine
 LOAD = """
 import re, sys, time
 import torch
-from minivlm2vec.prepack import can_prepack, prepack
+from minivlm2vec.inference import optimize
 from minivlm2vec.weights import load_model
 read = lambda key: int(re.search(key + r':\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024
 before, start = read('VmRSS'), time.perf_counter()
 model = load_model(sys.argv[1])
 loaded, peak = time.perf_counter(), read('VmHWM')
 size = sum(p.numel() * p.element_size() for p in model.parameters())
-if can_prepack(model):
-    prepack(model)
+optimize(model)
 print(before, peak, loaded - start, size, read('VmHWM'), time.perf_counter() - loaded)
 """
 

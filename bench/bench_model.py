@@ -31,14 +31,14 @@ from torch import Tensor
 
 from bench.bench_attention import causal_option
 from bench.common import OURS, REFERENCE, Case, Provider, Work, first_line, when_called
-from minivlm2vec.batch import Grid, PackedBatch, SharedBatch, cumulative, num_image_tokens
+from minivlm2vec.batch import Grid, PackedBatch, cumulative, num_image_tokens
 from minivlm2vec.config import VLM2VecConfig
-from minivlm2vec.graphs import MAX_TOKENS, GraphedModel, PaddedModel
+from minivlm2vec.inference import FusedVLM2Vec, optimize
+from minivlm2vec.inference.graphs import MAX_TOKENS, GraphedModel, PaddedModel
+from minivlm2vec.inference.prefix import SharedBatch, share_prefixes
 from minivlm2vec.info import empty_model, image_flops, text_flops
 from minivlm2vec.model import VLM2Vec
 from minivlm2vec.new_checkpoint import base_config
-from minivlm2vec.prefix import share_prefixes
-from minivlm2vec.quantize import quantize_fp8
 from minivlm2vec_kernels import ops
 
 FP8_COSINE = 0.9  # random weights are the hard case; what is asked of a trained model is another matter
@@ -161,7 +161,7 @@ def model_case(config, device, kernel: str, name: str, work: Workload, providers
 def build(config, device, dtype, work: Workload, providers: Callable) -> Work:
     model, batch = random_model(config, dtype, device), batch_of(config, work, device)
     backend = "triton" if device.type == "cuda" else "torch"
-    ours = sharing_weights(model, backend)
+    ours = fast(model, backend)
     found = {REFERENCE: functools.partial(sharing_weights(model, "torch"), batch)}
     return Work(found | providers(ours, batch, work), functools.partial(in_float32, model, batch))
 
@@ -171,7 +171,7 @@ def baselines(model: VLM2Vec, batch: PackedBatch, work: Workload) -> dict[str, P
     return found | transformers_padded(model, batch, work.num_crops) | packed_compiled(model, batch)
 
 
-def graphs(model: VLM2Vec, batch: PackedBatch, work: Workload) -> dict[str, Provider]:
+def graphs(model: FusedVLM2Vec, batch: PackedBatch, work: Workload) -> dict[str, Provider]:
     if model.backend != "triton":  # the padding alone
         return {"padded": functools.partial(PaddedModel(model, make_at=1), batch)}
     found = {
@@ -195,7 +195,7 @@ def prefixes(model: VLM2Vec, batch: PackedBatch, work: Workload) -> dict[str, Pr
 
 
 def fp8(model: VLM2Vec, batch: PackedBatch, work: Workload) -> dict[str, Provider]:
-    quantised = quantize_fp8(sharing_weights(model, model.backend))
+    quantised = fast(model, model.backend, precision="fp8")
     name = OURS if model.backend == "triton" else "fp8"
     return {name: functools.partial(quantised, batch), "bf16": functools.partial(model, batch)}
 
@@ -225,12 +225,13 @@ def build_tower(config, device, dtype, grid: Grid) -> Work:
     model = random_model(config, dtype, device)
     S = config.vision.image_size
     crops = torch.randint(0, 256, (grid[0] * grid[1], S, S, 3), dtype=torch.uint8, device=device)
-    found = {REFERENCE: lambda: model.vision(crops, (grid,), backend="torch")}
+    torchs, ours = sharing_weights(model, "torch"), fast(model, "triton" if device.type == "cuda" else "torch")
+    found = {REFERENCE: lambda: torchs.vision(crops, (grid,))}
     if device.type == "cuda":
-        found[OURS] = lambda: model.vision(crops, (grid,), backend="triton")
+        found[OURS] = lambda: ours.vision(crops, (grid,))
         peer = functools.cache(lambda: PackedCompiled(model))
         found["compile + varlen_attn"] = lambda: peer().tower(crops, (grid,))
-    return Work(found, lambda: in_float32_copy(model).vision(crops, (grid,), backend="torch"))
+    return Work(found, lambda: in_float32_copy(model).vision(crops, (grid,)))
 
 
 # ---------------------------------------------------------------------------------------------- right or wrong
@@ -267,10 +268,10 @@ def in_float32(model: VLM2Vec, batch: PackedBatch) -> Tensor:
 
 
 def in_float32_copy(model: VLM2Vec) -> VLM2Vec:
-    copy = empty_model(model.config)
-    copy.load_state_dict({k: v.float() for k, v in model.state_dict().items()}, assign=True)
-    copy.backend = "torch"
-    return copy
+    copy = empty_model(model.config, backend="torch")
+    for name, p in model.named_parameters():
+        _set(copy, name, p.float())
+    return copy.requires_grad_(False).eval()
 
 
 # --------------------------------------------------------------------------------------------------- the models
@@ -290,11 +291,21 @@ def random_model(config: VLM2VecConfig, dtype: torch.dtype, device: torch.device
 
 
 def sharing_weights(model: VLM2Vec, backend: str) -> VLM2Vec:
-    """Modules of their own on the same tensors."""
-    other = empty_model(model.config)
-    other.load_state_dict(model.state_dict(), assign=True)
-    other.backend = backend
+    """A plain model on the same tensors."""
+    other = empty_model(model.config, backend=backend)
+    for name, p in model.named_parameters():
+        _set(other, name, p)
     return other.requires_grad_(False).eval()
+
+
+def fast(model: VLM2Vec, backend: str | None, **options) -> FusedVLM2Vec:
+    """A fast model on the same tensors: without graphs and packing."""
+    return optimize(sharing_weights(model, backend), cuda_graphs=False, prepack=False, **options)
+
+
+def _set(model: VLM2Vec, name: str, value: Tensor) -> None:
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, torch.nn.Parameter(value, requires_grad=False))
 
 
 def dtype_of(device: torch.device, kernel: str) -> torch.dtype:
@@ -339,10 +350,10 @@ def packed_compiled(model: VLM2Vec, batch: PackedBatch) -> dict[str, Provider]:
 
 
 class PackedCompiled:
-    """Our packed and pruned network without our kernels: each layer compiled for the case's shapes (one compilation
-    serves all layers), attention by torch's varlen_attn, residuals added out of place, as the compiler likes it.
+    """Our packed network without our kernels: each layer compiled for the case's shapes (one compilation serves all
+    layers), attention by torch's varlen_attn.
 
-    whole: instead, all layers of the tower are one graph, and those of the decoder with the pooling another.
+    whole: instead, the tower is one graph, and the decoder another.
     attention, backend: other attention than varlen_attn, and another compiler, where there is no card.
     """
 
@@ -358,13 +369,8 @@ class PackedCompiled:
         self.model, self._attention = sharing_weights(model, "torch"), attention or varlen_attention()
         options = {"dynamic": False, "fullgraph": whole, "backend": backend}
         vision, decoder = self.model.vision, self.model.decoder
-        if whole:
-            vision._encode = torch.compile(vision._encode, **options)
-            self.model.decode = torch.compile(self.model.decode, **options)
-            return
-        for layer in [*vision.layers, *decoder.layers]:
-            layer.compile(**options)
-        decoder.layers[-1].forward_last = torch.compile(decoder.layers[-1].forward_last, **options)
+        for module in [vision, decoder] if whole else [*vision.layers, *decoder.layers]:
+            module.compile(**options)
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         with self._torch_ops():
@@ -372,16 +378,15 @@ class PackedCompiled:
 
     def tower(self, crops: Tensor, grids: tuple[Grid, ...]) -> Tensor:
         with self._torch_ops():
-            return self.model.vision(crops, grids, backend="torch")
+            return self.model.vision(crops, grids)
 
     @contextmanager
     def _torch_ops(self) -> Iterator[None]:
-        before = ops.attention, ops.linear_add
-        ops.attention, ops.linear_add = self._attention, _linear_add
+        before, ops.attention = ops.attention, self._attention
         try:
             yield
         finally:
-            ops.attention, ops.linear_add = before
+            ops.attention = before
 
 
 def varlen_attention() -> Callable[..., Tensor]:
@@ -397,10 +402,6 @@ def varlen_attention() -> Callable[..., Tensor]:
         return varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen_q, max_seqlen, **options)
 
     return attention
-
-
-def _linear_add(x, weight, residual, bias=None, **_) -> Tensor:
-    return residual + F.linear(x, weight, bias)
 
 
 def captured_when_called(provider: Provider) -> Provider:

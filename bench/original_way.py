@@ -22,8 +22,7 @@ class OriginalWay(nn.Module):
     def __init__(self, model: VLM2Vec, *, attention: str = "eager"):
         super().__init__()
         self.config = model.config
-        dtype = model.decoder.norm.weight.dtype
-        device = model.decoder.norm.weight.device
+        dtype, device = model.dtype, model.device
         default = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
@@ -62,7 +61,7 @@ class OriginalWay(nn.Module):
         features = self.tower(slots.flatten(0, 1), output_hidden_states=True).hidden_states[-2][:, 1:]
         features = features.unflatten(0, (len(counts), -1))
         real = torch.cat([f[:n] for f, n in zip(features, counts, strict=True)])
-        return self.projector(real, batch.grids, backend="torch")
+        return self.projector(real, batch.grids)
 
 
 def _clip(config: VLM2VecConfig, attention: str) -> nn.Module:

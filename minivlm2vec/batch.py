@@ -1,12 +1,14 @@
 """PackedBatch: the one type between processor and model."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 Grid = tuple[int, int]
+Batch = TypeVar("Batch", bound="PackedBatch")
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class PackedBatch:
         grids: (h, w) of each image: rows and columns of crops.
         image_index: [n] int64, where in 0 .. T - 1 image tokens stand.
         image_source: [n] int64, which token of the images (in the order of `grids`) stands there.
+        max_seqlen: the greatest length, on the host.
     """
 
     input_ids: Tensor
@@ -32,6 +35,10 @@ class PackedBatch:
     grids: tuple[Grid, ...]
     image_index: Tensor
     image_source: Tensor
+    max_seqlen: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_seqlen", max(self.lengths, default=0))
 
     @property
     def num_sequences(self) -> int:
@@ -41,39 +48,16 @@ class PackedBatch:
     def num_tokens(self) -> int:
         return sum(self.lengths)
 
-    @property
-    def max_seqlen(self) -> int:
-        return max(self.lengths, default=0)
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedBatch":
+    def to(self: Batch, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> "PackedBatch":
+    def pin_memory(self: Batch) -> Batch:
         """Page-locked copies, from which `to(device, non_blocking=True)` does not wait."""
         return self._map(Tensor.pin_memory)
 
-    def _map(self, f) -> "PackedBatch":
-        tensors = {x.name: getattr(self, x.name) for x in fields(self)}
-        return replace(self, **{k: f(v) for k, v in tensors.items() if isinstance(v, Tensor)})
-
-
-@dataclass(frozen=True)
-class SharedBatch(PackedBatch):
-    """A PackedBatch whose sequences' common beginnings are there once: R rows stand for T tokens, R < T.
-
-    `lengths` and `cu_seqlens` are those of the whole sequences; `input_ids`, `position_ids` [R] and `image_index`
-    are about rows. Right for causal attention alone, in which a token's state depends on what precedes it.
-
-    Fields:
-        key_index: [T] int64, the row that stands for each token: row key_index[t] holds what token t would.
-        cu_seqlens_q: [B + 1] int32; rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] are sequence b's own, its last
-            ones, at least one. Its other tokens' rows are those of other sequences.
-        row_lengths: how many they are, on the host.
-    """
-
-    key_index: Tensor
-    cu_seqlens_q: Tensor
-    row_lengths: tuple[int, ...]
+    def _map(self: Batch, f: Callable[[Tensor], Tensor]) -> Batch:
+        values = {x.name: getattr(self, x.name) for x in fields(self)}
+        return replace(self, **{k: f(v) for k, v in values.items() if isinstance(v, Tensor)})
 
 
 def num_image_tokens(grid: Grid, merged_per_side: int) -> int:

@@ -14,14 +14,11 @@ from torch import Tensor
 from . import prompts
 from .batch import PackedBatch
 from .errors import InputError
-from .graphs import GraphedModel, can_graph
+from .inference import FusedVLM2Vec
+from .inference import optimize as optimized
 from .lora import merge_adapter
-from .model import Pooling, VLM2Vec, pool_last_token
-from .prefix import WEIGHT_BOUND_ROWS, share_prefixes
-from .prepack import can_prepack
-from .prepack import prepack as packed
+from .model import VLM2Vec
 from .processor import Loaded, Planned, Processor
-from .quantize import quantize_fp8
 from .weights import load_model, resolve
 
 T = TypeVar("T")
@@ -36,31 +33,16 @@ class Embedder:
     "<|image_1|>\\n<|image_2|>\\n…" is put in front (as in the MMEB data; the model card's demo has a space there).
 
     Args:
-        model, processor: see `from_pretrained`.
-        pool: how the hidden states become a vector, see `VLM2Vec.forward`.
+        model: a VLM2Vec, plain or made fast by `inference.optimize`.
+        processor: text and images to batches for it.
         num_workers: threads that decode and cut images while the model computes; default: the cores, at most 16.
-        share_prefixes, cuda_graphs: see `from_pretrained`.
         name: what the checkpoint is called.
     """
 
-    def __init__(
-        self,
-        model: VLM2Vec,
-        processor: Processor,
-        *,
-        pool: Pooling = pool_last_token,
-        num_workers: int | None = None,
-        share_prefixes: bool = True,
-        cuda_graphs: bool | None = None,
-        name: str = "",
-    ):
+    def __init__(self, model: VLM2Vec, processor: Processor, *, num_workers: int | None = None, name: str = ""):
         self.model = model
         self.processor = processor
-        self.pool = pool
         self.num_workers = num_workers or min(16, os.cpu_count() or 1)
-        self.share_prefixes = share_prefixes
-        use_graphs = can_graph(model) if cuda_graphs is None else cuda_graphs
-        self.graphs = GraphedModel(model, strict=cuda_graphs is True) if use_graphs else None
         self.name = name
 
     @classmethod
@@ -74,13 +56,15 @@ class Embedder:
         revision: str | None = None,
         local_files_only: bool = False,
         backend: str | None = None,
-        precision: str = "bf16",
-        share_prefixes: bool = True,
-        cuda_graphs: bool | None = None,
+        model_class: type[VLM2Vec] = VLM2Vec,
+        adapter: str | os.PathLike | None = None,
         fast_decode: bool = False,
         exif_transpose: bool = False,
+        optimize: bool = True,
+        precision: str | None = None,
         prepack: bool | None = None,
-        adapter: str | os.PathLike | None = None,
+        share_prefixes: bool | None = None,
+        cuda_graphs: bool | None = None,
         show_progress: bool = True,
     ) -> "Embedder":
         """Loads a checkpoint in the published Hugging Face layout.
@@ -94,32 +78,35 @@ class Embedder:
             revision: a branch, tag or commit on the Hub.
             local_files_only: never ask the network.
             backend: "auto", "triton" or "torch" for the kernels; default MINIVLM2VEC_BACKEND, else auto.
-            precision: "bf16": every product in `dtype`, nothing is traded. "fp8": the decoder's large matrices and
-                their inputs in 8 bits, see `quantize.quantize_fp8`: faster, other vectors (bfloat16 models only).
-            share_prefixes: texts of one pack that begin alike compute what they have in common once, where that
-                pays: the same vectors, up to rounding. See `prefix`.
-            cuda_graphs: a batch of up to 2048 tokens, of a shape that came before, is replayed as a CUDA graph: the
-                same vectors up to rounding, without the cost of launching some 290 kernels. Default: where the model
-                runs Triton kernels on a CUDA device; True raises elsewhere, and where a graph cannot be captured.
-                Modules that are replaced are noticed, and those with hooks run without; see `graphs.GraphedModel`.
-            fast_decode: decode JPEGs at a reduced scale: faster, not bit for bit what the original sees.
-            exif_transpose: honour the EXIF orientation, which the original ignores.
-            prepack: bring weights into the CPU's own layout (see prepack.py): faster, for inference alone. Default:
-                on a CPU that has it.
+            model_class: what is built from config.json and filled: VLM2Vec, or a class derived from it.
             adapter: a LoRA or DoRA in PEFT's format, a folder or a name on the Hub such as "TIGER-Lab/VLM2Vec-LoRA"
                 (for "microsoft/Phi-3.5-vision-instruct"). It is added to the weights, so vectors cost the same.
+            fast_decode: decode JPEGs at a reduced scale: faster, not bit for bit what the original sees.
+            exif_transpose: honour the EXIF orientation, which the original ignores.
+            optimize: make the model fast, for inference alone: `inference.optimize`, which the next four options are
+                for. False gives the plain model, to be changed, trained, hooked, copied or saved.
+            precision: "fp8": the decoder's large products in 8 bits: faster, other vectors (bfloat16 models only).
+                "bf16": that model in bfloat16, whatever the checkpoint's dtype.
+            prepack: weights in the CPU's own layout. Default: on a CPU that has it.
+            share_prefixes: texts of one pack that begin alike compute what they have in common once (default).
+            cuda_graphs: batches of up to 2048 tokens, of a shape that came before, are replayed as CUDA graphs.
+                Default: where the model runs Triton kernels on a CUDA device; True raises elsewhere.
             show_progress: progress bars while downloading and loading.
 
         Raises CheckpointError (a ValueError) naming the file or tensor at fault; every tensor of an adapter must have
-        a place in the model.
+        a place in the model. Raises ValueError where options contradict each other.
         """
-        if precision not in ("bf16", "fp8"):
-            raise ValueError(f"precision is 'bf16' or 'fp8', got {precision!r}")
-        if precision == "fp8" and prepack:
-            raise ValueError("precision='fp8' and prepack=True exclude each other")
+        options = {"precision": precision, "prepack": prepack, "share_prefixes": share_prefixes,
+                   "cuda_graphs": cuda_graphs}  # fmt: skip
+        if precision == "bf16":
+            dtype = _agreed_dtype(dtype)
+        given = {name: value for name, value in options.items() if value is not None}
+        if not optimize and any(value and value != "bf16" for value in given.values()):
+            raise ValueError(f"optimize=False gives the plain model, which has no {', no '.join(given)}")
         folder = resolve(name_or_path, revision=revision, local_files_only=local_files_only)
         model = load_model(
             folder,
+            model_class=model_class,
             device=device or default_device(),
             dtype=dtype,
             backend=backend,
@@ -127,20 +114,16 @@ class Embedder:
         )
         if adapter is not None:
             merge_adapter(model, resolve(adapter, local_files_only=local_files_only))
-        if precision == "fp8":
-            quantize_fp8(model)
-        elif can_prepack(model) if prepack is None else prepack:
-            packed(model)
+        if optimize:
+            model = optimized(model, **given)
         processor = Processor.from_pretrained(
             folder, model.config, num_crops=num_crops, fast_decode=fast_decode, exif_transpose=exif_transpose
         )
-        options = {"share_prefixes": share_prefixes, "cuda_graphs": cuda_graphs}
-        name = str(name_or_path) if adapter is None else f"{name_or_path} + {adapter}"
-        return cls(model, processor, **options, name=name)
+        return cls(model, processor, name=str(name_or_path) if adapter is None else f"{name_or_path} + {adapter}")
 
     @property
     def device(self) -> torch.device:
-        return self.model.decoder.norm.weight.device
+        return self.model.device
 
     @property
     def dimension(self) -> int:
@@ -227,19 +210,17 @@ class Embedder:
 
     def prepare(self, items: Sequence[Loaded]) -> PackedBatch:
         """Lays loaded inputs out as one pack, on the host; may run in any thread."""
-        batch, device = self.processor.pack(items), self.device.type
-        if self.share_prefixes:
-            longest = self.model.config.decoder.original_max_position_embeddings
-            batch = share_prefixes(batch, longest, weight_bound_rows=WEIGHT_BOUND_ROWS.get(device, 256))
-        return batch.pin_memory() if device == "cuda" else batch
+        batch = self.processor.pack(items)
+        if isinstance(self.model, FusedVLM2Vec):
+            batch = self.model.prepare(batch)
+        return batch.pin_memory() if self.device.type == "cuda" else batch
 
     @torch.inference_mode()
     def embed(self, items: Sequence[Loaded] | PackedBatch, *, normalize: bool = True) -> Tensor:
         """Vectors [B, D] float32, on the model's device, of loaded inputs as one pack, or of what `prepare` made of
         them. On CUDA it returns before they are computed: reading them waits."""
         batch = items if isinstance(items, PackedBatch) else self.prepare(items)
-        model = self.graphs or self.model
-        return model(batch.to(self.device, non_blocking=True), pool=self.pool, normalize=normalize)
+        return self.model(batch.to(self.device, non_blocking=True), normalize=normalize)
 
     def _plan_all(self, inputs: Sequence[Any], options: dict, pool: ThreadPoolExecutor) -> list[Planned]:
         def plan(numbered: tuple[int, Any]) -> Planned:
@@ -281,6 +262,12 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _agreed_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    if dtype not in (None, torch.bfloat16):
+        raise ValueError(f"precision='bf16' and dtype={dtype} exclude each other")
+    return torch.bfloat16
 
 
 def pack_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

@@ -1,5 +1,7 @@
 """The errors that a user's input or files can cause. All are ValueErrors."""
 
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """One input of a call is unusable. The message names it and says why.
@@ -28,3 +30,8 @@ class InputError(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint is incomplete, damaged, or not of this architecture. The message names the file or tensor."""
+
+
+def some(names: Sequence[str], n: int = 3) -> str:
+    """The first n names, and how many more there are: "a, b, c and 4 more"."""
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")

@@ -19,10 +19,10 @@ class Row:
     parameters: int
 
 
-def empty_model(config: VLM2VecConfig) -> VLM2Vec:
+def empty_model(config: VLM2VecConfig, *, backend: str | None = None) -> VLM2Vec:
     """The model without memory for its parameters."""
     with torch.device("meta"):
-        return VLM2Vec(config)
+        return VLM2Vec(config, backend=backend)
 
 
 def module_rows(config: VLM2VecConfig) -> list[Row]:

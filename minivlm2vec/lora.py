@@ -20,9 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minivlm2vec_kernels import ops
-
-from .errors import CheckpointError
+from .errors import CheckpointError, some
 from .linear import Linear
 from .weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, drop_prefixes, keys_of
 
@@ -155,44 +153,25 @@ class AdaptedLinear(Linear):
         self.adapters = nn.ModuleList()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.rows(x, 0, None)
-
-    def add_to(self, residual: Tensor, x: Tensor, *, bias_is_in: bool = False, backend: str | None = None) -> Tensor:
-        return residual + self(x)
-
-    def bias_ahead(self) -> None:
-        return None
-
-    def silu_mul(self, x: Tensor, *, backend: str | None = None) -> Tensor:
-        return ops.silu_mul(self(x), backend=backend)
-
-    def quick_gelu(self, x: Tensor, *, backend: str | None = None) -> Tensor:
-        return ops.quick_gelu(self(x), backend=backend)
-
-    def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
-        stop = self.out_features if stop is None else stop
-        y = super().rows(x, start, stop)
-        for adapter in self.adapters:
-            first, last = max(start, adapter.start), min(stop, adapter.stop)
-            if first < last:
-                change = self._change(adapter, x, y[..., first - start : last - start], first, last)
-                y = y + F.pad(change, (first - start, stop - last))
+        y = super().forward(x)
+        for a in self.adapters:
+            change = self._change(a, x, y[..., a.start : a.stop])
+            y = y + F.pad(change, (a.start, self.out_features - a.stop))
         return y
 
-    def _change(self, adapter: Adapter, x: Tensor, y: Tensor, first: int, last: int) -> Tensor:
-        """What the adapter adds to outputs y of rows first to last. As in PEFT, DoRA with dropout on sees W x
-        through the same dropout."""
-        own = slice(first - adapter.start, last - adapter.start)
+    def _change(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
+        """What the adapter adds to the outputs y of its rows. As in PEFT, DoRA with dropout on sees W x through the
+        same dropout."""
         dropped = self.dropout(x)
-        low = F.linear(F.linear(dropped, adapter.lora_A.to(x.dtype)), adapter.lora_B[own].to(x.dtype)) * adapter.scale
+        low = F.linear(F.linear(dropped, adapter.lora_A.to(x.dtype)), adapter.lora_B.to(x.dtype)) * adapter.scale
         if adapter.lora_magnitude_vector is None:
             return low
-        norms = adapter.row_norms(self.weight[adapter.start : adapter.stop])
-        factor = (adapter.lora_magnitude_vector / norms)[own].to(x.dtype)
+        weight = self.weight[adapter.start : adapter.stop]
+        factor = (adapter.lora_magnitude_vector / adapter.row_norms(weight)).to(x.dtype)
         if self.training and self.dropout.p > 0:
-            y = F.linear(dropped, self.weight[first:last])
+            y = F.linear(dropped, weight)
         elif self.bias is not None:
-            y = y - self.bias[first:last]
+            y = y - self.bias[adapter.start : adapter.stop]
         return (factor - 1) * y + factor * low
 
     @torch.no_grad()
@@ -254,7 +233,7 @@ def load_adapter(model: M, folder: str | Path) -> M:
     if lost or not found:
         raise CheckpointError(
             f"{Path(folder) / WEIGHTS}: "
-            + (f"{len(lost)} of {len(tensors)} tensors have no place in the model: {_some(lost)}" if lost else "it "
+            + (f"{len(lost)} of {len(tensors)} tensors have no place in the model: {some(lost, 5)}" if lost else "it "
                "holds no adapter of a module that the model computes")
         )  # fmt: skip
     for key, kinds in found.items():
@@ -274,7 +253,7 @@ def merge_adapter(model: M, folder: str | Path) -> M:
 def merge_lora(model: M) -> M:
     """Every adapted layer of the model becomes a plain one with the adapters in its weight. Returns the model."""
     for name in [n for n, m in model.named_modules() if isinstance(m, AdaptedLinear)]:
-        _replace(model, name, model.get_submodule(name).merged())
+        model.set_submodule(name, model.get_submodule(name).merged())
     return model
 
 
@@ -326,7 +305,7 @@ def _attach(
     layer = model.get_submodule(place.module)
     if type(layer) is Linear:
         layer = AdaptedLinear(layer, config.lora_dropout).train(layer.training)
-        _replace(model, place.module, layer)
+        model.set_submodule(place.module, layer)
     if not isinstance(layer, AdaptedLinear):
         raise ValueError(f"{place.module} is a {type(layer).__name__}: adapters go on plain layers, before others")
     if any(a.key == key for a in layer.adapters):
@@ -336,11 +315,6 @@ def _attach(
         norms = adapter.row_norms(layer.weight[place.start : place.stop])
         adapter.lora_magnitude_vector = nn.Parameter(norms)
     layer.adapters.append(adapter)
-
-
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
 
 
 def _first_A(r: int, K: int, init: bool | str, generator: torch.Generator | None) -> Tensor:
@@ -362,7 +336,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read: {e}") from None
     bad = [key for key, t in tensors.items() if not t.isfinite().all()]
     if bad:
-        raise CheckpointError(f"{path}: {_some(bad)} hold NaN or infinite values")
+        raise CheckpointError(f"{path}: {some(bad, 5)} hold NaN or infinite values")
     return tensors
 
 
@@ -420,7 +394,3 @@ def _fits(modules: tuple[str, ...] | str, key: str) -> bool:
 def _by_pattern(patterns: dict[str, Any], key: str, default: Any) -> Any:
     """The value of the first pattern that fits the end of the name, as PEFT looks it up."""
     return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", key)), default)
-
-
-def _some(names: list[str], n: int = 5) -> str:
-    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")

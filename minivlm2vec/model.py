@@ -9,15 +9,18 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
-from minivlm2vec_kernels.ops import pool_last_token
-
 from .batch import PackedBatch, num_image_tokens
 from .config import VLM2VecConfig
 from .decoder import Decoder, Packing
 from .projector import Projector
 from .vision import VisionTower
 
-Pooling = Callable[..., Tensor]
+Pooling = Callable[[Tensor, Tensor], Tensor]
+
+
+def last_token(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Hidden states x [T, D] of sequences that begin at cu_seqlens [B + 1] -> those of their last tokens [B, D]."""
+    return x[cu_seqlens[1:].long() - 1]
 
 
 class VLM2Vec(nn.Module):
@@ -25,57 +28,52 @@ class VLM2Vec(nn.Module):
 
     Attributes:
         vision, projector, decoder: its three parts; replace one to change it.
-        backend: None, "auto", "triton" or "torch", for every op.
+        pooling: pooling(x [T, D] after the final norm, cu_seqlens [B + 1]) -> [B, D]; a function or a module.
+        causal: False lets every token see its whole sequence.
+        backend: None, "auto", "triton" or "torch", which its modules were given for their ops.
     """
 
     def __init__(self, config: VLM2VecConfig, *, backend: str | None = None):
         super().__init__()
-        self.config = config
-        self.backend = backend
-        self.vision = VisionTower(config.vision)
-        self.projector = Projector(config)
-        self.decoder = Decoder(config.decoder)
+        self.config, self.backend = config, backend
+        self.vision = VisionTower(config.vision, backend=backend)
+        self.projector = Projector(config, backend=backend)
+        self.decoder = Decoder(config.decoder, backend=backend)
+        self.pooling: Pooling = last_token
+        self.causal = True
 
-    def forward(
-        self,
-        batch: PackedBatch,
-        *,
-        pool: Pooling = pool_last_token,
-        normalize: bool = True,
-        causal: bool = True,
-    ) -> Tensor:
-        """Embeds B sequences.
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
-        pool(x [T, D], cu_seqlens [B + 1], norm_weight [D], eps, *, normalize) -> [B, D] gets the hidden states
-        before the final norm. With the default, the last layer is computed for the last tokens alone.
-        normalize: divide by the L2 norm, in float32.
-        causal: False lets every token see its whole sequence.
-        Returns [B, D] float32 (what `pool` returns).
-        """
-        packing = self.decoder.packing(batch, causal=causal, backend=self.backend)
-        return self.decode(self.embed(batch), packing, pool=pool, normalize=normalize)
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
 
-    def decode(self, x: Tensor, packing: Packing, *, pool: Pooling = pool_last_token, normalize: bool = True) -> Tensor:
-        """Input embeddings x [R, D], which may be written over -> vectors; `forward` without its beginning."""
-        last_only = pool is pool_last_token
-        x, _ = self.decoder(x, packing, last_only=last_only)
-        norm = self.decoder.norm
-        if not last_only:
-            return pool(packing.per_token(x), packing.cu_seqlens, norm.weight, norm.eps, normalize=normalize)
-        one_each = torch.arange(len(x) + 1, dtype=torch.int32, device=x.device)
-        return pool(x, one_each, norm.weight, norm.eps, normalize=normalize, backend=self.backend)
+    def forward(self, batch: PackedBatch, *, normalize: bool = True) -> Tensor:
+        """Embeds B sequences: [B, D] float32. normalize: divide by the L2 norm, in float32."""
+        x = self.embed(batch)
+        x = self.decoder(x, self.packing(batch, x.dtype))
+        vectors = self.pooling(x, batch.cu_seqlens).float()
+        return nn.functional.normalize(vectors, dim=-1) if normalize else vectors
 
-    def hidden_states(self, batch: PackedBatch, layers: Collection[int], *, causal: bool = True) -> dict[int, Tensor]:
+    def hidden_states(self, batch: PackedBatch, layers: Collection[int]) -> dict[int, Tensor]:
         """Hidden states [T, D] after the chosen decoder layers (0 is the first; the last is before the final
         norm), all tokens of them. Negative numbers count from the end."""
         n = len(self.decoder.layers)
         wanted = {layer: range(n)[layer] for layer in layers}
-        packing = self.decoder.packing(batch, causal=causal, backend=self.backend)
-        _, kept = self.decoder(self.embed(batch), packing, keep=set(wanted.values()))
-        return {layer: packing.per_token(kept[number]) for layer, number in wanted.items()}
+        x, kept = self.embed(batch), {}
+        packing = self.packing(batch, x.dtype)
+        for number, layer in enumerate(self.decoder.layers):
+            x = layer(x, packing)
+            kept |= {name: x for name, n in wanted.items() if n == number}
+        return kept
+
+    def packing(self, batch: PackedBatch, dtype: torch.dtype) -> Packing:
+        return self.decoder.packing(batch, dtype=dtype, causal=self.causal)
 
     def embed(self, batch: PackedBatch) -> Tensor:
-        """[T, D], a row each where prefixes are shared [R, D]: token embeddings, image tokens in their places."""
+        """[T, D]: token embeddings, image tokens in their places."""
         x = self.decoder.embed_tokens(batch.input_ids)
         if not batch.grids:
             return x
@@ -85,13 +83,9 @@ class VLM2Vec(nn.Module):
     def embed_images(self, batch: PackedBatch) -> Tensor:
         """[I, D]: the tokens of all images of the batch. Raises ValueError where their number is not the one that
         the batch has room for."""
-        features = self.vision(batch.crops, batch.grids, backend=self.backend)
-        tokens = self.projector(features, batch.grids, backend=self.backend)
+        tokens = self.projector(self.vision(batch.crops, batch.grids), batch.grids)
         m = self.config.vision.merged_per_side
         expected = sum(num_image_tokens(grid, m) for grid in batch.grids)
         if len(tokens) != expected:
             raise ValueError(f"the projector gave {len(tokens)} image tokens, the batch has places for {expected}")
         return tokens
-
-
-__all__ = ["Pooling", "VLM2Vec", "pool_last_token"]

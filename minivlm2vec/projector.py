@@ -20,13 +20,14 @@ class Projector(nn.Module):
     each ended by `sub_GN`. The separators are 4 D wide and go through the MLP like everything else.
     """
 
-    def __init__(self, config: VLM2VecConfig):
+    def __init__(self, config: VLM2VecConfig, *, backend: str | None = None):
         super().__init__()
         D, Dd = config.vision.hidden_size, config.decoder.hidden_size
+        self.backend = backend
         self.sub_GN = nn.Parameter(torch.empty(1, 1, 1, 4 * D))
         self.glb_GN = nn.Parameter(torch.empty(1, 1, 4 * D))
         self.mlp = nn.Sequential(Linear(4 * D, Dd), nn.GELU(), Linear(Dd, Dd))
 
-    def forward(self, features: Tensor, grids: tuple[Grid, ...], *, backend: str | None = None) -> Tensor:
+    def forward(self, features: Tensor, grids: tuple[Grid, ...]) -> Tensor:
         """features [C, P * P, D], one grid (h, w) an image -> [I, Dd], image after image."""
-        return self.mlp(ops.merge_crops(features, grids, self.sub_GN, self.glb_GN, backend=backend))
+        return self.mlp(ops.merge_crops(features, grids, self.sub_GN, self.glb_GN, backend=self.backend))

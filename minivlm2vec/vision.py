@@ -25,128 +25,108 @@ class VisionTower(nn.Module):
     last layer of the checkpoint is neither loaded nor computed.
     """
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: VisionConfig, *, backend: str | None = None):
         super().__init__()
         self.config = config
-        self.embeddings = VisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers - 1))
+        self.embeddings = VisionEmbeddings(config, backend)
+        self.pre_layrnorm = LayerNorm(config.hidden_size, config.layer_norm_eps, backend)
+        self.layers = nn.ModuleList(VisionLayer(config, backend) for _ in range(config.num_hidden_layers - 1))
 
-    def forward(
-        self,
-        crops: Tensor,
-        grids: tuple[Grid, ...],
-        *,
-        crops_per_chunk: int | None = None,
-        backend: str | None = None,
-    ) -> Tensor:
+    def forward(self, crops: Tensor, grids: tuple[Grid, ...]) -> Tensor:
         """crops [sum h * w, S, S, 3] uint8, one grid (h, w) an image -> [C, P * P, D], C = sum (1 + h * w).
 
-        Every image gives its global view, then its crops. Crops do not see each other, so they pass through the
-        layers in chunks of `crops_per_chunk`, which bounds memory and changes nothing else.
+        Every image gives its global view, then its crops.
         """
-        weight = self.embeddings.patch_embedding.weight
-        mean, std = pixel_statistics(crops.device)
-        patches = ops.image_patches(
-            crops, grids, mean, std, self.config.patch_size, weight.dtype, backend=backend
-        )  # [C, P * P, 3 * p * p]
-        chunk = crops_per_chunk or self._crops_per_chunk(patches)
-        features = [self._encode(x, backend) for x in patches.split(chunk)]
-        return features[0] if len(features) == 1 else torch.cat(features)
-
-    def _crops_per_chunk(self, patches: Tensor) -> int:
-        """64 on a GPU. On a CPU so many that the widest activation stays below 32 MB: larger blocks are mapped
-        anew by the allocator each time, and touching fresh pages costs as much as the arithmetic on them."""
-        if patches.device.type != "cpu":
-            return 64
-        widest = max(self.config.intermediate_size, 3 * self.config.hidden_size)  # of the MLP, and q, k and v
-        return max(1, 32_000_000 // (self.config.num_positions * widest * patches.element_size()))
-
-    def _encode(self, patches: Tensor, backend: str | None) -> Tensor:
-        x = self.embeddings(patches)  # [C, L, D]
-        C, L, _ = x.shape
-        norm = self.pre_layrnorm
-        x = ops.layer_norm(x.flatten(0, 1), norm.weight, norm.bias, norm.eps, backend=backend)
-        cu_seqlens = torch.arange(0, (C + 1) * L, L, dtype=torch.int32, device=x.device)
+        x = self.pre_layrnorm(self.embeddings(crops, grids))
         for layer in self.layers:
-            x = layer(x, cu_seqlens, L, backend)
-        return x.unflatten(0, (C, L))[:, 1:]
+            x = layer(x)
+        return x[:, 1:]
 
 
 class VisionEmbeddings(nn.Module):
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        D, p = config.hidden_size, config.patch_size
-        self.class_embedding = nn.Parameter(torch.empty(D))
-        self.patch_embedding = PatchEmbedding(D, p)
-        self.position_embedding = Embedding(config.num_positions, D)
+    """Each crop as L vectors: the class token and its patches, with their positions."""
 
-    def forward(self, patches: Tensor) -> Tensor:  # [C, P * P, 3 * p * p] -> [C, L, D]
-        x = self.patch_embedding(patches)
+    def __init__(self, config: VisionConfig, backend: str | None = None):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.patch_embedding = PatchEmbedding(config, backend)
+        self.position_embedding = Embedding(config.num_positions, config.hidden_size)
+
+    def forward(self, crops: Tensor, grids: tuple[Grid, ...]) -> Tensor:  # -> [C, L, D]
+        x = self.patch_embedding(crops, grids)
         cls = self.class_embedding.expand(len(x), 1, -1)
-        return torch.cat([cls, x], dim=1) + self.position_embedding.weight
+        positions = torch.arange(x.shape[1] + 1, device=x.device)
+        return torch.cat([cls, x], dim=1) + self.position_embedding(positions)
 
 
 class PatchEmbedding(nn.Module):
     """A convolution whose stride is its kernel: a matrix product over patches. The weight keeps its shape."""
 
-    def __init__(self, width: int, patch_size: int):
+    def __init__(self, config: VisionConfig, backend: str | None = None):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, 3, patch_size, patch_size))
+        self.patch_size, self.backend = config.patch_size, backend
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, 3, config.patch_size, config.patch_size))
 
-    def forward(self, patches: Tensor) -> Tensor:  # [C, P * P, 3 * p * p] -> [C, P * P, D]
+    def forward(self, crops: Tensor, grids: tuple[Grid, ...]) -> Tensor:  # -> [C, P * P, D]
+        mean, std = pixel_statistics(crops.device)
+        patches = ops.image_patches(
+            crops, grids, mean, std, self.patch_size, self.weight.dtype, backend=self.backend
+        )  # [C, P * P, 3 * p * p]
         return nn.functional.linear(patches, self.weight.flatten(1))
 
 
 class VisionLayer(nn.Module):
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: VisionConfig, backend: str | None = None):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = VisionAttention(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = VisionMLP(config)
+        self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps, backend)
+        self.self_attn = VisionAttention(config, backend)
+        self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps, backend)
+        self.mlp = VisionMLP(config, backend)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str | None) -> Tensor:
-        h, x, bias_is_in = _normed(self.layer_norm1, x, self.self_attn.out_proj, backend)
-        x = self.self_attn(x, h, cu_seqlens, max_seqlen, backend, bias_is_in)
-        h, x, bias_is_in = _normed(self.layer_norm2, x, self.mlp.fc2, backend)
-        return self.mlp(x, h, backend, bias_is_in)
-
-
-def _normed(norm: nn.LayerNorm, x: Tensor, last: Linear, backend: str | None) -> tuple[Tensor, Tensor, bool]:
-    """The normed x, and x with the bias of the block's last matrix already in it, where that saves a pass over x."""
-    shift = last.bias_ahead()
-    if shift is None:
-        return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, backend=backend), x, False
-    return *ops.layer_norm_shift(x, shift, norm.weight, norm.bias, norm.eps, backend=backend), True
+    def forward(self, x: Tensor) -> Tensor:  # [C, L, D] -> [C, L, D]
+        h = self.self_attn(self.layer_norm1(x))
+        h, x = self.layer_norm2(h, residual=x)
+        return x + self.mlp(h)
 
 
 class VisionAttention(nn.Module):
     """Every position of a crop sees every other. q, k and v are one matrix here and three in the checkpoint."""
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: VisionConfig, backend: str | None = None):
         super().__init__()
-        D = config.hidden_size
-        self.head_dim = config.head_dim
-        self.qkv_proj = Linear(D, 3 * D)
-        self.out_proj = Linear(D, D)
+        self.head_dim, self.backend = config.head_dim, backend
+        self.qkv_proj = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(
-        self, x: Tensor, h: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str | None, bias_is_in: bool = False
-    ) -> Tensor:
-        q, k, v = rearrange(self.qkv_proj(h), "T (three N H) -> three T N H", three=3, H=self.head_dim)
-        y = ops.attention(q, k, v, cu_seqlens, max_seqlen, causal=False, backend=backend)
-        return self.out_proj.add_to(x, y.flatten(1), bias_is_in=bias_is_in, backend=backend)
+    def forward(self, x: Tensor) -> Tensor:  # [C, L, D] -> [C, L, D]
+        C, L, _ = x.shape
+        q, k, v = rearrange(self.qkv_proj(x), "C L (three N H) -> three (C L) N H", three=3, H=self.head_dim)
+        cu_seqlens = torch.arange(0, (C + 1) * L, L, dtype=torch.int32, device=x.device)
+        y = ops.attention(q, k, v, cu_seqlens, L, causal=False, backend=self.backend)
+        return self.out_proj(rearrange(y, "(C L) N H -> C L (N H)", L=L))
 
 
 class VisionMLP(nn.Module):
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: VisionConfig, backend: str | None = None):
         super().__init__()
+        self.backend = backend
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor, h: Tensor, backend: str | None, bias_is_in: bool = False) -> Tensor:
-        return self.fc2.add_to(x, self.fc1.quick_gelu(h, backend=backend), bias_is_in=bias_is_in, backend=backend)
+    def forward(self, x: Tensor) -> Tensor:  # [C, L, D] -> [C, L, D]
+        return self.fc2(ops.quick_gelu(self.fc1(x), backend=self.backend))
+
+
+class LayerNorm(nn.LayerNorm):
+    def __init__(self, width: int, eps: float, backend: str | None = None):
+        super().__init__(width, eps=eps)
+        self.backend = backend
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x; with a residual, the norm of x + residual, and x + residual."""
+        if residual is None:
+            return ops.layer_norm(x, self.weight, self.bias, self.eps, backend=self.backend)
+        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps, backend=self.backend)
 
 
 @functools.lru_cache(maxsize=16)  # copying them to a device waits for it

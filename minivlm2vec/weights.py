@@ -13,6 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .config import VLM2VecConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, some
 from .model import VLM2Vec
 
 _CLIP = "model.vision_embed_tokens.img_processor.vision_model."
@@ -46,6 +47,7 @@ FILES = ["*.safetensors", "*.safetensors.index.json", *CONFIGS, "tokenizer_confi
 MINI = Path(__file__).parent / "mini"  # the bundled checkpoint
 
 log = logging.getLogger("minivlm2vec")
+M = TypeVar("M", bound=VLM2Vec)
 
 
 @dataclass(frozen=True)
@@ -120,15 +122,16 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     backend: str | None = None,
+    model_class: type[M] = VLM2Vec,
     show_progress: bool = False,
-) -> VLM2Vec:
+) -> M:
     """Builds the model of a checkpoint folder and fills it; dtype None is that of config.json.
 
     Returned in eval mode, without gradients. Raises CheckpointError naming the file or tensor at fault.
     """
     config = VLM2VecConfig.from_json(folder)
     with torch.device("meta"):
-        model = VLM2Vec(config, backend=backend)
+        model = model_class(config, backend=backend)
     load_weights(model, folder, device=device, dtype=dtype or getattr(torch, config.dtype), show_progress=show_progress)
     return model.eval().requires_grad_(False)
 
@@ -176,8 +179,8 @@ def assign(model: nn.Module, sources: list[Source]) -> dict[str, list[Source]]:
     if missing or unexpected:
         raise CheckpointError(
             "the checkpoint does not fit the model:"
-            + (f" {len(missing)} parameters have no tensor: {_some(missing)}." if missing else "")
-            + (f" {len(unexpected)} tensors have no place: {_some(unexpected)}." if unexpected else "")
+            + (f" {len(missing)} parameters have no tensor: {some(missing)}." if missing else "")
+            + (f" {len(unexpected)} tensors have no place: {some(unexpected)}." if unexpected else "")
         )
     plan = {name: [found[name][i] for i in sorted(found[name])] for name in shapes}
     for name, parts in plan.items():
@@ -259,13 +262,13 @@ def read_headers(folder: str | Path) -> list[Source]:
     absent = [f for f in files if not (folder / f).is_file()]
     if absent:
         raise CheckpointError(f"{index.name} names {len(files)} files, of which {len(absent)} are not in {folder}: "
-                              f"{_some(absent)}")  # fmt: skip
+                              f"{some(absent)}")  # fmt: skip
     if any(Path(f).name != f for f in files):
         raise CheckpointError(f"{index} names a file outside its folder")
     by_file = {f: {s.key: s for s in _read_header(folder / f)} for f in files}
     lost = [key for key, f in weight_map.items() if key not in by_file[f]]
     if lost:
-        raise CheckpointError(f"{index.name} says that {weight_map[lost[0]]} holds {_some(lost)}, but it does not")
+        raise CheckpointError(f"{index.name} says that {weight_map[lost[0]]} holds {some(lost)}, but it does not")
     return [by_file[f][key] for key, f in weight_map.items()]
 
 
@@ -356,10 +359,6 @@ def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
 def _no_weights(folder: Path) -> str:
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     if pickles:
-        return (f"{folder} holds {_some(pickles)} but no safetensors file: pickles are never read; convert them with "
+        return (f"{folder} holds {some(pickles)} but no safetensors file: pickles are never read; convert them with "
                 "safetensors.torch.save_file in an environment that you trust")  # fmt: skip
     return f"{folder} holds no model.safetensors and no model.safetensors.index.json"
-
-
-def _some(names: list[str], n: int = 3) -> str:
-    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")

@@ -1,6 +1,7 @@
 """README's modifications, run as they are printed there."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 @pytest.fixture
 def names(tmp_path):
     """What the examples take for granted."""
-    e = Embedder.from_pretrained(new_checkpoint(tmp_path / "m"), device="cpu", show_progress=False)
+    e = Embedder.from_pretrained(new_checkpoint(tmp_path / "m"), device="cpu", optimize=False, show_progress=False)
     image = Image.fromarray(synth_image(60, 40, 1))
     return {"e": e, "image": image, "torch": torch, "minivlm2vec": minivlm2vec,
             "minivlm2vec_kernels": minivlm2vec_kernels}  # fmt: skip
@@ -50,17 +51,19 @@ def test_another_pooling(names):
 
 
 def test_bidirectional_attention(names):
-    exec(block("causal=False"), names)
+    exec(block("causal = False"), names)
     e, batch, hidden = names["e"], names["batch"], names["hidden"]
     assert names["vectors"].shape == (2, e.dimension) and set(hidden) == {0, -1}
     assert all(h.shape == (batch.num_tokens, e.dimension) for h in hidden.values())
+    e.model.causal = True
     one_way = e.model.hidden_states(batch, layers=[0])[0]
+    e.model.causal = False
     ends = batch.cu_seqlens[1:] - 1
     assert (one_way - hidden[0]).abs()[0].max() > 1e-4, "the first token now sees what follows"
     assert (one_way - hidden[0]).abs()[ends].max() < 1e-5, "the last token saw everything before"
     swapped = batch.input_ids.clone()
     swapped[0] = 5  # another first text leaves the second sequence alone
-    other = e.model(minivlm2vec.PackedBatch(**{**vars(batch), "input_ids": swapped}), causal=False)
+    other = e.model(replace(batch, input_ids=swapped))
     assert (other[1] - names["vectors"][1]).abs().max() < 1e-6 and (other[0] - names["vectors"][0]).abs().max() > 1e-4
 
 

@@ -311,3 +311,14 @@ def pool_last_token(
     from . import pooling_triton
 
     return pooling_triton.pool_last_token(x, cu_seqlens, norm_weight, eps, normalize)
+
+
+def linear_add_(residual, x, weight, bias=None, *, backend=None):  # SHIM
+    return linear_add(x, weight, residual, bias, backend=backend)
+
+
+def layer_norm_shift_(x, shift, weight, bias, eps, *, backend=None):  # SHIM
+    return layer_norm_shift(x, shift, weight, bias, eps, backend=backend)
+
+
+rope_ = rope

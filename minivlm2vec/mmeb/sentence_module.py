@@ -51,7 +51,7 @@ class VLM2VecModule(InputModule):
         self.num_crops = num_crops
         self.max_seq_length = max_seq_length
         self.normalize = normalize
-        options = {"prepack": False} | options  # what is packed cannot be trained, which sentence-transformers may do
+        options = {"optimize": False} | options  # a fast model cannot be trained, which sentence-transformers may do
         self.embedder = embedder or Embedder.from_pretrained(name_or_path, **options)
         self.vlm2vec = self.embedder.model  # a submodule, so that it moves and trains with the rest
 
@@ -68,7 +68,7 @@ class VLM2VecModule(InputModule):
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         batch = features["packed"].to(self.embedder.device)
-        vectors = self.vlm2vec(batch, pool=self.embedder.pool, normalize=self.normalize)
+        vectors = self.vlm2vec(batch, normalize=self.normalize)
         return {"sentence_embedding": vectors.float()}
 
     def get_embedding_dimension(self) -> int:

@@ -117,12 +117,11 @@ def _shard(encoder: Encoder, device: torch.device) -> None:
     """Shards every decoder layer, and the rest as one: the tower runs as often as a process' images ask for, and
     a layer that is gathered by all must be run by all."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (world_size(),))
     for layer in encoder.model.decoder.layers:
         fully_shard(layer, mesh=mesh)
-        register_fsdp_forward_method(layer, "forward_last")
     fully_shard(encoder, mesh=mesh)
     encoder.model.decoder.embed_tokens.register_forward_hook(_with_gradient)
 

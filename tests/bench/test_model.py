@@ -83,10 +83,10 @@ def in_one_call(q, k, v, cu_seqlens, max_seqlen, *, causal, cu_seqlens_q=None, *
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(0, 1)
 
 
-@pytest.mark.parametrize("whole, graphs", [(False, 3), (True, 2)])
+@pytest.mark.parametrize("whole", [False, True])
 @torch.no_grad()
-def test_the_compiled_peer_is_the_same_network(whole, graphs):
-    """A graph each of the tower's layer, the decoder's and its last one; or of the tower and of the decoder."""
+def test_the_compiled_peer_is_the_same_network(whole):
+    """A graph each of the tower's layer and the decoder's; or of the tower and of the decoder."""
     made = []
 
     def compiler(graph, inputs):
@@ -99,7 +99,7 @@ def test_the_compiled_peer_is_the_same_network(whole, graphs):
     peer = bench_model.PackedCompiled(model, whole=whole, attention=in_one_call, backend=compiler)
     for _ in range(2):
         close("vectors", peer(batch), model(batch), 1e-5)
-    assert len(made) == graphs
+    assert len(made) == 2
 
 
 def test_is_registered():

@@ -87,7 +87,7 @@ def test_info(folder, capsys):
     assert "decoder.layers.*.self_attn.qkv_proj.weight" in text and "16 crops" in text
     assert main(["info", str(folder / "config.json"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    e = Embedder.from_pretrained(folder, device="cpu", prepack=False, show_progress=False)
+    e = Embedder.from_pretrained(folder, device="cpu", optimize=False, show_progress=False)
     assert report["parameters"] == sum(p.numel() for p in e.model.parameters())
     assert report["parameters"] == sum(m["parameters"] for m in report["modules"])
 

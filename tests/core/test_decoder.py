@@ -44,6 +44,10 @@ def batch_of(lengths) -> PackedBatch:
     return PackedBatch(ids, positions, cumulative(lengths), tuple(lengths), none, (), none, none)
 
 
+def packing(ours, batch, causal=True):
+    return ours.packing(batch, dtype=torch.float32, causal=causal)
+
+
 def rotary(theirs, x, n):
     return theirs.rotary_emb(x, torch.arange(n)[None])
 
@@ -59,7 +63,7 @@ def test_attention(models, n):
     h = torch.randn(1, n, D)
     layer = theirs.layers[0].self_attn
     expected = layer(h, position_embeddings=rotary(theirs, h, n), attention_mask=mask(n))[0]
-    got = ours.layers[0].self_attn(torch.zeros(n, D), h[0], ours.packing(batch_of([n])))
+    got = ours.layers[0].self_attn(h[0], packing(ours, batch_of([n])))
     close("attention", got, expected[0], 3e-6)
 
 
@@ -67,8 +71,12 @@ def test_attention(models, n):
 def test_mlp_and_norm(models):
     ours, theirs = models
     h = torch.randn(9, D)
-    close("mlp", ours.layers[1].mlp(torch.zeros(9, D), h, None), theirs.layers[1].mlp(h), 3e-6)
-    close("norm", ours.layers[1].input_layernorm(h), theirs.layers[1].input_layernorm(h), 1e-6)
+    close("mlp", ours.layers[1].mlp(h), theirs.layers[1].mlp(h), 3e-6)
+    norm, expected = ours.layers[1].input_layernorm, theirs.layers[1].input_layernorm
+    close("norm", norm(h), expected(h), 1e-6)
+    normed, total = norm(h, residual=2 * h)
+    close("sum", total, 3 * h, 1e-6)
+    close("norm of the sum", normed, expected(3 * h), 1e-6)
 
 
 @torch.inference_mode()
@@ -77,7 +85,7 @@ def test_layer(models):
     x = torch.randn(1, 33, D)
     expected = theirs.layers[2](x, attention_mask=mask(33), position_embeddings=rotary(theirs, x, 33))
     expected = expected[0] if isinstance(expected, tuple) else expected
-    got = ours.layers[2](x[0].clone(), ours.packing(batch_of([33])))
+    got = ours.layers[2](x[0], packing(ours, batch_of([33])))
     close("layer", got, expected.reshape(33, D), 5e-6)
 
 
@@ -87,8 +95,12 @@ def test_decoder_on_a_pack_equals_theirs_one_by_one(models):
     ours, theirs = models
     lengths = [5, 90, 1, LIMIT, LIMIT + 1, 17]
     batch = batch_of(lengths)
-    x, kept = ours(ours.embed_tokens(batch.input_ids), ours.packing(batch), keep=range(LAYERS))
-    final = ours.norm(x)
+    x, kept = ours.embed_tokens(batch.input_ids), []
+    final = ours(x, packing(ours, batch))
+    for layer in ours.layers:
+        x = layer(x, packing(ours, batch))
+        kept.append(x)
+    assert torch.equal(ours.norm(x), final)
     for ids, got, *states in zip(
         batch.input_ids.split(lengths), final.split(lengths), *(kept[i].split(lengths) for i in range(LAYERS)),
         strict=True,
@@ -99,17 +111,6 @@ def test_decoder_on_a_pack_equals_theirs_one_by_one(models):
             close(f"layer {i}", states[i], out.hidden_states[i + 1][0], 2e-5)
 
 
-@torch.inference_mode()
-def test_last_layer_pruned_to_last_tokens(models):
-    """`last_only` changes what is computed, not what comes out."""
-    ours, _ = models
-    batch = batch_of([5, 1, 60, 13])
-    packing = ours.packing(batch)
-    full, _ = ours(ours.embed_tokens(batch.input_ids), packing)
-    pruned, _ = ours(ours.embed_tokens(batch.input_ids), packing, last_only=True)
-    close("pruned", pruned, full[packing.last], 2e-6)
-
-
 @pytest.mark.parametrize("variant", ["causal", "bidirectional"])
 def test_gradients_reach_every_parameter(models, variant):
     """Research code trains through the same forward: nothing is overwritten that a gradient needs."""
@@ -117,9 +118,8 @@ def test_gradients_reach_every_parameter(models, variant):
     batch = batch_of([5, 8])
     ours.requires_grad_(True)
     try:
-        packing = ours.packing(batch, causal=variant == "causal")
-        x, _ = ours(ours.embed_tokens(batch.input_ids), packing, last_only=True)
-        ours.norm(x).square().sum().backward()
+        out = ours(ours.embed_tokens(batch.input_ids), packing(ours, batch, causal=variant == "causal"))
+        out[batch.cu_seqlens[1:].long() - 1].square().sum().backward()
         for name, p in ours.named_parameters():
             assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
     finally:
@@ -136,9 +136,12 @@ def test_gradients_through_the_kernels_are_the_references(models, large_tiles):
     try:
         results = []
         for backend in ("torch", "triton"):
-            packing = ours.packing(batch, backend=backend)
-            x, _ = ours(ours.embed_tokens(batch.input_ids), packing, last_only=True)
-            results.append(torch.autograd.grad(ours.norm(x, backend).square().sum(), list(ours.parameters())))
+            for module in ours.modules():
+                if hasattr(module, "backend"):
+                    module.backend = backend
+            out = ours(ours.embed_tokens(batch.input_ids), packing(ours, batch))
+            last = out[batch.cu_seqlens[1:].long() - 1]
+            results.append(torch.autograd.grad(last.square().sum(), list(ours.parameters())))
         for (name, _), torchs, tritons in zip(ours.named_parameters(), *results, strict=True):
             close(name, tritons, torchs, 2e-5 * float(torchs.abs().max()))
     finally:

@@ -1,5 +1,6 @@
 """Parity with the original implementation: every stage that its golden outputs record, in float32 on the CPU."""
 
+import functools
 import hashlib
 import json
 
@@ -14,21 +15,26 @@ from minivlm2vec.images import hd_size
 from minivlm2vec.new_checkpoint import new_checkpoint, random_tensor, tensor_shapes
 from minivlm2vec.tokenizer import Tokenizer
 from minivlm2vec_kernels import ops
-from tests.support.golden import ALL, FIXTURES, SHARED, Case, exists, golden_checkpoint, sample, tokenizer_file
+from tests.support.golden import ALL, BUNDLED, FIXTURES, SHARED, Case, exists, golden_checkpoint, sample, tokenizer_file
 
 CASES = [pytest.param(v, n, id=f"{v}-{n}") for v in ALL for n in ALL[v]]
+FAST = [pytest.param(v, n, {}, id=f"{v}-{n}") for v in ALL for n in ALL[v]]
+FAST += [pytest.param(v, n, {"prepack": False}, id=f"not packed-{v}-{n}") for v in BUNDLED for n in BUNDLED[v]]
 
 
 @pytest.fixture(scope="module")
-def embedders(tmp_path_factory):
-    """{variant: Embedder} with the weights of the golden runs, made from their seed."""
-    made = {}
+def folders(tmp_path_factory):
+    """variant -> a checkpoint with the weights of the golden runs, made from their seed."""
+    return functools.cache(lambda variant: golden_checkpoint(tmp_path_factory.mktemp(variant), variant))
 
-    def get(variant: str) -> Embedder:
-        if variant not in made:
-            folder = golden_checkpoint(tmp_path_factory.mktemp(variant), variant)
-            made[variant] = Embedder.from_pretrained(folder, device="cpu", show_progress=False)
-        return made[variant]
+
+@pytest.fixture(scope="module")
+def embedders(folders):
+    """(variant, options of from_pretrained) -> Embedder."""
+
+    @functools.cache
+    def get(variant: str, **options) -> Embedder:
+        return Embedder.from_pretrained(folders(variant), device="cpu", show_progress=False, **options)
 
     return get
 
@@ -49,7 +55,7 @@ LAYERS_ATOL = 6e-5
 def test_every_stage(embedders, variant, name):
     if not exists(variant, name):
         pytest.skip(f"{name} is only in ../shared/golden, which is absent")
-    case, e = Case(variant, name), embedders(variant)
+    case, e = Case(variant, name), embedders(variant, optimize=False)
     gold, model = case.tensors, e.model
     plans = [e.plan(x, num_crops=case.num_crops, max_length=case.max_length) for x in case.inputs]
     batch = e.processor.pack([e.load(p) for p in plans])
@@ -64,13 +70,25 @@ def test_every_stage(embedders, variant, name):
     check_real_positions(case, "inputs_embeds_sample", x, batch, rows, 2e-5)
 
     layers = range(len(model.decoder.layers))
-    _, hidden = model.decoder(x, model.decoder.packing(batch), keep=layers)
+    hidden = model.hidden_states(batch, layers)
     for layer in layers:
         close(f"layers_last[{layer}]", hidden[layer][last(batch)][rows], gold["layers_last"][layer][rows], LAYERS_ATOL)
     final = model.decoder.norm(hidden[layers[-1]])
     close("final_norm_last", final[last(batch)][rows], gold["final_norm_last"][rows], 2e-5)
     check_real_positions(case, "final_norm_sample", final, batch, rows, 2e-5)
 
+    check_vectors(case, e)
+
+
+@pytest.mark.parametrize("variant, name, options", FAST)
+def test_the_fast_model(embedders, variant, name, options):
+    if not exists(variant, name):
+        pytest.skip(f"{name} is only in ../shared/golden, which is absent")
+    check_vectors(Case(variant, name), embedders(variant, **options))
+
+
+def check_vectors(case: Case, e: Embedder) -> None:
+    gold, mixed_rope = case.tensors, len({n > 4096 for n in case.row_lengths}) == 2
     pooled = e.encode(case.inputs, num_crops=case.num_crops, max_length=case.max_length)
     close("pooled", pooled, gold["pooled_each_row_alone" if mixed_rope else "pooled"], 2e-6)
     if "pooled_each_row_alone" in gold:
@@ -211,9 +229,10 @@ def test_rope_tables(embedders, mode):
     gold = load_file(FIXTURES / "small/rope.safetensors")
     positions = gold[f"{mode}_positions"]
     n = 4096 if mode == "short" else 4097
-    empty = torch.empty(0, dtype=torch.int64)
-    batch = PackedBatch(empty, positions, torch.tensor([0, n]), (n,), empty, (), empty, empty)
-    cos, sin = rope_tables(batch, embedders("small").model.config.decoder)
+    config = embedders("small", optimize=False).model.config.decoder
+    n = max(n, int(positions.max()) + 1)
+    tables = rope_tables(torch.arange(n), torch.tensor([0, n]), config)
+    cos, sin = (table[positions.flatten()] for table in tables)
     for ours, key in ((cos, "cos"), (sin, "sin")):
         golden = gold[f"{mode}_{key}"]
         assert torch.equal(golden[:, :48], golden[:, 48:])

@@ -75,20 +75,13 @@ def formula(layer: AdaptedLinear) -> torch.Tensor:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dora", [True, False])
 @torch.no_grad()
-def test_every_method_is_a_linear_layer_with_the_formulas_weight(dora, bias):
+def test_a_linear_layer_with_the_formulas_weight(dora, bias):
     layer = adapted(dora, bias)
     plain = Linear(24, 40, bias=bias)
     plain.weight, plain.bias = nn.Parameter(formula(layer)), layer.bias
     torch.manual_seed(0)
-    x, residual = torch.randn(7, 24), torch.randn(7, 40)
+    x = torch.randn(7, 24)
     close("forward", layer(x), plain(x), 5e-6)
-    close("rows", layer.rows(x, 16, 30), plain.rows(x, 16, 30), 5e-6)
-    close("last rows", layer.rows(x, 30, None), plain.rows(x, 30, None), 5e-6)
-    close("add_to", layer.add_to(residual, x), residual + plain(x), 5e-6)
-    if bias:
-        close("quick_gelu", layer.quick_gelu(x), plain.quick_gelu(x), 5e-6)
-    else:
-        close("silu_mul", layer.silu_mul(x), plain.silu_mul(x), 5e-6)
     close("merged", layer.merged()(x), plain(x), 5e-6)
 
 
@@ -238,7 +231,7 @@ def test_mistaken_targets(folder):
 
 def test_adapters_on_the_model_give_the_merged_models_vectors(folder, published):
     adapter, _ = published
-    e = Embedder.from_pretrained(folder, device="cpu", prepack=False, show_progress=False)
+    e = Embedder.from_pretrained(folder, device="cpu", optimize=False, show_progress=False)
     image = torch.randint(0, 255, (60, 80, 3)).byte().numpy()
     batch = e.processor(["a", "b" * 40, {"text": "what?", "image": image}])
     with torch.no_grad():
@@ -294,7 +287,7 @@ def test_scale():
 def test_the_embedder_takes_an_adapter(folder, published):
     adapter, _ = published
     inputs = ["a", {"text": "what?", "image": torch.randint(0, 255, (60, 80, 3)).byte().numpy()}]
-    e = Embedder.from_pretrained(folder, device="cpu", prepack=False, show_progress=False)
+    e = Embedder.from_pretrained(folder, device="cpu", optimize=False, show_progress=False)
     merge_adapter(e.model, adapter)
     for prepack in (True, False, None):
         got = Embedder.from_pretrained(folder, adapter=adapter, device="cpu", prepack=prepack, show_progress=False)

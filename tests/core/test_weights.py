@@ -273,7 +273,7 @@ def test_the_hub_is_asked_for_safetensors_and_json_alone(monkeypatch, tmp_path):
     assert all(p.endswith(("safetensors", ".json")) for p in asked["allow_patterns"])
 
 
-@pytest.mark.parametrize("step", ["", "prepack(model)"], ids=["loaded", "packed"])
+@pytest.mark.parametrize("step", ["", "optimize(model)"], ids=["loaded", "packed"])
 def test_loading_does_not_hold_a_second_copy(tmp_path, step):
     """Peak resident memory while loading grows by the model's size and little more (see bench_load for full size)."""
     folder = new_checkpoint(tmp_path / "m", preset="small", dtype="bfloat16")
@@ -282,7 +282,7 @@ def test_loading_does_not_hold_a_second_copy(tmp_path, step):
         "from minivlm2vec.weights import load_model\n"
         "read = lambda key: int(re.search(key + r':\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
         "before = read('VmRSS')\n"
-        "from minivlm2vec.prepack import prepack\n"
+        "from minivlm2vec.inference import optimize\n"
         "model = load_model(sys.argv[1])\n"
         "size = sum(p.numel() * p.element_size() for p in model.parameters())\n"
         f"{step}\n"

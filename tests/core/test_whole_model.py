@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.bench_model import Workload, batch_of, in_float32_copy, random_model, sharing_weights
+from bench.bench_model import Workload, batch_of, fast, in_float32_copy, random_model, sharing_weights
 from minivlm2vec import Embedder
 from minivlm2vec.config import VLM2VecConfig
-from minivlm2vec.graphs import GraphedModel, PaddedModel
+from minivlm2vec.inference.graphs import GraphedModel, PaddedModel
+from minivlm2vec.inference.prefix import share_prefixes
 from minivlm2vec.new_checkpoint import base_config
-from minivlm2vec.prefix import share_prefixes
 from tests.kernels.kernel_cases import DTYPES
 from tests.support.golden import BUNDLED, Case, golden_checkpoint
 
@@ -48,8 +48,9 @@ def test_against_float32(device, large_tiles, preset, dtype):
     on_device = torch.device(device)
     model, batch = random_model(config, dtype, on_device), batch_of(config, WORK[preset], on_device)
     exact, torchs = in_float32_copy(model)(batch), sharing_weights(model, "torch")(batch)
-    ours = sharing_weights(model, "triton")
-    check({"kernels": ours(batch), "padded": PaddedModel(ours, make_at=1)(batch)}, torchs, exact)
+    plain, ours = sharing_weights(model, "triton"), fast(model, "triton")
+    vectors = {"plain": plain(batch), "fast": ours(batch), "padded": PaddedModel(ours, make_at=1)(batch)}
+    check(vectors, torchs, exact)
     assert worst(exact[:-1], exact[1:]) > 0.01  # inputs are told apart
 
 
@@ -60,7 +61,7 @@ def test_gpu_short_texts(preset):
     """Replayed, and with a beginning in common computed once."""
     config, cpu = VLM2VecConfig.from_dict(base_config(preset)), torch.device("cpu")
     model = random_model(config, torch.bfloat16, torch.device("cuda"))
-    ours, torchs, exact = sharing_weights(model, "triton"), sharing_weights(model, "torch"), in_float32_copy(model)
+    ours, torchs, exact = fast(model, "triton"), sharing_weights(model, "torch"), in_float32_copy(model)
     for work in (Workload((30,)), Workload((30, 40, 12, 12, 50), in_common=10)):
         on_host = batch_of(config, work, cpu)
         batch, shared = on_host.to("cuda"), share_prefixes(on_host, 4096, weight_bound_rows=0).to("cuda")

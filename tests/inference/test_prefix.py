@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from minivlm2vec import Embedder
-from minivlm2vec.batch import PackedBatch, SharedBatch, cumulative
+from minivlm2vec.batch import PackedBatch, cumulative
+from minivlm2vec.inference import optimize
+from minivlm2vec.inference.prefix import SharedBatch, pays, share_prefixes
 from minivlm2vec.info import empty_model
 from minivlm2vec.model import VLM2Vec
 from minivlm2vec.new_checkpoint import new_checkpoint
-from minivlm2vec.prefix import pays, share_prefixes
 from tests.support.golden import synth_image
 from tests.support.helpers import randomize
 
@@ -37,7 +38,7 @@ def e(folder) -> Embedder:
 def model(request, e) -> VLM2Vec:
     config = e.model.config
     config = replace(config, decoder=replace(config.decoder, num_key_value_heads=request.param))
-    return randomize(empty_model(config).to_empty(device="cpu"), seed=7).requires_grad_(False)
+    return optimize(randomize(empty_model(config).to_empty(device="cpu"), seed=7), prepack=False)
 
 
 def pack(texts: list[list[int]]) -> PackedBatch:
@@ -90,28 +91,23 @@ def test_vectors_are_the_same(model, texts):
     [[5, *range(10, 60)], [9], [5, *range(10, 40), 7], [8, 1, 1], [8, 1, 2], [5, *range(10, 40), 7]],
 ], ids=["identical", "one-begins-another", "several-groups"])  # fmt: skip
 @torch.inference_mode()
-def test_all_tokens_and_other_pooling_too(model, texts):
-    """The whole last layer instead of the last tokens of it, and what `hidden_states` gives."""
-
-    def mean(x, cu_seqlens, norm_weight, eps, *, normalize):
-        return torch.stack([s.mean(0) for s in x.split(cu_seqlens.diff().tolist())])
-
+def test_all_tokens_too(model, texts):
+    """What `hidden_states` gives, and vectors that are not normalised."""
     batch = pack(texts)
     shared = share_prefixes(batch, 512, **ALWAYS)
     assert len(shared.input_ids) < len(batch.input_ids)
     for normalize in (True, False):
         a, b = model(shared, normalize=normalize), model(batch, normalize=normalize)
         assert (a - b).abs().max() <= 2e-6 * b.abs().max()
-    a, b = model(shared, pool=mean), model(batch, pool=mean)
-    assert (a - b).abs().max() <= 2e-6 * b.abs().max()
     kept, expected = model.hidden_states(shared, [0, -1]), model.hidden_states(batch, [0, -1])
     for layer, x in expected.items():
         assert (kept[layer] - x).abs().max() <= 2e-6 * x.abs().max()
 
 
-def test_only_causal_attention_can_share(model):
-    with pytest.raises(ValueError, match="only causal"):
-        model(share_prefixes(pack([[1, 2, 3]] * 3), 512, **ALWAYS), causal=False)
+def test_only_causal_attention_can_share(e):
+    model = empty_model(e.model.config).to_empty(device="cpu")
+    model.causal = False
+    assert not optimize(model).sharing
 
 
 @torch.inference_mode()
@@ -129,25 +125,25 @@ def test_long_sequences_and_images_take_no_part(e):
 
 
 def test_work_is_saved(e):
-    """Rows that pass through the decoder's MLP: with a common instruction, the instruction's once."""
+    """Rows that pass through the decoder: with a common instruction, the instruction's once."""
     rows = []
-    hook = e.model.decoder.layers[0].mlp.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    hook = e.model.decoder.embed_tokens.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
     items = [INSTRUCTION + chr(97 + i) * 8 for i in range(16)]
     try:
-        e.share_prefixes = True
+        e.model.sharing = True
         shared = e.encode(items)
-        e.share_prefixes = False
+        e.model.sharing = False
         whole = e.encode(items)
     finally:
         hook.remove()
-        e.share_prefixes = False
+        e.model.sharing = False
     n = len(e.plan(INSTRUCTION))
     assert rows[1] - rows[0] == 15 * n, rows
     assert np.abs(shared - whole).max() <= 2e-6
 
 
 def test_on_by_default(folder):
-    assert Embedder.from_pretrained(folder, device="cpu", show_progress=False).share_prefixes
+    assert Embedder.from_pretrained(folder, device="cpu", show_progress=False).model.sharing
 
 
 @pytest.mark.parametrize("tokens, rows, expected", [

@@ -1,13 +1,16 @@
 """fp8: the product of torch against the same product in float32, and which layers it takes."""
 
+import copy
+
 import pytest
 import torch
 from PIL import Image
 
 from minivlm2vec import Embedder
+from minivlm2vec.inference import optimize
+from minivlm2vec.inference.fp8 import Fp8Linear, quantize
 from minivlm2vec.linear import Linear
 from minivlm2vec.new_checkpoint import new_checkpoint
-from minivlm2vec.quantize import Fp8Linear, quantize_fp8
 from minivlm2vec_kernels import quantize_rows
 from tests.support.golden import synth_image
 from tests.support.helpers import randomize
@@ -15,6 +18,12 @@ from tests.support.helpers import randomize
 
 def linear(n=48, k=64, bias=False, seed=0) -> Linear:
     return randomize(Linear(k, n, bias=bias), seed).bfloat16().requires_grad_(False)
+
+
+def in_8_bits(layer: Linear) -> Fp8Linear:
+    layer = copy.deepcopy(layer)
+    quantize(layer, None)
+    return layer
 
 
 def in_float32(layer: Linear, x: torch.Tensor) -> torch.Tensor:
@@ -26,7 +35,7 @@ def in_float32(layer: Linear, x: torch.Tensor) -> torch.Tensor:
 
 def test_rows_do_not_see_each_other():
     """What makes a vector independent of its neighbours, here too; sums may be taken in another order."""
-    layer = Fp8Linear(linear())
+    layer = in_8_bits(linear())
     x, large = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     alone = torch.cat([layer(row[None]) for row in x]).float()
     beside = layer(torch.cat([x, 1e4 * large, torch.full_like(large, float("nan"))])).float()
@@ -37,7 +46,7 @@ def test_rows_do_not_see_each_other():
 @pytest.mark.parametrize("rows", [1, 17])
 def test_products(bias, rows):
     plain = linear(bias=bias)
-    layer = Fp8Linear(plain)
+    layer = in_8_bits(plain)
     x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     exact = in_float32(plain, x)
     limit = 2**-8 * exact.abs().max() * 1.01  # half a unit of bfloat16, of the largest
@@ -46,7 +55,7 @@ def test_products(bias, rows):
         assert (layer.rows(x, start, stop).float() - exact[:, start:stop]).abs().max() <= limit
     assert torch.equal(layer(x.view(rows, 1, 64)), layer(x).view(rows, 1, 48))
     residual = torch.randn(rows, 48, generator=torch.Generator().manual_seed(2)).bfloat16()
-    assert torch.equal(layer.add_to(residual.clone(), x), residual + layer(x))
+    assert torch.equal(layer.add_(residual.clone(), x), residual + layer(x))
     assert torch.equal(layer.quick_gelu(x), layer(x) * torch.sigmoid(1.702 * layer(x)))
     gate, up = layer(x).chunk(2, dim=1)
     assert torch.equal(layer.silu_mul(x), torch.nn.functional.silu(gate) * up)
@@ -57,7 +66,7 @@ def test_products(bias, rows):
 
 def test_matrices_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"multiples of 16, got a matrix \[40, 64\]"):
-        Fp8Linear(linear(40, 64))
+        quantize(linear(40, 64), None)
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +75,13 @@ def folder(tmp_path_factory):
 
 
 def load(folder, **options) -> Embedder:
-    return Embedder.from_pretrained(
-        folder, device="cpu", dtype=torch.bfloat16, prepack=False, show_progress=False, **options
-    )
+    return Embedder.from_pretrained(folder, device="cpu", dtype=torch.bfloat16, show_progress=False, **options)
+
+
+def quantized(folder, keep) -> Embedder:
+    e = load(folder, optimize=False)
+    optimize(e.model, precision="fp8", fp8_keep=keep)
+    return e
 
 
 def fp8_names(model) -> set[str]:
@@ -83,7 +96,7 @@ def test_what_is_quantised_by_default(folder):
 
 
 def test_what_is_kept_can_be_chosen(folder):
-    names = fp8_names(quantize_fp8(load(folder).model, keep=("vision.*", "projector.mlp.2", "*.first.mlp.*")))
+    names = fp8_names(quantized(folder, ("vision.*", "projector.mlp.2", "*.first.mlp.*")).model)
     assert "projector.mlp.0" in names and "projector.mlp.2" not in names
     assert "decoder.layers.2.mlp.down_proj" in names and "decoder.layers.0.mlp.down_proj" not in names
     assert "decoder.layers.0.self_attn.qkv_proj" in names and not any(n.startswith("vision") for n in names)
@@ -92,8 +105,7 @@ def test_what_is_kept_can_be_chosen(folder):
 def test_vectors_are_near_those_of_bfloat16(folder):
     texts = ["a cat", "ünïcode 🐈 text", "b" * 100, "what is left of the dog?"]
     plain, fp8 = load(folder), load(folder, precision="fp8")
-    everything = load(folder)
-    quantize_fp8(everything.model, keep=("vision.*",))
+    everything = quantized(folder, ("vision.*",))
     expected = plain.encode(texts)
     near, far = ((expected * e.encode(texts)).sum(1).min() for e in (fp8, everything))
     print(f"smallest cosine to bfloat16: {near:.4f}, with every matrix of the decoder {far:.4f}")
@@ -104,8 +116,7 @@ def test_vectors_are_near_those_of_bfloat16(folder):
 
 def test_the_tower_too(folder):
     """Every matrix in 8 bits, with biases and quick_gelu: a vector of an image stays near."""
-    plain, everything = load(folder), load(folder)
-    quantize_fp8(everything.model, keep=())
+    plain, everything = load(folder), quantized(folder, ())
     assert "vision.layers.0.mlp.fc1" in fp8_names(everything.model)
     image = Image.fromarray(synth_image(80, 60, 0))
     cosine = (plain.encode([image]) @ everything.encode([image]).T).item()
@@ -117,7 +128,7 @@ def test_errors(folder):
     with pytest.raises(ValueError, match="precision is 'bf16' or 'fp8', got 'int4'"):
         load(folder, precision="int4")
     with pytest.raises(ValueError, match=r"bfloat16 models, got torch\.float32"):
-        Embedder.from_pretrained(folder, device="cpu", precision="fp8", prepack=False, show_progress=False)
+        Embedder.from_pretrained(folder, device="cpu", precision="fp8", show_progress=False)
 
 
 @pytest.mark.gpu
@@ -129,4 +140,4 @@ def test_gpu_products(rows, n, k):
     plain = randomize(Linear(k, n, bias=False)).bfloat16().cuda().requires_grad_(False)
     x = torch.randn(rows, k, device="cuda").bfloat16()
     exact = in_float32(plain, x)
-    assert (Fp8Linear(plain)(x).float() - exact).abs().max() <= 2**-7 * exact.abs().max()
+    assert (in_8_bits(plain)(x).float() - exact).abs().max() <= 2**-7 * exact.abs().max()

@@ -16,10 +16,9 @@ from triton.runtime.errors import OutOfResources
 from bench import bench_model, common, run
 from minivlm2vec import Embedder
 from minivlm2vec.config import VLM2VecConfig
-from minivlm2vec.graphs import GraphedModel
+from minivlm2vec.inference.graphs import GraphedModel
+from minivlm2vec.inference.prefix import share_prefixes
 from minivlm2vec.new_checkpoint import base_config
-from minivlm2vec.prefix import share_prefixes
-from minivlm2vec.quantize import quantize_fp8
 from minivlm2vec_kernels import (
     activation_triton,
     attention_backward_triton,
@@ -39,9 +38,7 @@ IMAGES = {"image_patches_kernel": 1, "merge_crops_kernel": 1}
 
 
 def model():
-    m = bench_model.random_model(CONFIG, torch.bfloat16, torch.device("cuda"))
-    m.backend = "triton"
-    return m
+    return bench_model.fast(bench_model.random_model(CONFIG, torch.bfloat16, torch.device("cuda")), "triton")
 
 
 def batch(name: str):
@@ -110,13 +107,13 @@ def test_shared_prefixes(card):
 
 @torch.inference_mode()
 def test_fp8(card):
-    quantised = quantize_fp8(bench_model.sharing_weights(model(), "triton"))
+    quantised = bench_model.fast(model(), "triton", precision="fp8")
     card.forget()
     assert quantised(batch("a")).shape == (64, 3072)
     assert card.operators["aten._scaled_mm.default"] == card.kernels()["quantize_rows_kernel"] > 2 * LAYERS
     card.capability = (8, 0)
     with pytest.raises(ValueError, match=r"8\.9"):
-        quantize_fp8(bench_model.sharing_weights(model(), "triton"))
+        bench_model.fast(model(), "triton", precision="fp8")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +152,7 @@ def test_a_capture_that_fails(card, monkeypatch):
         assert e.encode(["a cat"]).shape == (1, e.dimension)
     for text in ("a cat", "a text " * 30, "a text " * 30):
         assert e.encode([text]).shape == (1, e.dimension)
-    assert card.replays == 0 and len(e.graphs.programs) == 1
+    assert card.replays == 0 and len(e.model.graphs.programs) == 1
     strict = Embedder.from_pretrained("mini", **options, cuda_graphs=True)
     strict.encode(["a cat"])
     with pytest.raises(RuntimeError, match="not permitted"):

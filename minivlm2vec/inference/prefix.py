@@ -10,17 +10,54 @@ one pass over the sorted texts finds every distinct beginning in the pack, howev
 T tokens, R rows, B sequences.
 """
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from .batch import PackedBatch, SharedBatch, cumulative
+from ..batch import PackedBatch, cumulative
+from ..config import DecoderConfig
+from ..decoder import Packing, rope_tables
 
 # Below so many rows a matrix product takes as long as reading its weights, so that fewer rows save nothing: peak
 # FLOP/s over bandwidth in bytes/s, for bf16. H100: 798e12 / 3.0e12 = 266; H200: 183. On a CPU, some tens at most.
 WEIGHT_BOUND_ROWS = {"cuda": 256, "cpu": 16}  # by device type
 SMALLEST_SHARE = 1 / 16  # of the time; below, sharing is left alone. See `pays`.
+
+
+@dataclass(frozen=True)
+class SharedBatch(PackedBatch):
+    """A PackedBatch whose sequences' common beginnings are there once: R rows stand for T tokens, R < T.
+
+    `lengths` and `cu_seqlens` are those of the whole sequences; `input_ids`, `position_ids` [R] and `image_index`
+    are about rows. Right for causal attention alone, in which a token's state depends on what precedes it.
+
+    Fields:
+        key_index: [T] int64, the row that stands for each token: row key_index[t] holds what token t would.
+        cu_seqlens_q: [B + 1] int32; rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] are sequence b's own, its last
+            ones, at least one. Its other tokens' rows are those of other sequences.
+        row_lengths: how many they are, on the host.
+    """
+
+    key_index: Tensor
+    cu_seqlens_q: Tensor
+    row_lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SharedPacking(Packing):
+    """The packing of a SharedBatch; cos and sin are [R, H / 2]."""
+
+    cu_seqlens_q: Tensor | None = None  # [B + 1] int32
+    max_seqlen_q: int | None = None
+    key_index: Tensor | None = None  # [T]
+
+    @classmethod
+    def of(cls, batch: SharedBatch, config: DecoderConfig, dtype: torch.dtype) -> "SharedPacking":
+        cos, sin = rope_tables(batch.position_ids, batch.cu_seqlens_q, config)  # who shares is short, see below
+        rows = (batch.cu_seqlens_q, max(batch.row_lengths), batch.key_index)
+        return cls(batch.cu_seqlens, batch.max_seqlen, cos.to(dtype), sin.to(dtype), True, *rows)
 
 
 def share_prefixes(
@@ -77,7 +114,7 @@ def _shared(batch: PackedBatch, starts: np.ndarray, pairs: list[tuple[int, int]]
     key_index[own] = np.arange(len(own))
     for b, before in pairs:  # in order: what comes before is complete
         key_index[starts[b] : starts[b] + shared[b]] = key_index[starts[before] : starts[before] + shared[b]]
-    same = {f.name: getattr(batch, f.name) for f in fields(PackedBatch)}
+    same = {f.name: getattr(batch, f.name) for f in fields(PackedBatch) if f.init}
     changed = {
         "input_ids": batch.input_ids[own],
         "position_ids": batch.position_ids[own],

@@ -1,0 +1,95 @@
+"""8-bit floating point (e4m3) for the decoder's large matrices: about half the time of a product, other vectors.
+
+    y = (x_q W_q^T) * s_x * s_w      x_q = e4m3(x / s_x), s_x = max |x| / 448 for each token's row
+                                     W_q = e4m3(W / s_w), s_w = max |W| / 448 for each row of outputs
+
+Weights are converted once, when a model is loaded; inputs whenever they come. 448 is the greatest e4m3 number.
+T tokens, K inputs, N outputs.
+"""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from minivlm2vec_kernels import ops
+
+from .fused import InferenceOnly
+
+# Left as they are. down_proj: its inputs have a few very large channels in Phi-3, which a common scale of the row
+# would drown the others for. First and last layer: their errors pass through all others, or through none to be
+# averaged. Tower and projector: a fifth of the work of an image, in matrices of half the width.
+KEEP = ("decoder.layers.*.mlp.down_proj", "decoder.layers.first.*", "decoder.layers.last.*", "vision.*", "projector.*")
+
+
+def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError where a model is not bfloat16, or on a CUDA device without e4m3 products (before sm_89)."""
+    if dtype != torch.bfloat16:
+        raise ValueError(f"precision 'fp8' is for bfloat16 models, got {dtype}; dtype=torch.bfloat16 loads one")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        raise ValueError(f"precision 'fp8' needs a device of capability 8.9 or more, got {capability}")
+
+
+def takes_fp8(name: str, num_layers: int, keep: Sequence[str]) -> bool:
+    """Whether the matrix of that name is multiplied in 8 bits.
+
+    keep: names of those that are not, as shell patterns; the number of the first and of the last decoder layer may be
+        written "first" and "last".
+    """
+    patterns = [p.replace(".first.", ".0.").replace(".last.", f".{num_layers - 1}.") for p in keep]
+    return not any(fnmatchcase(name, p) for p in patterns)
+
+
+def quantize(layer: nn.Linear, backend: str | None) -> None:
+    """Turns a plain linear layer into an Fp8Linear, in place. Raises ValueError for sizes that 16 does not
+    divide."""
+    if layer.out_features % 16 or layer.in_features % 16:
+        raise ValueError(f"an fp8 product needs multiples of 16, got a matrix {list(layer.weight.shape)}")
+    weight, scale = ops.quantize_rows(layer.weight.detach(), backend=backend)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.scale = nn.Parameter(scale, requires_grad=False)
+    layer.backend = backend
+    layer.__class__ = Fp8Linear
+
+
+class Fp8Linear(InferenceOnly, nn.Linear):
+    """A product of e4m3 numbers, summed in float32 and returned in the inputs' dtype, and FusedLinear's other forms.
+
+    Attributes:
+        weight: [N, K] e4m3; N and K multiples of 16.
+        scale: [N] float32.
+        bias: [N] or None, as it was.
+    """
+
+    backend: str | None
+    scale: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._product(x, self.weight, self.scale, self.bias)
+
+    def add_(self, residual: Tensor, x: Tensor, *, bias_is_in: bool = False) -> Tensor:
+        return residual.add_(self(x))
+
+    def bias_ahead(self) -> None:
+        return None
+
+    def silu_mul(self, x: Tensor) -> Tensor:
+        return ops.silu_mul(self(x), backend=self.backend)
+
+    def quick_gelu(self, x: Tensor) -> Tensor:
+        return ops.quick_gelu(self(x), backend=self.backend)
+
+    def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
+        bias = None if self.bias is None else self.bias[start:stop]
+        return self._product(x, self.weight[start:stop], self.scale[start:stop], bias)
+
+    def _product(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:  # [..., K] -> [..., N]
+        rows, row_scale = ops.quantize_rows(x.reshape(-1, self.in_features), backend=self.backend)
+        if x.is_cuda:
+            y = torch._scaled_mm(rows, weight.t(), row_scale[:, None], scale[None], bias=bias, out_dtype=x.dtype)
+        else:  # the same sums, to see what they cost in accuracy; torch 2.11's _scaled_mm wants one scale a matrix here
+            y = rows.float() @ weight.float().t() * row_scale[:, None] * scale
+            y = (y if bias is None else y + bias).to(x.dtype)
+        return y.view(*x.shape[:-1], -1)

@@ -1,0 +1,261 @@
+"""CUDA graphs for small batches: one launch for the whole decoder instead of some three hundred.
+
+A short query takes about 3 ms of reading weights but longer to launch kernel by kernel. A graph replays its launches
+for fixed shapes on fixed addresses, so a batch is copied into buffers and padded to one of few shapes (`Bucket`):
+
+    rows beyond the last sequence belong to none: no attention reads them, and all else is row by row, so whatever
+        they hold stays there
+    sequences beyond the batch's are empty: they begin and end where the last one ends
+
+Token embeddings and images stay outside the graph. T packed tokens, B sequences, D width.
+"""
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minivlm2vec_kernels import choose_backend
+
+from ..batch import PackedBatch
+from ..decoder import Packing, inverse_frequencies, rotations
+from ..model import VLM2Vec
+from .fused import FusedVLM2Vec
+from .prefix import SharedBatch
+
+MAX_TOKENS = 2048  # above, launches take less than 2 % of the time and are hidden behind it
+MAX_GRAPHS = 32
+MAX_SEEN = 128  # shapes that are remembered to have come once
+# Relative errors of a vector that are rounding: between two orders of summing, cosines of 0.999 were seen in bfloat16
+# at full size, which is an error of 0.045. A graph that reads or writes a wrong address is off by about 1.
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The shape that a batch is padded to."""
+
+    tokens: int
+    sequences: int
+    max_seqlen: int
+
+
+Key = tuple[Bucket, bool]  # the bool: whether vectors are normalised
+
+
+def bucket_of(batch: PackedBatch, longest: int) -> Bucket | None:
+    """The bucket of a batch, or None where it is to run as it is: more than MAX_TOKENS tokens, a sequence longer
+    than `longest` (whose rotations are others), shared prefixes, or nothing at all.
+
+    Tokens: 32, 64, 128, then multiples of 128, the height of a matrix product's tile, so that padding adds no tile
+    that was not there in part. Sequences and the greatest length: powers of two (sequences at most
+    as many as tokens).
+    """
+    T, B, L = batch.num_tokens, batch.num_sequences, batch.max_seqlen
+    if not 0 < T <= MAX_TOKENS or longest < L or isinstance(batch, SharedBatch):
+        return None
+    tokens = max(32, _power_of_two(T)) if T <= 128 else -(-T // 128) * 128
+    return Bucket(tokens, min(_power_of_two(B), tokens), max(32, _power_of_two(L)))
+
+
+def _power_of_two(n: int) -> int:
+    """The next one from n on."""
+    return 1 << (n - 1).bit_length()
+
+
+class Buffers:
+    """Where a padded batch lies: the same memory for every bucket."""
+
+    def __init__(self, model: FusedVLM2Vec):
+        weight = model.decoder.embed_tokens.weight
+        self.x = weight.new_zeros(MAX_TOKENS, weight.shape[1])
+        self.position_ids = torch.zeros(MAX_TOKENS, dtype=torch.int64, device=weight.device)
+        self.cu_seqlens = torch.zeros(MAX_TOKENS + 1, dtype=torch.int32, device=weight.device)
+
+    def fill(self, x: Tensor, batch: PackedBatch, bucket: Bucket) -> None:
+        """x [T, D]: the batch's input embeddings."""
+        T, B = batch.num_tokens, batch.num_sequences
+        self.x[:T].copy_(x)
+        self.position_ids[:T].copy_(batch.position_ids)
+        self.cu_seqlens[: B + 1].copy_(batch.cu_seqlens)
+        self.cu_seqlens[B + 1 : bucket.sequences + 1].fill_(T)
+
+    def vectors(self, model: FusedVLM2Vec, bucket: Bucket, normalize: bool) -> Tensor:
+        """[bucket.sequences, D], of which the batch's come first. Overwrites `x`; waits for nothing."""
+        config, x = model.config.decoder, self.x[: bucket.tokens]
+        short, _ = inverse_frequencies(config, x.device)
+        cos, sin = (t.to(x.dtype) for t in rotations(self.position_ids[: bucket.tokens], short, config))
+        cu_seqlens = self.cu_seqlens[: bucket.sequences + 1]
+        packing = Packing(cu_seqlens, bucket.max_seqlen, cos, sin)
+        return model.decode_(x, packing, normalize=normalize)
+
+
+class PaddedModel:
+    """Calls like the model's, small batches padded to buckets. One call runs at a time, whatever the threads.
+
+    A bucket's program is made when the bucket comes for the second time (among the last `MAX_SEEN` that came once;
+    for the first time with make_at=1), and at most `max_programs` are kept: a new one takes the place of the one used
+    longest ago. When it is made, its first result is compared with that of the same batch as it is; a program that
+    differs by more than rounding is dropped for good, with a warning.
+
+    This class runs programs eagerly, on any device; `GraphedModel` captures them.
+    """
+
+    def __init__(self, model: FusedVLM2Vec, *, max_programs: int = MAX_GRAPHS, make_at: int = 2):
+        self.model, self.max_programs, self.make_at = model, max_programs, make_at
+        self.programs: OrderedDict[Key, Callable[[], Tensor]] = OrderedDict()
+        self.buffers = Buffers(model)
+        self.enabled = True
+        self._seen: OrderedDict[Key, None] = OrderedDict()
+        self._wrong: set[Key] = set()
+        self._lock = threading.Lock()
+
+    def recapture(self) -> None:
+        """Forgets all programs, which are then made anew: after the model's weights were moved."""
+        with self._lock:
+            self._wait()
+            for kept in (self.programs, self._seen, self._wrong):
+                kept.clear()
+            self.enabled = True
+
+    @torch.inference_mode()
+    def __call__(self, batch: PackedBatch, *, normalize: bool = True) -> Tensor:
+        bucket = bucket_of(batch, self.model.config.decoder.original_max_position_embeddings)
+        if bucket is None or not self.enabled:
+            return self.model.run(batch, normalize=normalize)
+        with self._lock:
+            key = bucket, normalize
+            if key in self.programs:
+                self.programs.move_to_end(key)
+                return self._run(self.programs[key], batch, bucket)
+            if not self._comes_again(key):
+                return self.model.run(batch, normalize=normalize)
+            return self._begin(key, batch)
+
+    def _comes_again(self, key: Key) -> bool:
+        """Whether a program is to be made for it."""
+        if key in self._wrong:
+            return False
+        if key in self._seen or self.make_at == 1:
+            self._seen.pop(key, None)
+            return True
+        self._seen[key] = None
+        if len(self._seen) > MAX_SEEN:
+            self._seen.popitem(last=False)
+        return False
+
+    def _begin(self, key: Key, batch: PackedBatch) -> Tensor:
+        """Makes a program and checks it by its first batch, whose vectors are returned."""
+        bucket, normalize = key
+        expected = self.model.run(batch, normalize=normalize)
+        if not expected.isfinite().all():
+            return expected
+        self._fill(batch, bucket)  # making a program may run it
+        program = self._make(lambda: self.buffers.vectors(self.model, bucket, normalize))
+        if program is None:
+            return expected
+        error = relative_error(self._run(program, batch, bucket), expected)
+        allowed = ROUNDING[self.model.dtype]
+        if not error <= allowed:  # NaN is not
+            self._wrong.add(key)
+            warnings.warn(
+                f"a program for {bucket} gave other vectors than the same batch without it (relative error "
+                f"{error:.2g}, rounding is below {allowed}); it is dropped, and such batches run as they are",
+                stacklevel=4,
+            )
+            return expected
+        if len(self.programs) >= self.max_programs:
+            self._wait()  # it may still be running
+            self.programs.popitem(last=False)
+        self.programs[key] = program
+        return expected
+
+    def _run(self, program: Callable[[], Tensor], batch: PackedBatch, bucket: Bucket) -> Tensor:
+        self._fill(batch, bucket)
+        return program()[: batch.num_sequences].clone()
+
+    def _fill(self, batch: PackedBatch, bucket: Bucket) -> None:
+        self.buffers.fill(self.model.embed(batch), batch, bucket)
+
+    def _make(self, run: Callable[[], Tensor]) -> Callable[[], Tensor] | None:
+        return run
+
+    def _wait(self) -> None:
+        pass
+
+
+def relative_error(ours: Tensor, expected: Tensor) -> float:
+    """The greatest |ours - expected| / |expected| of all vectors [B, D]; waits for the device."""
+    return float(((ours - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-12)).max())
+
+
+class GraphedModel(PaddedModel):
+    """PaddedModel with CUDA graphs. All graphs share one memory pool, whose size is that of the largest: they never
+    run at the same time, and their outputs are copied out.
+
+    A graph holds the addresses of the weights: they may be written over, and after anything that moves them
+    `recapture` is needed. Calls may come from several threads and streams: each waits for the buffers that the last
+    one used. Raises ValueError where the model does not run Triton kernels on a CUDA device.
+
+    strict: raise what a capture raises; else warn, once, and run without graphs from then on.
+    """
+
+    def __init__(self, model: FusedVLM2Vec, *, max_programs: int = MAX_GRAPHS, make_at: int = 2, strict: bool = True):
+        if not can_graph(model):
+            raise ValueError(f"CUDA graphs need the Triton kernels on a CUDA device, got {model.device}")
+        super().__init__(model, max_programs=max_programs, make_at=make_at)
+        self.strict, self._device = strict, model.device
+        with torch.cuda.device(self._device):
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream()
+            self._read = torch.cuda.Event()  # when the last call has read the buffers
+
+    def __call__(self, batch: PackedBatch, *, normalize: bool = True) -> Tensor:
+        with torch.cuda.device(self._device):
+            return super().__call__(batch, normalize=normalize)
+
+    def _fill(self, batch: PackedBatch, bucket: Bucket) -> None:
+        torch.cuda.current_stream().wait_event(self._read)
+        super()._fill(batch, bucket)
+
+    def _run(self, program: Callable[[], Tensor], batch: PackedBatch, bucket: Bucket) -> Tensor:
+        out = super()._run(program, batch, bucket)
+        self._read.record()
+        return out
+
+    def _make(self, run: Callable[[], Tensor]) -> Callable[[], Tensor] | None:
+        """Runs it once on the stream of the capture, so that kernels are compiled and cuBLAS has its workspace, then
+        captures it. Other threads may pin memory meanwhile ("thread_local")."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            run()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                out = run()
+        except RuntimeError as error:
+            if self.strict:
+                raise
+            warnings.warn(f"CUDA graphs are off, as one could not be captured: {error}", stacklevel=2)
+            self.enabled = False
+            return None
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+    def _wait(self) -> None:
+        torch.cuda.synchronize(self._device)
+
+
+def can_graph(model: VLM2Vec) -> bool:
+    """Whether GraphedModel takes it: Triton kernels on a CUDA device."""
+    with torch.no_grad():
+        return model.device.type == "cuda" and choose_backend(model.backend, next(model.parameters())) == "triton"

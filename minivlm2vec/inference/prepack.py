@@ -1,0 +1,93 @@
+"""Linear layers packed for a CPU: the weights in the blocked layout that oneDNN multiplies from.
+
+A plain matrix is brought into that layout again at every call; done once, products are faster (bench/README.md has
+the figures). A packed layer has no parameters left.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minivlm2vec_kernels import ops
+
+from .fused import InferenceOnly
+
+
+def can_prepack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch has oneDNN's packed product for a device and dtype."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def prepack(layer: nn.Linear, backend: str | None, parts: tuple[int, ...] = ()) -> None:
+    """Turns a plain linear layer into a PackedLinear, in place, and frees its weight.
+
+    parts: numbers of rows that `PackedLinear.rows` will be asked for.
+    """
+    sizes = list(parts or (layer.out_features,))
+    weight, bias = layer.weight.detach(), layer.bias
+    biases = [None] * len(sizes) if bias is None else bias.detach().split(sizes)
+    del layer.weight, layer.bias
+    layer.__class__ = PackedLinear
+    packed: Any = layer
+    packed.backend = backend
+    packed.packs = [
+        (torch.ops.mkldnn._reorder_linear_weight(w, None), b)
+        for w, b in zip(weight.split(sizes), biases, strict=True)
+    ]  # fmt: skip
+    packed.ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+
+
+class PackedLinear(InferenceOnly, nn.Linear):
+    """y = x W^T + b with W packed, and FusedLinear's other forms.
+
+    Attributes:
+        packs: W's rows and b's, in one or more runs; ends: the row at which each run ends.
+    """
+
+    backend: str | None
+    packs: list[tuple[Tensor, Tensor | None]]
+    ends: list[int]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = [_product(x, w, b) for w, b in self.packs]
+        return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
+
+    def add_(self, residual: Tensor, x: Tensor, *, bias_is_in: bool = False) -> Tensor:
+        if len(self.packs) > 1:
+            return residual.add_(self(x))
+        weight, bias = self.packs[0]
+        _refuse_gradient(x, residual)
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.packs[0][1] is not None}"
+
+    def bias_ahead(self) -> None:
+        return None
+
+    def silu_mul(self, x: Tensor) -> Tensor:
+        return ops.silu_mul(self(x), backend=self.backend)
+
+    def quick_gelu(self, x: Tensor) -> Tensor:
+        return F.silu(self(x).mul_(1.702), inplace=True).mul_(1 / 1.702)
+
+    def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
+        stop = self.out_features if stop is None else stop
+        for begin, end, (weight, bias) in zip([0, *self.ends], self.ends, self.packs, strict=False):
+            if (begin, end) == (start, stop):
+                return _product(x, weight, bias)
+        return self(x)[..., start:stop]
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _refuse_gradient(x)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _refuse_gradient(*tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError("PackedLinear has no gradient: load the model with optimize=False")
