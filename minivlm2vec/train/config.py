@@ -15,7 +15,7 @@ class DataConfig:
 
     Fields:
         root: a folder with a folder for each set; "mini" for the sets that ship with the package; "mini-drawn" for
-            rows of mini-MMEB's training sets that are drawn as they are needed, without end (see `drawn.DrawnData`).
+            rows of mini-MMEB's training sets, drawn as they are needed, without end (see `mini.drawn.DrawnData`).
         sets: their names; default all.
         variant: "original" or "diverse_instruction", the beginning of the files' names.
         images: folder or zip of the pictures; default <root>/images.zip, <root>/images_zip/<set>.zip, else <root>.
@@ -23,8 +23,8 @@ class DataConfig:
         rows_per_set: at most so many rows of a set.
         row_choice: which: "random" (the paper) or "first" (the published code).
         variation: how much the drawings of "mini-drawn" vary, from 0, not at all, to 3; 1 is
-            `mmeb.mini.stream.Variation`.
-        more_styles: "mini-drawn" also draws in the styles of `mmeb.mini.more_styles` (extra `mini`).
+            `mini.world.stream.Variation`.
+        more_styles: "mini-drawn" also draws in the styles of `mini.world.more_styles` (extra `mini`).
         sub_batch: batches consist of blocks of so many rows of one set. 1 mixes rows freely, as published; the
             batch size gives every batch one set.
         max_length: tokens that are kept of a text without images.

@@ -44,9 +44,9 @@ class Row:
 
 
 def open_data(config: DataConfig, *, seed: int = 0) -> "TrainingData":
-    """The rows that `config.root` names: files, or for "mini-drawn" those of `drawn.DrawnData`."""
+    """The rows that `config.root` names: files, or for "mini-drawn" those of `mini.drawn.DrawnData`."""
     if config.root == "mini-drawn":
-        from .drawn import DrawnData
+        from ..mini.drawn import DrawnData
 
         return DrawnData(config, seed=seed)
     return TrainingData(config, seed=seed)
@@ -157,7 +157,7 @@ def content_id(pair: Pair, images: Images) -> int:
 
 def _root(root: str) -> Path:
     if root == "mini":
-        from minivlm2vec.mmeb.mini import bundled
+        from ..mini import bundled
 
         return bundled() / "MMEB-train"
     path = Path(root).expanduser()

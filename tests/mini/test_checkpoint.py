@@ -5,7 +5,6 @@ import io
 import json
 import random
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,22 +15,22 @@ import minivlm2vec.mini.__main__ as start
 from minivlm2vec import Embedder
 from minivlm2vec.cli import main
 from minivlm2vec.config import VLM2VecConfig
+from minivlm2vec.mini import CHECKPOINT, bundled, card
+from minivlm2vec.mini.drawn import DrawnData
+from minivlm2vec.mini.world import concepts, stream, tasks
+from minivlm2vec.mini.world import sources as packages
+from minivlm2vec.mini.world.more_styles import add_styles
 from minivlm2vec.mmeb.dataset import Images, read_jsonl
-from minivlm2vec.mmeb.mini import bundled, card, concepts, stream, tasks
-from minivlm2vec.mmeb.mini import sources as packages
-from minivlm2vec.mmeb.mini.more_styles import add_styles
 from minivlm2vec.new_checkpoint import new_checkpoint
 from minivlm2vec.tokenizer import Tokenizer
 from minivlm2vec.train.config import DataConfig, TrainConfig, read_config
 from minivlm2vec.train.data import content_id
-from minivlm2vec.train.drawn import DrawnData
 from minivlm2vec.train.trainer import Trainer
 from minivlm2vec.weights import load_model
 from tests.mini.test_world import tarballs, worlds  # noqa: F401 (fixtures)
 
 NOTHING = stream.Variation().times(0)
 LEAST = 0.5  # P@1 in the style of training; the card has what was measured
-FOLDER = Path(start.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -224,10 +223,10 @@ def test_the_configurations_are_of_3_to_8_million_parameters_and_12_megabytes(si
 
 
 def test_the_checked_in_runs_are_readable():
-    first, second, third, fourth = (read_config(FOLDER / f"train-{i}.toml") for i in (1, 2, 3, 4))
+    first, second, third, fourth = (read_config(CHECKPOINT / f"train-{i}.toml") for i in (1, 2, 3, 4))
     assert third.model == f"{second.out}/step-{second.optim.steps:06d}" and third.data.sets == second.data.sets
     assert fourth.model == f"{third.out}/step-{third.optim.steps:06d}" and fourth.data.sets == third.data.sets
-    assert set(read_config(FOLDER / "train-gpu.toml").data.sets) == set(tasks.TRAIN)
+    assert set(read_config(CHECKPOINT / "train-gpu.toml").data.sets) == set(tasks.TRAIN)
     assert set(first.data.sets) < set(second.data.sets) == set(tasks.TRAIN)
     assert (
         second.model == f"{first.out}/step-{first.optim.steps // 2:06d}"
@@ -236,14 +235,14 @@ def test_the_checked_in_runs_are_readable():
 
 
 def test_check_of_drawn_rows(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("minivlm2vec.train.drawn._training_world", lambda folder, more_styles: world)
+    monkeypatch.setattr("minivlm2vec.mini.drawn._training_world", lambda folder, more_styles: world)
     (tmp_path / "c.toml").write_text('model = "m"\nout = "o"\n[data]\nroot = "mini-drawn"\n')
     assert main(["train", str(tmp_path / "c.toml"), "--check"]) == 0
     assert capsys.readouterr().out == "rows without end of 13 sets can be used\n"
 
 
 def test_it_trains_on_drawn_rows_and_goes_on_exactly(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("minivlm2vec.train.drawn._training_world", lambda folder, more_styles: world)
+    monkeypatch.setattr("minivlm2vec.mini.drawn._training_world", lambda folder, more_styles: world)
     new_checkpoint(tmp_path / "start", preset="tiny")
     whole, halves = (_train(tmp_path, name, stops) for name, stops in (("whole", [4]), ("halves", [2, 4])))
     for name, p in whole.model.named_parameters():
@@ -300,25 +299,27 @@ def mini():
 
 
 def test_the_package_holds_at_most_12_megabytes_of_it():
-    files = {path.name: path.stat().st_size for path in FOLDER.iterdir() if path.is_file()}
+    files = {path.name: path.stat().st_size for path in CHECKPOINT.iterdir() if path.is_file()}
     assert {"model.safetensors", "config.json", "preprocessor_config.json", "tokenizer.json", "README.md"} <= set(files)
     assert sum(files.values()) < 12e6
 
 
 def test_its_size(mini):
-    assert 3e6 < sum(p.numel() for p in load_model(FOLDER).parameters()) < 8e6
+    assert 3e6 < sum(p.numel() for p in load_model(CHECKPOINT).parameters()) < 8e6
     assert mini.encode(["a cat"]).dtype == np.float32
 
 
 def test_its_card_is_made_from_its_scores():
     """And so no number in it was typed by hand."""
-    scores = json.loads((FOLDER / "scores.json").read_text(encoding="utf-8"))
-    assert card.card("mini", scores, *card.read_training(FOLDER)) == (FOLDER / "README.md").read_text(encoding="utf-8")
+    scores = json.loads((CHECKPOINT / "scores.json").read_text(encoding="utf-8"))
+    assert card.card("mini", scores, *card.read_training(CHECKPOINT)) == (CHECKPOINT / "README.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_its_training_record_is_that_of_the_configs():
-    training, _ = card.read_training(FOLDER)
-    configs = [read_config(FOLDER / run["config"]) for run in training["runs"]]
+    training, _ = card.read_training(CHECKPOINT)
+    configs = [read_config(CHECKPOINT / run["config"]) for run in training["runs"]]
     assert [run["batch_size"] for run in training["runs"]] == [c.optim.batch_size for c in configs]
     assert all(run["steps"] <= c.optim.steps for run, c in zip(training["runs"], configs, strict=True))
     assert sorted(training["sets"]) == sorted(name for c in configs for name in c.data.sets)

@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from minivlm2vec.mmeb.dataset import Pair
-from minivlm2vec.mmeb.mini import sources, stream, tasks
-from minivlm2vec.mmeb.mini.concepts import World, load_world
-from minivlm2vec.mmeb.mini.more_styles import add_styles
-
-from .config import DataConfig
-from .data import ALL, Row
+from ..mmeb.dataset import Pair
+from ..train.config import DataConfig
+from ..train.data import ALL, Row
+from .world import sources, stream, tasks
+from .world.concepts import World, load_world
+from .world.more_styles import add_styles
 
 ROOT = "mini-drawn"  # the data.root that means this
 TARBALLS = "outputs/tarballs"
