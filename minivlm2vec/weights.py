@@ -44,7 +44,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CONFIGS = ("config.json", "preprocessor_config.json", "tokenizer.json")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 FILES = ["*.safetensors", "*.safetensors.index.json", *CONFIGS, "tokenizer_config.json", ADAPTER_CONFIG]
-MINI = Path(__file__).parent / "mini"  # the bundled checkpoint
+MINI = Path(__file__).parent / "mini" / "checkpoint"  # the bundled checkpoint
 
 log = logging.getLogger("minivlm2vec")
 M = TypeVar("M", bound=VLM2Vec)

@@ -70,7 +70,7 @@ def test_core_never_imports_optional_parts():
         if file.stem == "ray":
             continue
         for name in imports(file):
-            optional = name.startswith(".") and name.split(".")[1] in ("serve", "mmeb", "train", "files", "demo")
+            optional = name.startswith(".") and name.split(".")[1] in ("serve", "mmeb", "train", "files", "mini")
             assert not optional, (file, name)
 
 

@@ -24,11 +24,11 @@ def run(args: argparse.Namespace) -> int:
     if not args.out.parent.is_dir():
         raise FileNotFoundError(f"the folder {args.out.parent} of --out does not exist")
     start = time.perf_counter()
-    from ..demo import page, tables
-    from ..demo.answers import answer_all
-    from ..demo.questions import read_material
+    from ..mini import bundled
+    from ..mini.demo import page, tables
+    from ..mini.demo.answers import answer_all
+    from ..mini.demo.questions import read_material
     from ..mmeb.dataset import Dataset
-    from ..mmeb.mini import bundled
 
     progress = sys.stderr.isatty()
     loading = time.perf_counter()

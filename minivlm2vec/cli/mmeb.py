@@ -45,9 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates as the arguments say and prints the table. Errors are raised, for the caller to print."""
+    from ..mini import bundled
     from ..mmeb.dataset import HUB_NAME
     from ..mmeb.evaluate import evaluate
-    from ..mmeb.mini import bundled
 
     if args.num_crops is None and args.data == HUB_NAME:
         args.num_crops = 4  # what the published scores were measured with

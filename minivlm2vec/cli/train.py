@@ -1,6 +1,7 @@
 """`minivlm2vec train`: contrastive training from a TOML file."""
 
 import argparse
+import logging
 from pathlib import Path
 
 EXAMPLES = """\
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from ..train.config import read_config
 
     config = read_config(args.config)
+    _print_messages("minivlm2vec.mini")  # its rows may have to be fetched
     if args.check:
         from ..train.data import NONE, open_data
 
@@ -50,3 +52,16 @@ def run(args: argparse.Namespace) -> int:
     if rank() == 0:
         print(f"wrote {folder}")
     return 0
+
+
+class _Printer(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), flush=True)
+
+
+def _print_messages(name: str) -> None:
+    """What the logger of this name is told appears on stdout."""
+    logger = logging.getLogger(name)
+    if not logger.handlers:
+        logger.addHandler(_Printer())
+        logger.setLevel(logging.INFO)

@@ -1,13 +1,31 @@
-"""The bundled checkpoint `mini`, which demonstrates and tests; README.md here is its model card.
+"""The bundled toy world: everything of it is in this folder, and nothing outside of it imports it but the commands.
 
-How it was made:
+    world/        mini-MMEB: what is drawn, what is asked, and how its files are built
+    data/         a trimmed copy of these files, with the licences of the pictures
+    drawn.py      training rows without end, drawn as they are needed
+    checkpoint/   the model that was trained on them, its training configs and its model card
+    scores.py     scores of a checkpoint, beside chance and nearest neighbours in pixels (pixels.py)
+    card.py       the model card, made from the scores
+    demo/         what `minivlm2vec demo` shows
 
-    python -m minivlm2vec.mini start outputs/mini-start      # tokenizer, configuration, random weights
-    minivlm2vec train minivlm2vec/mini/train-1.toml          # single drawings
-    torchrun --nproc-per-node 2 -m minivlm2vec train minivlm2vec/mini/train-2.toml  # all sets, more styles
-    minivlm2vec train minivlm2vec/mini/train-3.toml          # the same once more, from a smaller rate
-    minivlm2vec train minivlm2vec/mini/train-4.toml          # and again, drawings varied more
-    python -m minivlm2vec.mini package outputs/mini-4/step-002600 minivlm2vec/mini
+How the checkpoint was made:
 
-train-gpu.toml is for a larger one.
+    python -m minivlm2vec.mini start outputs/mini-start                 # tokenizer, configuration, random weights
+    minivlm2vec train minivlm2vec/mini/checkpoint/train-1.toml          # single drawings
+    torchrun --nproc-per-node 2 -m minivlm2vec train minivlm2vec/mini/checkpoint/train-2.toml  # all sets, more styles
+    minivlm2vec train minivlm2vec/mini/checkpoint/train-3.toml          # the same once more, from a smaller rate
+    minivlm2vec train minivlm2vec/mini/checkpoint/train-4.toml          # and again, drawings varied more
+    python -m minivlm2vec.mini package outputs/mini-4/step-002600 minivlm2vec/mini/checkpoint
+
+train-gpu.toml is for a larger one, and has not been run.
 """
+
+from pathlib import Path
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+
+
+def bundled() -> Path:
+    """The trimmed copy of mini-MMEB that ships with the package: MMEB-eval/ and MMEB-train/, as `world.write` makes
+    them."""
+    return Path(__file__).parent / "data"

@@ -13,11 +13,11 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..mmeb.mini import sources
-from ..mmeb.mini.concepts import World, load_world
-from ..mmeb.mini.tasks import CORNERS, CROP, INSTRUCTIONS, PICTURE
-from ..mmeb.mini.words import plural
 from ..new_checkpoint import merged, new_checkpoint, phi3_tokenizer
+from .world import sources
+from .world.concepts import World, load_world
+from .world.tasks import CORNERS, CROP, INSTRUCTIONS, PICTURE
+from .world.words import plural
 
 VOCAB_SIZE = 4096
 CONFIG: dict[str, Any] = {

@@ -8,42 +8,53 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..lora import LoraConfig
 
+# Short spellings of data.root in a TOML file: the source that each stands for, and which keys of [data] are options of
+# that source, under which names.
+SHORT_ROOTS = {
+    "mini-drawn": (
+        "minivlm2vec.mini.drawn:DrawnRows",
+        {"variation": "variation", "more_styles": "more_styles", "images": "tarballs"},
+    ),
+}
+
 
 @dataclass(frozen=True)
 class DataConfig:
-    """[data]: which rows, in what order.
+    """[data]: which rows, in what order. `root` for rows in files, or `source` for others.
 
     Fields:
-        root: a folder with a folder for each set; "mini" for the sets that ship with the package; "mini-drawn" for
-            rows of mini-MMEB's training sets that are drawn as they are needed, without end (see `drawn.DrawnData`).
-        sets: their names; default all.
+        root: a folder with a folder for each set; "mini" for the sets that ship with the package.
+        source: "package.module:Name", a class or function that gives the rows; see `train.data.RowSource`. In a TOML
+            file `root = "mini-drawn"` is short for that of `mini.drawn.DrawnRows`.
+        options: [data.options], settings of the source's own.
+        sets: names of the sets; default all.
         variant: "original" or "diverse_instruction", the beginning of the files' names.
         images: folder or zip of the pictures; default <root>/images.zip, <root>/images_zip/<set>.zip, else <root>.
-            For "mini-drawn" the folder where npm packages are kept, by default outputs/tarballs.
         rows_per_set: at most so many rows of a set.
         row_choice: which: "random" (the paper) or "first" (the published code).
-        variation: how much the drawings of "mini-drawn" vary, from 0, not at all, to 3; 1 is
-            `mmeb.mini.stream.Variation`.
-        more_styles: "mini-drawn" also draws in the styles of `mmeb.mini.more_styles` (extra `mini`).
         sub_batch: batches consist of blocks of so many rows of one set. 1 mixes rows freely, as published; the
             batch size gives every batch one set.
         max_length: tokens that are kept of a text without images.
         num_crops: the most crops an image is cut into.
-        workers: threads that read and cut images; for "mini-drawn" with 2 or more, also processes that draw.
+        workers: threads that read and cut images.
     """
 
-    root: str
+    root: str | None = None
+    source: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     sets: tuple[str, ...] = ()
     variant: str = "original"
     images: str | None = None
     rows_per_set: int = 50_000
     row_choice: str = "random"
-    variation: float = 1.0
-    more_styles: bool = False
     sub_batch: int = 1
     max_length: int = 256
     num_crops: int = 4
     workers: int = 4
+
+    def __post_init__(self) -> None:
+        if (self.root is None) == (self.source is None):
+            raise ValueError("data.root or data.source is needed, and not both")
 
 
 @dataclass(frozen=True)
@@ -138,9 +149,20 @@ def read_config(path: str | Path) -> TrainConfig:
     path = Path(path)
     try:
         raw = _toml().loads(path.read_text(encoding="utf-8"))
-        return _build(TrainConfig, raw, "")
+        return build(TrainConfig, _with_source(raw), "")
     except (ValueError, TypeError) as e:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise ValueError(f"{path}: {e}") from None
+
+
+def _with_source(raw: dict[str, Any]) -> dict[str, Any]:
+    """The file's settings with the source and the options that a short data.root stands for."""
+    data = raw.get("data")
+    if not isinstance(data, dict) or str(data.get("root")) not in SHORT_ROOTS or "source" in data:
+        return raw
+    source, names = SHORT_ROOTS[data["root"]]
+    kept = {key: value for key, value in data.items() if key != "root" and key not in names}
+    options = {name: data[key] for key, name in names.items() if key in data}
+    return raw | {"data": kept | {"source": source, "options": options | kept.get("options", {})}}
 
 
 def _toml() -> Any:
@@ -154,7 +176,9 @@ def _toml() -> Any:
     return tomllib
 
 
-def _build(cls: type, raw: dict[str, Any], where: str) -> Any:
+def build(cls: type, raw: dict[str, Any], where: str) -> Any:
+    """A dataclass from a TOML table; `where` is the table's name with a dot, for messages. Raises ValueError naming
+    the key that is unknown, missing or of another type."""
     hints = get_type_hints(cls)
     for key in raw.keys() - hints.keys():
         near = difflib.get_close_matches(key, hints, n=1)
@@ -171,7 +195,7 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     options = get_args(hint) if get_origin(hint) not in (tuple, dict) and get_args(hint) else (hint,)
     table = next((o for o in options if is_dataclass(o)), None)
     if table is not None and isinstance(value, dict):
-        return _build(table, value, name + ".")
+        return build(table, value, name + ".")
     if isinstance(value, list) and any(get_origin(o) is tuple for o in options):
         inner = get_args(next(o for o in options if get_origin(o) is tuple))
         return tuple(_value(inner[0], v, name) for v in value)

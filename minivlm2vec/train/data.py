@@ -1,4 +1,4 @@
-"""Rows in MMEB's training format, and the order in which a run sees them.
+"""Rows of a run: those in MMEB's training format and their order, and what a source of other rows must have.
 
     <root>/<Set>/original*.parquet or *.jsonl, diverse_instruction*.parquet or *.jsonl
     columns qry, qry_image_path, pos_text, pos_image_path, and perhaps neg_text, neg_image_path
@@ -7,13 +7,14 @@ An empty path means no image. pos_* and neg_* may be lists: several positives, s
 neg_text and neg_image_path are both empty has no hard negative.
 """
 
+import importlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,6 +23,21 @@ from minivlm2vec.mmeb.dataset import Images, Pair, read_rows
 from .config import DataConfig
 
 ALL, NONE = slice(None), slice(0)
+MINI = Path(__file__).parents[1] / "mini" / "data" / "MMEB-train"  # the sets that ship with the package
+
+
+class Pictures(Protocol):
+    """Where a row's pictures are: `mmeb.dataset.Images`, or what a source of rows has in its place."""
+
+    @property
+    def place(self) -> Path:
+        """Pictures of one name and one place are one picture."""
+
+    def source(self, path: str, /) -> Any:
+        """The picture as `Processor.plan` takes it: a path, bytes, a PIL image."""
+
+    def check(self, path: str, /, *, thoroughly: bool = False) -> None:
+        """Raises OSError or ValueError where it is missing; thoroughly: or cannot be decoded."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +48,7 @@ class Row:
     query: Pair
     positives: tuple[Pair, ...]
     negatives: tuple[Pair, ...]
-    images: Images
+    images: Pictures
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
@@ -43,13 +59,52 @@ class Row:
         return {"text": pair.text, "image": self.images.source(pair.image)} if pair.image else {"text": pair.text}
 
 
-def open_data(config: DataConfig, *, seed: int = 0) -> "TrainingData":
-    """The rows that `config.root` names: files, or for "mini-drawn" those of `drawn.DrawnData`."""
-    if config.root == "mini-drawn":
-        from .drawn import DrawnData
+class RowSource(Protocol):
+    """The rows of a run. `TrainingData` reads them from files; your own source, for rows that are made as they are
+    needed or lie elsewhere, is named in the configuration:
 
-        return DrawnData(config, seed=seed)
-    return TrainingData(config, seed=seed)
+        [data]
+        source = "package.module:Name"
+
+    Name is a class or function that is called as `Name(config, seed=seed)` with the run's `DataConfig`, where
+    `config.options` holds the table [data.options], and returns an object with the methods below. Which rows `batch`
+    gives may depend on the seed and its arguments alone: so a run goes on where it was, and every process sees its
+    part of the same batch. `batch` is called from a thread of its own. --check prints the object's `str`.
+    """
+
+    def check(self, *, thoroughly: bool = False) -> None:
+        """Raises ValueError naming what cannot be used; thoroughly: decodes every picture. May do nothing."""
+
+    def batch(self, step: int, batch_size: int, part: slice = ALL) -> list[Row]:
+        """The rows of a step, counted from 0, or a part of them (NONE: only checks that there are enough).
+        Raises ValueError where there are too few."""
+
+    def sample(self, n: int) -> list[Row]:
+        """Up to n rows, the same at every call; for pictures of the progress."""
+
+
+def open_data(config: DataConfig, *, seed: int = 0) -> RowSource:
+    """The rows that the configuration names: files of `root`, or those of `source`. Raises ValueError where there is
+    no such source, or it lacks a method."""
+    if config.source is None:
+        return TrainingData(config, seed=seed)
+    rows = _find_source(config.source)(config, seed=seed)
+    lacking = [name for name in ("check", "batch", "sample") if not callable(getattr(rows, name, None))]
+    if lacking:
+        raise ValueError(f"data.source {config.source} gives a {type(rows).__name__}, which lacks {', '.join(lacking)}")
+    return rows
+
+
+def _find_source(name: str) -> Callable[..., RowSource]:
+    """What "package.module:Name" stands for. The name is the user's own, from his TOML file; none comes from a
+    checkpoint."""
+    module, _, attribute = name.partition(":")
+    if not module or not attribute or module.startswith("."):
+        raise ValueError(f'data.source is {name!r}; it looks like "package.module:Name"')
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as e:
+        raise ValueError(f"data.source {name} cannot be imported: {e}") from e
 
 
 class TrainingData:
@@ -149,18 +204,14 @@ class TrainingData:
         return next(p for p in places if p.exists())
 
 
-def content_id(pair: Pair, images: Images) -> int:
+def content_id(pair: Pair, images: Pictures) -> int:
     """A number that is the same for the same text and image; 63 bits, so that two others hardly ever share it."""
     data = json.dumps([pair.text, pair.image, str(images.place) if pair.image else ""]).encode()
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "big") >> 1
 
 
-def _root(root: str) -> Path:
-    if root == "mini":
-        from minivlm2vec.mmeb.mini import bundled
-
-        return bundled() / "MMEB-train"
-    path = Path(root).expanduser()
+def _root(root: str | None) -> Path:
+    path = MINI if root == "mini" else Path(root or "").expanduser()
     if not path.is_dir():
         raise FileNotFoundError(f"data.root {path} is no folder")
     return path

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from minivlm2vec.images import open_image, to_rgb
-from minivlm2vec.mmeb.dataset import Images, Pair
+from minivlm2vec.mmeb.dataset import Pair
+
+from .data import Pictures
 
 CELL, GAP = 168, 6
 RIGHT, WRONG, QUERY = (30, 140, 60), (190, 190, 190), (40, 80, 160)
 
 
 def draw_sheet(
-    queries: Sequence[tuple[Pair, Images]], nearest: Sequence[Sequence[tuple[Pair, Images, float, bool]]]
+    queries: Sequence[tuple[Pair, Pictures]], nearest: Sequence[Sequence[tuple[Pair, Pictures, float, bool]]]
 ) -> Image.Image:
     """A line for each query: it, then its nearest targets with their similarity, framed green where they are right."""
     columns, side = 1 + max(map(len, nearest)), CELL + GAP
@@ -26,7 +28,7 @@ def draw_sheet(
     return sheet
 
 
-def _cell(pair: Pair, images: Images, score: str, colour: tuple[int, int, int]) -> Image.Image:
+def _cell(pair: Pair, images: Pictures, score: str, colour: tuple[int, int, int]) -> Image.Image:
     cell = Image.new("RGB", (CELL, CELL), "white")
     draw, font = ImageDraw.Draw(cell), ImageFont.load_default(11)
     text = textwrap.wrap(pair.text.replace("<|image_1|>\n", "").strip(), 28)

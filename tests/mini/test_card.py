@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from minivlm2vec.mini import bundled, card, pixels, scores
+from minivlm2vec.mini.world import build, concepts, drawing, tasks
 from minivlm2vec.mmeb.dataset import Dataset, Images, Pair, Row, Rows
-from minivlm2vec.mmeb.mini import build, bundled, card, concepts, drawing, pixels, scores, tasks
 from minivlm2vec.mmeb.subsets import Subset
 from minivlm2vec.new_checkpoint import new_checkpoint
 

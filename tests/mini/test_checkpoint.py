@@ -5,7 +5,6 @@ import io
 import json
 import random
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,22 +15,23 @@ import minivlm2vec.mini.__main__ as start
 from minivlm2vec import Embedder
 from minivlm2vec.cli import main
 from minivlm2vec.config import VLM2VecConfig
+from minivlm2vec.mini import CHECKPOINT, bundled, card
+from minivlm2vec.mini.drawn import DrawnRows
+from minivlm2vec.mini.world import concepts, stream, tasks
+from minivlm2vec.mini.world import sources as packages
+from minivlm2vec.mini.world.more_styles import add_styles
 from minivlm2vec.mmeb.dataset import Images, read_jsonl
-from minivlm2vec.mmeb.mini import bundled, card, concepts, stream, tasks
-from minivlm2vec.mmeb.mini import sources as packages
-from minivlm2vec.mmeb.mini.more_styles import add_styles
 from minivlm2vec.new_checkpoint import new_checkpoint
 from minivlm2vec.tokenizer import Tokenizer
 from minivlm2vec.train.config import DataConfig, TrainConfig, read_config
 from minivlm2vec.train.data import content_id
-from minivlm2vec.train.drawn import DrawnData
 from minivlm2vec.train.trainer import Trainer
 from minivlm2vec.weights import load_model
 from tests.mini.test_world import tarballs, worlds  # noqa: F401 (fixtures)
 
+SOURCE = "minivlm2vec.mini.drawn:DrawnRows"
 NOTHING = stream.Variation().times(0)
 LEAST = 0.5  # P@1 in the style of training; the card has what was measured
-FOLDER = Path(start.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def world(worlds):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def data(world):
-    return DrawnData(DataConfig("mini-drawn", sub_batch=2, workers=1), seed=3, world=world)
+    return DrawnRows(DataConfig(source=SOURCE, sub_batch=2, workers=1), seed=3, world=world)
 
 
 def test_a_row_depends_on_its_number_alone(world):
@@ -78,7 +78,12 @@ def test_variation_of_nothing_changes_nothing():
 
 def test_a_strength_beyond_its_bounds_is_refused(world):
     with pytest.raises(ValueError, match=r"variation is 3.5; it lies between 0 and 3"):
-        DrawnData(DataConfig("mini-drawn", variation=3.5), world=world)
+        DrawnRows(DataConfig(source=SOURCE, options={"variation": 3.5}), world=world)
+
+
+def test_an_unknown_option_is_named(world):
+    with pytest.raises(ValueError, match=r"no setting is named data.options.variatoin; did you mean variation\?"):
+        DrawnRows(DataConfig(source=SOURCE, options={"variatoin": 1.0}), world=world)
 
 
 @pytest.mark.parametrize("part", ["turn", "hue", "colour", "shade"])
@@ -140,7 +145,7 @@ def test_what_a_style_lacks_is_drawn_in_one_of_mini_mmebs(world, more_styles):
 
 
 def test_batches_depend_on_the_step_alone_and_mix_blocks_of_sets(data, world):
-    again = DrawnData(DataConfig("mini-drawn", sub_batch=2, workers=1), seed=3, world=world)
+    again = DrawnRows(DataConfig(source=SOURCE, sub_batch=2, workers=1), seed=3, world=world)
     names = lambda rows: [row.name for row in rows]  # noqa: E731
     assert names(data.batch(4, 8)) == names(again.batch(4, 8)) != names(data.batch(5, 8))
     assert names(data.batch(4, 8, slice(3, 6))) == names(data.batch(4, 8))[3:6]
@@ -148,25 +153,25 @@ def test_batches_depend_on_the_step_alone_and_mix_blocks_of_sets(data, world):
     sets = [row.name.split(",")[0] for row in rows]
     assert sets[::2] == sets[1::2] and {name: sets.count(name) for name in tasks.TRAIN} == dict.fromkeys(tasks.TRAIN, 8)
     assert len(set(names(rows))) == len(rows)
-    other = DrawnData(DataConfig("mini-drawn", sub_batch=2, workers=1), seed=4, world=world)
+    other = DrawnRows(DataConfig(source=SOURCE, sub_batch=2, workers=1), seed=4, world=world)
     assert names(other.batch(4, 8)) != names(data.batch(4, 8))
 
 
 def test_several_processes_draw_the_same(data, world):
-    several = DrawnData(DataConfig("mini-drawn", sub_batch=2, workers=2), seed=3, world=world)
+    several = DrawnRows(DataConfig(source=SOURCE, sub_batch=2, workers=2), seed=3, world=world)
     for ours, theirs in zip(data.batch(1, 16), several.batch(1, 16), strict=True):
         assert (ours.name, ours.pairs) == (theirs.name, theirs.pairs)
-        assert {n: p.tobytes() for n, p in ours.images.pictures.items()} == {
-            n: p.tobytes() for n, p in theirs.images.pictures.items()
+        assert {n: p.tobytes() for n, p in ours.images.drawings.items()} == {
+            n: p.tobytes() for n, p in theirs.images.drawings.items()
         }
 
 
 def test_a_set_that_is_named_twice_comes_twice_as_often(world):
-    config = DataConfig("mini-drawn", sets=("Emoji-t2i", "Emoji-t2i", "Grid-Count"), workers=1)
-    rows = DrawnData(config, world=world).batch(0, 30)
+    config = DataConfig(source=SOURCE, sets=("Emoji-t2i", "Emoji-t2i", "Grid-Count"), workers=1)
+    rows = DrawnRows(config, world=world).batch(0, 30)
     assert sum(row.name.startswith("Emoji-t2i") for row in rows) == 20
     with pytest.raises(ValueError, match=r"Emoji-t2t is no training set; there are Emoji-Subgroup"):
-        DrawnData(DataConfig("mini-drawn", sets=("Emoji-t2t",)), world=world)
+        DrawnRows(DataConfig(source=SOURCE, sets=("Emoji-t2t",)), world=world)
 
 
 def test_drawn_rows_show_training_concepts_in_training_styles(worlds):  # noqa: F811
@@ -180,14 +185,14 @@ def test_drawn_rows_show_training_concepts_in_training_styles(worlds):  # noqa: 
 
     watched = copy.copy(world)
     watched.drawings = Watched(world.drawings)
-    DrawnData(DataConfig("mini-drawn", sub_batch=4, workers=1), world=watched).batch(0, 4 * 26)
+    DrawnRows(DataConfig(source=SOURCE, sub_batch=4, workers=1), world=watched).batch(0, 4 * 26)
     assert {style for style, _ in asked} == set(concepts.SEEN_STYLES)
     assert not {code for _, code in asked} & {one.code for one in held_out.concepts}
 
 
 def test_no_picture_is_a_wrong_answer_for_its_equal(data, world):
     """Two drawings of one thing have one content id, so that `mask_duplicates` keeps them apart from wrong ones."""
-    rows = DrawnData(DataConfig("mini-drawn", sets=("Emoji-t2i",), workers=1), world=world).batch(0, 150)
+    rows = DrawnRows(DataConfig(source=SOURCE, sets=("Emoji-t2i",), workers=1), world=world).batch(0, 150)
     by_text = {}
     for row in rows:
         name = row.query.text.split(":")[-1].split("?")[-1].strip()
@@ -224,10 +229,10 @@ def test_the_configurations_are_of_3_to_8_million_parameters_and_12_megabytes(si
 
 
 def test_the_checked_in_runs_are_readable():
-    first, second, third, fourth = (read_config(FOLDER / f"train-{i}.toml") for i in (1, 2, 3, 4))
+    first, second, third, fourth = (read_config(CHECKPOINT / f"train-{i}.toml") for i in (1, 2, 3, 4))
     assert third.model == f"{second.out}/step-{second.optim.steps:06d}" and third.data.sets == second.data.sets
     assert fourth.model == f"{third.out}/step-{third.optim.steps:06d}" and fourth.data.sets == third.data.sets
-    assert set(read_config(FOLDER / "train-gpu.toml").data.sets) == set(tasks.TRAIN)
+    assert set(read_config(CHECKPOINT / "train-gpu.toml").data.sets) == set(tasks.TRAIN)
     assert set(first.data.sets) < set(second.data.sets) == set(tasks.TRAIN)
     assert (
         second.model == f"{first.out}/step-{first.optim.steps // 2:06d}"
@@ -236,14 +241,36 @@ def test_the_checked_in_runs_are_readable():
 
 
 def test_check_of_drawn_rows(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("minivlm2vec.train.drawn._training_world", lambda folder, more_styles: world)
-    (tmp_path / "c.toml").write_text('model = "m"\nout = "o"\n[data]\nroot = "mini-drawn"\n')
+    monkeypatch.setattr("minivlm2vec.mini.drawn._training_world", lambda options: world)
+    for spelling in ('root = "mini-drawn"', f'source = "{SOURCE}"'):
+        (tmp_path / "c.toml").write_text(f'model = "m"\nout = "o"\n[data]\n{spelling}\n')
+        assert main(["train", str(tmp_path / "c.toml"), "--check"]) == 0
+        assert capsys.readouterr().out == "rows without end of 13 sets can be used\n"
+
+
+def test_the_short_spelling_of_drawn_rows(tmp_path):
+    """`root = "mini-drawn"` and the keys beside it, as TOML files had them before sources had names."""
+    (tmp_path / "c.toml").write_text(
+        'model = "m"\nout = "o"\n[data]\nroot = "mini-drawn"\nvariation = 2\nmore_styles = true\nimages = "kept"\n'
+        "workers = 3\n"
+    )
+    options = {"variation": 2, "more_styles": True, "tarballs": "kept"}
+    assert read_config(tmp_path / "c.toml").data == DataConfig(source=SOURCE, options=options, workers=3)
+
+
+def test_what_is_fetched_is_told(tarballs, tmp_path, monkeypatch, capsys):  # noqa: F811
+    def fetch(folder, report):
+        report(f"npm pack into {folder}")
+        return tarballs
+
+    monkeypatch.setattr(packages, "fetch", fetch)
+    (tmp_path / "c.toml").write_text('model = "m"\nout = "o"\n[data]\nroot = "mini-drawn"\nimages = "kept"\n')
     assert main(["train", str(tmp_path / "c.toml"), "--check"]) == 0
-    assert capsys.readouterr().out == "rows without end of 13 sets can be used\n"
+    assert capsys.readouterr().out == "npm pack into kept\nrows without end of 13 sets can be used\n"
 
 
 def test_it_trains_on_drawn_rows_and_goes_on_exactly(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("minivlm2vec.train.drawn._training_world", lambda folder, more_styles: world)
+    monkeypatch.setattr("minivlm2vec.mini.drawn._training_world", lambda options: world)
     new_checkpoint(tmp_path / "start", preset="tiny")
     whole, halves = (_train(tmp_path, name, stops) for name, stops in (("whole", [4]), ("halves", [2, 4])))
     for name, p in whole.model.named_parameters():
@@ -254,7 +281,7 @@ def test_it_trains_on_drawn_rows_and_goes_on_exactly(world, tmp_path, monkeypatc
 def _train(folder, name, stops):
     config = {
         "model": str(folder / "start"), "out": str(folder / name), "autocast": True,
-        "data": DataConfig("mini-drawn", sub_batch=2, num_crops=1, workers=1),
+        "data": DataConfig(source=SOURCE, sub_batch=2, num_crops=1, workers=1),
     }  # fmt: skip
     from minivlm2vec.train.config import LogConfig, OptimConfig
 
@@ -300,29 +327,31 @@ def mini():
 
 
 def test_the_package_holds_at_most_12_megabytes_of_it():
-    files = {path.name: path.stat().st_size for path in FOLDER.iterdir() if path.is_file()}
+    files = {path.name: path.stat().st_size for path in CHECKPOINT.iterdir() if path.is_file()}
     assert {"model.safetensors", "config.json", "preprocessor_config.json", "tokenizer.json", "README.md"} <= set(files)
     assert sum(files.values()) < 12e6
 
 
 def test_its_size(mini):
-    assert 3e6 < sum(p.numel() for p in load_model(FOLDER).parameters()) < 8e6
+    assert 3e6 < sum(p.numel() for p in load_model(CHECKPOINT).parameters()) < 8e6
     assert mini.encode(["a cat"]).dtype == np.float32
 
 
 def test_its_card_is_made_from_its_scores():
     """And so no number in it was typed by hand."""
-    scores = json.loads((FOLDER / "scores.json").read_text(encoding="utf-8"))
-    assert card.card("mini", scores, *card.read_training(FOLDER)) == (FOLDER / "README.md").read_text(encoding="utf-8")
+    scores = json.loads((CHECKPOINT / "scores.json").read_text(encoding="utf-8"))
+    assert card.card("mini", scores, *card.read_training(CHECKPOINT)) == (CHECKPOINT / "README.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_its_training_record_is_that_of_the_configs():
-    training, _ = card.read_training(FOLDER)
-    configs = [read_config(FOLDER / run["config"]) for run in training["runs"]]
+    training, _ = card.read_training(CHECKPOINT)
+    configs = [read_config(CHECKPOINT / run["config"]) for run in training["runs"]]
     assert [run["batch_size"] for run in training["runs"]] == [c.optim.batch_size for c in configs]
     assert all(run["steps"] <= c.optim.steps for run, c in zip(training["runs"], configs, strict=True))
     assert sorted(training["sets"]) == sorted(name for c in configs for name in c.data.sets)
-    assert training["more_styles"] == any(c.data.more_styles for c in configs)
+    assert training["more_styles"] == any(c.data.options.get("more_styles", False) for c in configs)
 
 
 def test_it_finds_pictures_by_name_and_names_by_picture(mini):

@@ -16,9 +16,11 @@ from PIL import Image
 
 from minivlm2vec import Embedder, weights
 from minivlm2vec.cli import main
-from minivlm2vec.demo import page, tables
-from minivlm2vec.demo.answers import Answer, answer, answer_all
-from minivlm2vec.demo.questions import (
+from minivlm2vec.errors import CheckpointError
+from minivlm2vec.mini import bundled
+from minivlm2vec.mini.demo import page, tables
+from minivlm2vec.mini.demo.answers import Answer, answer, answer_all
+from minivlm2vec.mini.demo.questions import (
     ASKING,
     CONDITIONS,
     GROUNDING,
@@ -30,11 +32,9 @@ from minivlm2vec.demo.questions import (
     about_pictures,
     read_material,
 )
-from minivlm2vec.errors import CheckpointError
+from minivlm2vec.mini.world.concepts import HELD_OUT_STYLE
 from minivlm2vec.mmeb.dataset import Dataset, Pair
 from minivlm2vec.mmeb.evaluate import evaluate
-from minivlm2vec.mmeb.mini import bundled
-from minivlm2vec.mmeb.mini.concepts import HELD_OUT_STYLE
 from minivlm2vec.new_checkpoint import new_checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from minivlm2vec.mini import bundled
+from minivlm2vec.mini.world import __main__ as command
+from minivlm2vec.mini.world import build, concepts, drawing, sources, tasks, words
 from minivlm2vec.mmeb.dataset import Dataset
-from minivlm2vec.mmeb.mini import __main__ as command
-from minivlm2vec.mmeb.mini import build, bundled, concepts, drawing, sources, tasks, words
 
 PLAN = build.Plan(eval_rows=12, train_rows=10, candidates=20, jsonl=True)
 SUBGROUPS = {"animal-mammal": ("mammals", 3), "food-fruit": ("fruit", 4), "tool": ("tools", 7), "drink": ("drink", 4)}

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from minivlm2vec import Embedder
-from minivlm2vec.mmeb.mini import bundled
+from minivlm2vec.mini import bundled
 from minivlm2vec.new_checkpoint import new_checkpoint
 
 

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from minivlm2vec.errors import InputError
+from minivlm2vec.mini import bundled
+from minivlm2vec.mini.world import build
 from minivlm2vec.mmeb import dataset, report, score, subsets
 from minivlm2vec.mmeb.dataset import Dataset, Images, Pair, open_dataset
 from minivlm2vec.mmeb.encode import Group, Store, as_input, fingerprint
-from minivlm2vec.mmeb.mini import build, bundled
 from minivlm2vec.mmeb.score import METRICS, CollapsedEmbeddings, figures, score_rows
 from tests.support.files_data import make_adapter
 

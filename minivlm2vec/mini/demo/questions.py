@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..mmeb.dataset import Dataset, Pair, read_jsonl
-from ..mmeb.mini.concepts import HELD_OUT_STYLE
-from ..mmeb.mini.tasks import INSTRUCTIONS, PICTURE
+from ...mmeb.dataset import Dataset, Pair, read_jsonl
+from ..world.concepts import HELD_OUT_STYLE
+from ..world.tasks import INSTRUCTIONS, PICTURE
 
 CATALOGUES = {"seen": "pictures_seen.jsonl", "new": "pictures.jsonl"}  # of the single pictures
 

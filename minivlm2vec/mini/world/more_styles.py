@@ -11,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from minivlm2vec.mmeb.mini import sources
-from minivlm2vec.mmeb.mini.concepts import Concept, World, fitted
+from . import sources
+from .concepts import Concept, World, fitted
 
 
 def add_styles(world: World, tarballs: dict[sources.Package, Path]) -> World:

@@ -1,4 +1,4 @@
-"""python -m minivlm2vec.mmeb.mini.card CHECKPOINT [DATA]: score a checkpoint on mini-MMEB and write its model card.
+"""python -m minivlm2vec.mini.card CHECKPOINT [DATA]: score a checkpoint on mini-MMEB and write its model card.
 
 Written into the checkpoint's folder (or -o DIR): scores.json, and README.md, the card. The same scores give the
 same card; without DATA it is written again from scores.json. How the checkpoint was trained stands in
@@ -24,10 +24,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from minivlm2vec.mmeb.mini import sources
-from minivlm2vec.mmeb.mini.scores import GROUPS, measure
-from minivlm2vec.mmeb.report import TITLES
-from minivlm2vec.mmeb.subsets import META_TASKS
+from ..mmeb.report import TITLES
+from ..mmeb.subsets import META_TASKS
+from .scores import GROUPS, measure
+from .world import sources
 
 TRAINING = ("commands", "runs", "sets", "seed", "hardware", "wall_time_s", "precision", "commit", "torch")
 # What the checkpoint is meant to reach: the figure's name, the sets, the least P@1.
@@ -276,9 +276,9 @@ def _reproduce(training: dict[str, Any] | None) -> str:
 
 ```sh
 pip install 'minivlm2vec[mmeb,mini]'
-python -m minivlm2vec.mmeb.mini DATA                    # fetches four npm packages (160 MB)\
+python -m minivlm2vec.mini.world DATA                   # fetches four npm packages (160 MB)\
 {train}
-python -m minivlm2vec.mmeb.mini.card CHECKPOINT DATA    # scores.json and this card
+python -m minivlm2vec.mini.card CHECKPOINT DATA         # scores.json and this card
 ```
 """
 
@@ -345,7 +345,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m minivlm2vec.mmeb.mini.card",
+        prog="python -m minivlm2vec.mini.card",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

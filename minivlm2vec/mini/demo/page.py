@@ -6,10 +6,10 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-from .. import __version__
-from ..files.page import head_of, replacing
-from ..mmeb.dataset import Images, Pair
-from ..mmeb.mini.sources import PACKAGES
+from ... import __version__
+from ...files.page import head_of, replacing
+from ...mmeb.dataset import Images, Pair
+from ..world.sources import PACKAGES
 from .answers import Answer, Result, Times
 from .questions import Kind, Material, shown
 from .tables import WHAT_IS_SEEN, query_name, summary_cells, told

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageChops
 
-from minivlm2vec.mmeb.mini.concepts import SEEN_STYLES, World
-from minivlm2vec.mmeb.mini.tasks import SETS, Item, Row
+from .concepts import SEEN_STYLES, World
+from .tasks import SETS, Item, Row
 
 SIDE = 64  # of a drawing, pixels
 GREY = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)

@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from minivlm2vec.embedder import Embedder
-from minivlm2vec.info import module_rows
-from minivlm2vec.mmeb import score
-from minivlm2vec.mmeb.dataset import Dataset, Rows, read_jsonl
-from minivlm2vec.mmeb.encode import Encoder
-from minivlm2vec.mmeb.evaluate import evaluate
-from minivlm2vec.mmeb.mini import pixels, tasks
-from minivlm2vec.mmeb.score import METRICS, Figures
-from minivlm2vec.mmeb.subsets import META_TASKS
-from minivlm2vec.weights import read_headers
+from ..embedder import Embedder
+from ..info import module_rows
+from ..mmeb import score
+from ..mmeb.dataset import Dataset, Rows, read_jsonl
+from ..mmeb.encode import Encoder
+from ..mmeb.evaluate import evaluate
+from ..mmeb.score import METRICS, Figures
+from ..mmeb.subsets import META_TASKS
+from ..weights import read_headers
+from . import pixels
+from .world import tasks
 
 GROUPS = ("seen / training", "seen / held out", "held out / training", "held out / held out")  # concepts / styles
 SETS = {one.name: one for one in tasks.EVAL}
@@ -41,7 +42,7 @@ def measure(
 
     Args:
         checkpoint: its folder.
-        data: what `python -m minivlm2vec.mmeb.mini` has written, MMEB-eval/ and MMEB-train/.
+        data: what `python -m minivlm2vec.mini.world` has written, MMEB-eval/ and MMEB-train/.
         work: where `evaluate` writes its files; an interrupted run goes on from them.
         limit: only the first rows of each set.
         allow_collapsed: score vectors that do not tell inputs apart, too.

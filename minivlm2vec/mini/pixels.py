@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from minivlm2vec.mmeb.dataset import Images, Rows, read_jsonl, read_rows
-from minivlm2vec.mmeb.mini.concepts import SEEN_STYLES
+from ..mmeb.dataset import Images, Rows, read_jsonl, read_rows
+from .world.concepts import SEEN_STYLES
 
 SIDE = 32
 NEVER = np.inf  # the distance of a text that no training picture lends

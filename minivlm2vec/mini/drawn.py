@@ -1,39 +1,56 @@
 """Training rows of mini-MMEB that are drawn as they are needed, without files and without end."""
 
 import itertools
+import logging
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from minivlm2vec.mmeb.dataset import Pair
-from minivlm2vec.mmeb.mini import sources, stream, tasks
-from minivlm2vec.mmeb.mini.concepts import World, load_world
-from minivlm2vec.mmeb.mini.more_styles import add_styles
+from ..mmeb.dataset import Pair
+from ..train.config import DataConfig, build
+from ..train.data import ALL, Row
+from .world import sources, stream, tasks
+from .world.concepts import World, load_world
+from .world.more_styles import add_styles
 
-from .config import DataConfig
-from .data import ALL, Row
-
-ROOT = "mini-drawn"  # the data.root that means this
-TARBALLS = "outputs/tarballs"
+log = logging.getLogger(__name__)
 Task = tuple[str, Sequence[int], str]
 
 
-class DrawnData:
-    """The batches of a run on drawn rows; stands in for `TrainingData`.
+@dataclass(frozen=True)
+class DrawOptions:
+    """[data.options] of the source "minivlm2vec.mini.drawn:DrawnRows".
+
+    Fields:
+        variation: how much drawings vary, from 0, not at all, to 3; 1 is `world.stream.Variation`.
+        more_styles: draw in the styles of `world.more_styles` too (extra `mini`).
+        tarballs: the folder of npm packages, which are fetched where they are missing.
+    """
+
+    variation: float = 1.0
+    more_styles: bool = False
+    tarballs: str = "outputs/tarballs"
+
+
+class DrawnRows:
+    """Rows of mini-MMEB's training sets, drawn as they are needed, without end: a `train.data.RowSource`.
 
     A batch consists of blocks of `sub_batch` rows of one set. All sets have had equally many blocks whenever as many
     blocks as sets are through; a set that is named twice gets two. Which rows a step sees depends on the seed and the
     step alone.
 
     Args:
-        config: `images` is the folder of npm tarballs, fetched where they are missing. With more than one of
-            `workers`, so many processes draw, since drawing keeps the interpreter busy.
+        config: its `options` are those of `DrawOptions`. With more than one of its `workers`, so many processes draw,
+            since drawing keeps the interpreter busy.
         seed: of the rows and their order. (The split into training and held-out concepts is always that of seed 0.)
         world: what to draw, instead of the training concepts of mini-MMEB.
+
+    Raises ValueError for an unknown set or option.
     """
 
     def __init__(self, config: DataConfig, *, seed: int = 0, world: World | None = None):
@@ -42,8 +59,9 @@ class DrawnData:
         unknown = sorted(set(self.names) - set(tasks.TRAIN))
         if unknown:
             raise ValueError(f"data.sets: {', '.join(unknown)} is no training set; there are {', '.join(tasks.TRAIN)}")
-        self.world = world or _training_world(Path(config.images or TARBALLS).expanduser(), config.more_styles)
-        self.drawer = Drawer(self.world, stream.Variation().times(config.variation))
+        options: DrawOptions = build(DrawOptions, config.options, "data.options.")
+        variation = stream.Variation().times(options.variation)
+        self.drawer = Drawer(world or _training_world(options), variation)
         self.draw = self.drawer if config.workers == 1 else DrawingProcesses(self.drawer, config.workers)
 
     def __str__(self) -> str:
@@ -82,8 +100,8 @@ class Drawer:
         drawn = stream.rows(self.world, name, numbers, self.variation, seed)
         return [_row(name, row, number) for number, row in zip(numbers, drawn, strict=True)]
 
-    def map(self, tasks: Sequence[Task]) -> Iterator[list[Row]]:
-        return map(self, tasks)
+    def map(self, work: Sequence[Task]) -> Iterator[list[Row]]:
+        return map(self, work)
 
 
 class DrawingProcesses:
@@ -93,8 +111,8 @@ class DrawingProcesses:
         context = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(processes, context, initializer=_keep, initargs=(drawer,))
 
-    def map(self, tasks: Sequence[Task]) -> Iterator[list[Row]]:
-        return self.pool.map(_draw, tasks)
+    def map(self, work: Sequence[Task]) -> Iterator[list[Row]]:
+        return self.pool.map(_draw, work)
 
 
 _kept: list[Drawer] = []  # of a drawing process
@@ -111,37 +129,38 @@ def _draw(task: Task) -> list[Row]:
 def _row(name: str, row: tasks.Row, number: int) -> Row:
     """Wrong candidates of the row that are texts are all hard negatives, of pictures the first."""
     near = [item for item in row.near if item.image is None] or list(row.near[:1])
-    pictures: dict[str, Image.Image] = {}
-    query, positive, *negatives = (
-        _pair(item, f"{name}/{number}/{i}", pictures) for i, item in enumerate((row.query, row.positive, *near))
+    drawings: dict[str, Image.Image] = {}
+    query, positive, *wrong = (
+        _pair(item, f"{name}/{number}/{i}", drawings) for i, item in enumerate((row.query, row.positive, *near))
     )
-    negatives = tuple(pair for pair in dict.fromkeys(negatives) if pair != positive)
-    return Row(f"{name}, row {number}", query, (positive,), negatives, Pictures(pictures))
+    negatives = tuple(pair for pair in dict.fromkeys(wrong) if pair != positive)
+    return Row(f"{name}, row {number}", query, (positive,), negatives, DrawnPictures(drawings))
 
 
-class Pictures:
-    """A row's pictures by name, as `mmeb.dataset.Images` gives those of files."""
+class DrawnPictures:
+    """A row's drawings by name: a `train.data.Pictures`."""
 
-    place = Path(ROOT)
+    place = Path("mini-drawn")  # of all rows: drawings of one name are one picture
 
-    def __init__(self, pictures: dict[str, Image.Image]):
-        self.pictures = pictures
+    def __init__(self, drawings: dict[str, Image.Image]):
+        self.drawings = drawings
 
     def source(self, name: str) -> Image.Image:
-        return self.pictures[name]
+        return self.drawings[name]
 
     def check(self, name: str, *, thoroughly: bool = False) -> None:
-        self.pictures[name].load()
+        self.drawings[name].load()
 
 
-def _pair(item: tasks.Item, name: str, pictures: dict[str, Image.Image]) -> Pair:
+def _pair(item: tasks.Item, name: str, drawings: dict[str, Image.Image]) -> Pair:
     if item.image is None:
         return Pair(item.text, "")
     name = stream.picture_name(item, name)
-    pictures[name] = item.image
+    drawings[name] = item.image
     return Pair(item.text, name)
 
 
-def _training_world(folder: Path, more_styles: bool) -> World:
-    train, _ = load_world(sources.fetch(folder, print), seed=0)
-    return add_styles(train, sources.fetch(folder, print, sources.MORE_STYLES)) if more_styles else train
+def _training_world(options: DrawOptions) -> World:
+    folder = Path(options.tarballs).expanduser()
+    train, _ = load_world(sources.fetch(folder, log.info), seed=0)
+    return add_styles(train, sources.fetch(folder, log.info, sources.MORE_STYLES)) if options.more_styles else train

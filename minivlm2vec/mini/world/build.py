@@ -26,10 +26,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from minivlm2vec.mmeb.mini import drawing, sources, tasks
-from minivlm2vec.mmeb.mini.concepts import World, load_world
+from . import drawing, sources, tasks
+from .concepts import World, load_world
 
-DATA = Path(__file__).parents[1] / "data"
+LICENCES = Path(__file__).parents[1] / "data" / "licenses"  # with the texts that two of the packages lack
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,6 @@ TRIMMED = Plan(
         "Seen-Fluent-Position",
     ),
 )
-
-
-def bundled() -> Path:
-    """The trimmed copy that ships with the package: MMEB-eval/ and MMEB-train/ as `write` lays them out."""
-    return DATA / "mini"
 
 
 def write(
@@ -321,7 +316,9 @@ def _write_json(path: Path, value: object) -> None:
 
 def write_attribution(folder: Path, plan: Plan, tarballs: dict[sources.Package, Path]) -> None:
     licences = folder / "licenses"
-    shutil.copytree(DATA / "licenses", licences, dirs_exist_ok=True)
+    licences.mkdir(parents=True, exist_ok=True)
+    for name in ("Apache-2.0.txt", "fluent-emoji.txt"):
+        shutil.copyfile(LICENCES / name, licences / name)
     for package in (sources.NOTO, sources.TWEMOJI, sources.EMOJIBASE):
         (_, text), *_ = sources.members(tarballs[package], "package/LICENSE", "")
         (licences / f"{package.name}.txt").write_bytes(text)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from minivlm2vec.mmeb.mini.concepts import Concept, World
+from .concepts import Concept, World
 
 SINGLE = 64  # side of a picture of one emoji
 CANVAS = 128  # side of a grid or scene

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from minivlm2vec.mmeb.mini import sources
-from minivlm2vec.mmeb.mini.words import SUBGROUP_NAMES, is_countable
+from . import sources
+from .words import SUBGROUP_NAMES, is_countable
 
 STYLES = ("noto", "twemoji", "fluent")
 SEEN_STYLES = STYLES[:2]

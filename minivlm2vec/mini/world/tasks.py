@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from minivlm2vec.mmeb.mini import drawing
-from minivlm2vec.mmeb.mini.concepts import COLOURS, STYLES, THING_GROUPS, Concept, World
-from minivlm2vec.mmeb.mini.drawing import Canvas
-from minivlm2vec.mmeb.mini.words import NUMBERS, plural, with_article
+from . import drawing
+from .concepts import COLOURS, STYLES, THING_GROUPS, Concept, World
+from .drawing import Canvas
+from .words import NUMBERS, plural, with_article
 
 IMAGE = "<|image_1|>\n"
 PICTURE = f"{IMAGE}Represent the given image.\n"

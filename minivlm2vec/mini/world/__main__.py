@@ -1,4 +1,4 @@
-"""python -m minivlm2vec.mmeb.mini DIR: fetch the packages through npm and build mini-MMEB."""
+"""python -m minivlm2vec.mini.world DIR: fetch the packages through npm and build mini-MMEB."""
 
 import argparse
 import dataclasses
@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from minivlm2vec.mmeb.mini import build, sources
+from . import build, sources
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m minivlm2vec.mmeb.mini", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m minivlm2vec.mini.world", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="where MMEB-eval/ and MMEB-train/ go")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval-rows", type=int, metavar="N", help="rows per evaluation set (400)")
