@@ -376,12 +376,12 @@ class PackedCompiled:
 
     @contextmanager
     def _torch_ops(self) -> Iterator[None]:
-        before = ops.attention, ops.linear_add
-        ops.attention, ops.linear_add = self._attention, _linear_add
+        before = ops.attention, ops.linear_add_
+        ops.attention, ops.linear_add_ = self._attention, _linear_add
         try:
             yield
         finally:
-            ops.attention, ops.linear_add = before
+            ops.attention, ops.linear_add_ = before
 
 
 def varlen_attention() -> Callable[..., Tensor]:
@@ -399,7 +399,7 @@ def varlen_attention() -> Callable[..., Tensor]:
     return attention
 
 
-def _linear_add(x, weight, residual, bias=None, **_) -> Tensor:
+def _linear_add(residual, x, weight, bias=None, **_) -> Tensor:
     return residual + F.linear(x, weight, bias)
 
 

@@ -23,7 +23,10 @@ class Linear(nn.Linear):
     def add_to(self, residual: Tensor, x: Tensor, *, bias_is_in: bool = False, backend: str | None = None) -> Tensor:
         """residual + x W^T + b; `residual` is written over where gradients are disabled. bias_is_in: the residual
         holds b already, as `bias_ahead` allows."""
-        return ops.linear_add(x, self.weight, residual, None if bias_is_in else self.bias, backend=backend)
+        bias = None if bias_is_in else self.bias
+        if torch.is_grad_enabled():
+            return residual + F.linear(x, self.weight, bias)
+        return ops.linear_add_(residual, x, self.weight, bias, backend=backend)
 
     def bias_ahead(self) -> Tensor | None:
         """The bias, if `add_to` can do without: whoever normalises the residual then adds it in the same pass. None

@@ -118,7 +118,7 @@ def _normed(norm: nn.LayerNorm, x: Tensor, last: Linear, backend: str | None) ->
     shift = last.bias_ahead()
     if shift is None:
         return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, backend=backend), x, False
-    return *ops.layer_norm_shift(x, shift, norm.weight, norm.bias, norm.eps, backend=backend), True
+    return *ops.layer_norm_shift_(x, shift, norm.weight, norm.bias, norm.eps, backend=backend), True
 
 
 class VisionAttention(nn.Module):
