@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..embedder import Embedder, pack_by_length
 from ..errors import InputError
 from ..processor import Loaded, Planned
+from ..transfer import HostCopy
 from .inputs import BadRow, Fields, digest_of
 from .sources import Part, Row
 
@@ -98,7 +98,7 @@ class Pipeline:
 
     def _run(self, parts: Iterable[Part], pool: ThreadPoolExecutor) -> Iterator[Result]:
         packs = self._load_ahead(self._packs(self._plan_ahead(parts, pool)), pool)
-        launched: deque[tuple[_Pack, list[Row], _Vectors | None]] = deque()
+        launched: deque[tuple[_Pack, list[Row], HostCopy | None]] = deque()
         for pack in packs:
             rows, items = self._collect(pack)
             launched.append((pack, rows, self._launch(items)))
@@ -165,16 +165,16 @@ class Pipeline:
         good = [(r, x) for r, x in zip(pack.rows, loaded, strict=True) if isinstance(x, Loaded)]
         return [r for r, _ in good], [x for _, x in good]
 
-    def _launch(self, items: Sequence[Loaded]) -> "_Vectors | None":
+    def _launch(self, items: Sequence[Loaded]) -> HostCopy | None:
         if not items:
             return None
         with self.watch.computing():
-            return _Vectors(self.embedder.embed(items))
+            return HostCopy(self.embedder.embed(items))
 
-    def _finish(self, pack: _Pack, rows: list[Row], vectors: "_Vectors | None") -> Iterator[Result]:
+    def _finish(self, pack: _Pack, rows: list[Row], vectors: HostCopy | None) -> Iterator[Result]:
         result = pack.result
         if vectors is not None:
-            for row, vector in zip(rows, vectors.fetch(), strict=True):
+            for row, vector in zip(rows, vectors.wait().float().numpy(), strict=True):
                 if np.isfinite(vector).all():
                     result.vectors[row.number - result.first] = vector
                 else:
@@ -189,24 +189,6 @@ class Pipeline:
         self.on_bad_row(bad)
 
 
-class _Vectors:
-    """Vectors on their way to the host. On a GPU their copy is queued at once: asked for later, it would stand behind
-    the next pack."""
-
-    def __init__(self, vectors: Tensor):
-        self.host, self.done = vectors, None
-        if vectors.device.type == "cuda":
-            self.host = torch.empty(vectors.shape, pin_memory=True).copy_(vectors, non_blocking=True)
-            self.done = torch.cuda.Event()
-            self.done.record()
-
-    def fetch(self) -> np.ndarray:
-        """[B, D] float32; waits for them."""
-        if self.done is not None:
-            self.done.synchronize()
-        return self.host.float().cpu().numpy()
-
-
 class Stopwatch:
     """Measures for how long the model had no input to work on.
 
@@ -215,7 +197,7 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
+        self.device, self.cuda = device, device.type == "cuda"
         self.waited = 0.0  # seconds
         self.began = time.perf_counter()
         self.ended: float | None = None
@@ -240,10 +222,11 @@ class Stopwatch:
             return
         if not self.events:
             self.waited += time.perf_counter() - self.began
+        stream = torch.cuda.current_stream(self.device)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        start.record(stream)
         yield
-        end.record()
+        end.record(stream)
         self.events.append((start, end))
         self._add_gaps()
 

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from ..embedder import Embedder
+from ..transfer import HostCopy
 
 log = logging.getLogger("minivlm2vec.serve")
 
@@ -367,15 +368,8 @@ def launcher(embedder: Embedder) -> Launch:
         vectors = embedder.embed(items).float()
         if vectors.device.type != "cuda":
             return vectors.cpu().numpy()
-        host = torch.empty(vectors.shape, dtype=torch.float32, pin_memory=True)
-        host.copy_(vectors, non_blocking=True)
-        done = torch.cuda.current_stream(vectors.device).record_event()
-
-        def finish() -> np.ndarray:
-            done.synchronize()
-            return host.numpy()
-
-        return finish
+        copy = HostCopy(vectors)
+        return lambda: copy.wait().numpy()
 
     return launch
 

@@ -22,6 +22,7 @@ from tests.support.files_data import checkpoint, left_behind, make_adapter, read
 
 __all__ = ["checkpoint"]
 TESTS = Path(__file__).parent
+ROOT = TESTS.parents[1]
 TOLERANCE = 2e-6  # float32 sums in another order: the vectors are of length 1
 
 
@@ -52,8 +53,7 @@ def embed(source, out, checkpoint, *more, stdin: bytes = b"") -> tuple[int, str]
 
 
 def environment(**more: str) -> dict[str, str]:
-    root = TESTS.parent
-    path = os.pathsep.join([str(root), str(root / "kernels"), str(TESTS)])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
 
 
