@@ -1,4 +1,4 @@
-"""The HTTP side: routes, keys, limits, and every error in OpenAI's shape."""
+"""The HTTP side: routes, keys, and every error in OpenAI's shape."""
 
 import asyncio
 import base64
@@ -6,9 +6,10 @@ import hmac
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 import orjson
@@ -17,11 +18,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
+from ..embedder import Embedder
 from . import metrics, schema
-from .errors import APIError, bad_request, busy
-from .service import Service
+from .errors import APIError, bad_request
+from .options import ServeOptions
+from .service import EmbeddingService
 
 log = logging.getLogger("minivlm2vec.serve")
 
@@ -39,86 +43,93 @@ ERRORS = {
     504: "Not finished in time",
 }
 
+Guard = Callable[..., Awaitable[None]]
+Responses = dict[int | str, dict[str, Any]]
 
-def create_app(service: Service, *, api_keys: Sequence[str] = ()) -> FastAPI:
-    """The ASGI application. Starts and stops the service with its lifespan.
 
-    api_keys: /v1 needs one of them as a bearer token; none: it is open.
+def create_app(embedder: Embedder, options: ServeOptions | None = None) -> FastAPI:
+    """The ASGI application, for any ASGI server.
+
+    Its lifespan starts the model's thread, warms the model up, and finishes what waits when it ends, so the server
+    must run the lifespan (uvicorn does; an app that mounts this one must enter `app.router.lifespan_context`).
+    From then on the embedder belongs to the app. Set `app.state.draining` to True to turn /ready to 503.
     """
+    return app_of(EmbeddingService(embedder, options))
+
+
+def app_of(service: EmbeddingService) -> FastAPI:
+    """The application around a service."""
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI):
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.start()
         yield
         await service.stop()
 
-    app = FastAPI(title="minivlm2vec", description=DESCRIPTION, version=__version__, lifespan=lifespan, redoc_url=None)
+    app = _Application(
+        title="minivlm2vec", description=DESCRIPTION, version=__version__, lifespan=lifespan, redoc_url=None
+    )
     app.state.service, app.state.draining = service, False
-    app.add_middleware(Courtesy, state=app.state)
+    app.add_middleware(DrainMiddleware, state=app.state)
+    app.add_middleware(RequestIdMiddleware)
+    guard = _guard(service.options.access.api_keys)
     _add_errors(app)
     _add_probes(app, service)
-    _add_models(app, service, _guard(api_keys))
-    _add_embeddings(app, service, _guard(api_keys))
+    _add_models(app, service, guard)
+    _add_embeddings(app, service, guard)
     return app
 
 
-class Courtesy:
-    """ASGI middleware: an id for every answer and, while the server drains, word that the connection ends."""
+class _Application(FastAPI):
+    """FastAPI, and the schema of the body that the endpoint reads by itself."""
 
-    def __init__(self, app, state):
-        self.inner, self.state = app, state
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            return await self.inner(scope, receive, send)
-        scope["request_id"] = uuid.uuid4().hex
-
-        async def send_with_headers(message):
-            if message["type"] == "http.response.start":
-                message["headers"].append((b"x-request-id", scope["request_id"].encode()))
-                if self.state.draining:
-                    message["headers"].append((b"connection", b"close"))
-            await send(message)
-
-        await self.inner(scope, receive, send_with_headers)
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            document = super().openapi()
+            request = schema.EmbeddingRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+            document["components"]["schemas"] |= request.pop("$defs") | {"EmbeddingRequest": request}
+        assert self.openapi_schema is not None
+        return self.openapi_schema
 
 
-class House:
-    """The requests that are being answered, and the bytes of their bodies."""
+class RequestIdMiddleware:
+    """Gives every answer an id in x-request-id; `scope["request_id"]` holds it."""
 
-    def __init__(self, service: Service):
-        self.service, self.limits = service, service.limits
-        self.requests = self.bytes = 0
+    def __init__(self, app: ASGIApp):
+        self.app = app
 
-    def check_room(self) -> None:
-        if self.requests >= self.limits.max_requests:
-            raise busy(f"{self.requests} requests are being answered already; try again later", self.service.delay)
-        self.service.check_room()
-
-    async def read(self, request: Request) -> bytes:
-        """The body. Raises APIError 413 and 429."""
-        if int(request.headers.get("content-length", 0)) > self.limits.max_body_bytes:
-            raise self._too_large()
-        body = bytearray()
-        try:
-            async for chunk in request.stream():
-                body += chunk
-                self.bytes += len(chunk)
-                if len(body) > self.limits.max_body_bytes:
-                    raise self._too_large()
-                if self.bytes > 16 * self.limits.max_body_bytes:
-                    raise busy("the bodies of other requests fill the memory; try again later", self.service.delay)
-        finally:
-            self.bytes -= len(body)
-        return bytes(body)
-
-    def _too_large(self) -> APIError:
-        # The rest of the body is not read: the connection ends with the answer.
-        message = f"the body is larger than the {self.limits.max_body_bytes:,} bytes that this server takes"
-        return APIError(413, message, code="request_too_large", headers={"connection": "close"})
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["request_id"] = uuid.uuid4().hex
+            header = (b"x-request-id", scope["request_id"].encode())
+            send = _adding(send, lambda: [header])
+        await self.app(scope, receive, send)
 
 
-def _guard(api_keys: Sequence[str]):
+class DrainMiddleware:
+    """While the server drains, every answer says that its connection ends."""
+
+    def __init__(self, app: ASGIApp, state: Any):
+        self.app, self.state = app, state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            send = _adding(send, lambda: [(b"connection", b"close")] if self.state.draining else [])
+        await self.app(scope, receive, send)
+
+
+def _adding(send: Send, headers: Callable[[], list[tuple[bytes, bytes]]]) -> Send:
+    """`send`, with more headers at the start of the answer."""
+
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"].extend(headers())
+        await send(message)
+
+    return send_with_headers
+
+
+def _guard(api_keys: Sequence[str]) -> Guard:
     """A dependency that lets only the holders of a key pass."""
     digests = [sha256(key.encode()).digest() for key in api_keys]
     bearer = Depends(HTTPBearer(auto_error=False, description="only where the server was started with --api-key"))
@@ -135,23 +146,18 @@ def _guard(api_keys: Sequence[str]):
     return check
 
 
-def _add_embeddings(app: FastAPI, service: Service, guard) -> None:
-    house = House(service)
-    answers = {status: {"model": schema.ErrorResponse, "description": text} for status, text in ERRORS.items()}
+def _add_embeddings(app: FastAPI, service: EmbeddingService, guard: Guard) -> None:
+    answers: Responses = {
+        status: {"model": schema.ErrorResponse, "description": text} for status, text in ERRORS.items()
+    }
 
     @app.post("/v1/embeddings", dependencies=[Depends(guard)], responses=answers, openapi_extra=_request_body(),
               response_model=schema.EmbeddingResponse, summary="Embed texts and images", tags=["v1"])  # fmt: skip
     async def embeddings(request: Request) -> Response:
         start, status = time.perf_counter(), 500
         try:
-            house.check_room()
-            house.requests += 1
-            service.metrics.in_flight.inc()
-            try:
-                response = await _answer(house, service, request)
-            finally:
-                house.requests -= 1
-                service.metrics.in_flight.dec()
+            with service.limiter.request(), service.metrics.in_flight.track_inprogress():
+                response = await _answer(service, request)
             status = response.status_code
             service.metrics.request_seconds.observe(time.perf_counter() - start)
             return response
@@ -165,15 +171,13 @@ def _add_embeddings(app: FastAPI, service: Service, guard) -> None:
         finally:
             service.metrics.requests.labels(status).inc()
 
-    _describe_bodies(app)
 
-
-async def _answer(house: House, service: Service, request: Request) -> Response:
-    """The response, within the time a request has, unless its client goes away."""
-    timeout = house.limits.request_timeout
+async def _answer(service: EmbeddingService, request: Request) -> Response:
+    """The response, within the time that a request has, unless its client goes away."""
+    timeout = service.limits.request_timeout
     end = time.monotonic() + timeout
     try:
-        body = await asyncio.wait_for(house.read(request), timeout)
+        body = await asyncio.wait_for(service.limiter.read_body(request), timeout)
     except asyncio.TimeoutError:
         message = f"the body did not come within {timeout:g} s"
         raise APIError(408, message, code="request_timeout", headers={"connection": "close"}) from None
@@ -187,8 +191,8 @@ async def _answer(house: House, service: Service, request: Request) -> Response:
             raise ClientDisconnect
         raise APIError(504, f"not finished within {timeout:g} s", code="request_timeout")
     finally:
-        for task in (work, gone):
-            task.cancel()
+        work.cancel()
+        gone.cancel()
         with suppress(asyncio.CancelledError, APIError):
             await work
 
@@ -198,9 +202,9 @@ async def _until_disconnect(request: Request) -> None:
         pass
 
 
-async def _embed(service: Service, body: bytes, request_id: str) -> Response:
+async def _embed(service: EmbeddingService, body: bytes, request_id: str) -> Response:
     parsed = schema.parse(body)
-    model = service.model_name(parsed.model)
+    model = service.reader.model_name(parsed.model)
     vectors, tokens = await service.embed(parsed)
     as_base64 = parsed.encoding_format == "base64"
     if vectors.size > 1 << 17:  # some tenths of a second for the largest
@@ -218,36 +222,41 @@ async def _embed(service: Service, body: bytes, request_id: str) -> Response:
     return Response(orjson.dumps(answer), media_type="application/json")
 
 
-def _embeddings(vectors: np.ndarray, as_base64: bool) -> list[dict]:
-    if as_base64:
-        encoded = [base64.b64encode(v.astype("<f4").tobytes()).decode() for v in vectors]
-    else:
-        encoded = [orjson.Fragment(orjson.dumps(np.ascontiguousarray(v), option=orjson.OPT_SERIALIZE_NUMPY))
-                   for v in vectors]  # fmt: skip
-    return [{"object": "embedding", "index": i, "embedding": e} for i, e in enumerate(encoded)]
+def _embeddings(vectors: np.ndarray, as_base64: bool) -> list[dict[str, Any]]:
+    encode = _base64 if as_base64 else _numbers
+    return [{"object": "embedding", "index": i, "embedding": encode(v)} for i, v in enumerate(vectors)]
 
 
-def _add_models(app: FastAPI, service: Service, guard) -> None:
+def _base64(vector: np.ndarray) -> str:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+
+def _numbers(vector: np.ndarray) -> orjson.Fragment:
+    return orjson.Fragment(orjson.dumps(np.ascontiguousarray(vector), option=orjson.OPT_SERIALIZE_NUMPY))
+
+
+def _add_models(app: FastAPI, service: EmbeddingService, guard: Guard) -> None:
     created = int(time.time())
-    errors = {401: {"model": schema.ErrorResponse}, 404: {"model": schema.ErrorResponse}}
+    denied: Responses = {401: {"model": schema.ErrorResponse}}
+    unknown: Responses = {404: {"model": schema.ErrorResponse}}
 
     def describe(name: str) -> schema.Model:
         return schema.Model(
             id=name, object="model", created=created, owned_by="minivlm2vec", tokenizer=service.tokenizer,
-            max_model_len=service.limits.max_input_tokens, dimensions=service.embedder.dimension,
+            max_model_len=service.max_input_tokens, dimensions=service.embedder.dimension,
         )  # fmt: skip
 
-    @app.get("/v1/models", dependencies=[Depends(guard)], responses={401: errors[401]}, tags=["v1"])
+    @app.get("/v1/models", dependencies=[Depends(guard)], responses=denied, tags=["v1"])
     async def models() -> schema.ModelList:
         return schema.ModelList(object="list", data=[describe(name) for name in service.names])
 
-    @app.get("/v1/models/{model:path}", dependencies=[Depends(guard)], responses=errors, tags=["v1"])
+    @app.get("/v1/models/{model:path}", dependencies=[Depends(guard)], responses=denied | unknown, tags=["v1"])
     async def model(model: str) -> schema.Model:
-        return describe(service.model_name(model))
+        return describe(service.reader.model_name(model))
 
 
-def _add_probes(app: FastAPI, service: Service) -> None:
-    unwell = {503: {"model": schema.ErrorResponse}}
+def _add_probes(app: FastAPI, service: EmbeddingService) -> None:
+    unwell: Responses = {503: {"model": schema.ErrorResponse}}
 
     def check(*reasons: str | None) -> schema.Status:
         for reason in filter(None, reasons):
@@ -295,17 +304,3 @@ def _add_errors(app: FastAPI) -> None:
 def _request_body() -> dict:
     reference = {"$ref": "#/components/schemas/EmbeddingRequest"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
-
-
-def _describe_bodies(app: FastAPI) -> None:
-    """The endpoint reads its body itself, so the document does not know the body's schema by itself."""
-    generate = app.openapi
-
-    def openapi() -> dict:
-        if app.openapi_schema is None:
-            document = generate()
-            request = schema.EmbeddingRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-            document["components"]["schemas"] |= request.pop("$defs") | {"EmbeddingRequest": request}
-        return app.openapi_schema
-
-    app.openapi = openapi

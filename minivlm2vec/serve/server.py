@@ -1,9 +1,15 @@
-"""uvicorn, with a drain: SIGTERM -> /ready says 503, answers say "Connection: close" -> the port closes -> requests
-in flight are finished -> the process ends with 0."""
+"""uvicorn, as `minivlm2vec serve` runs it: with a drain, and with bounded headers.
+
+The drain: SIGTERM -> /ready answers 503, answers say "Connection: close" -> the port closes -> requests in flight are
+finished -> the server ends.
+"""
 
 import signal
+import socket
 import threading
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -15,11 +21,23 @@ MAX_HEAD_BYTES = 64 << 10
 class Server(uvicorn.Server):
     """Serves an app of `create_app`.
 
-    drain_delay: seconds between SIGTERM and the closing of the port, in which a load balancer finds another server.
+    Args:
+        drain_delay: seconds between SIGTERM and the closing of the port, in which a load balancer finds another
+            server.
+        on_listening: called with the URL once the model is warm and connections are accepted.
+        options: more of `uvicorn.Config`.
     """
 
-    def __init__(self, app: FastAPI, *, drain_delay: float = 1.0, access_log: bool = False, **options):
-        self.app, self.service, self.drain_delay = app, app.state.service, drain_delay
+    def __init__(
+        self,
+        app: FastAPI,
+        *,
+        drain_delay: float = 1.0,
+        access_log: bool = False,
+        on_listening: Callable[[str], None] | None = None,
+        **options: Any,
+    ):
+        self.app, self.drain_delay, self.on_listening = app, drain_delay, on_listening
         super().__init__(
             uvicorn.Config(
                 app,
@@ -29,21 +47,21 @@ class Server(uvicorn.Server):
                 access_log=access_log,
                 server_header=False,
                 timeout_keep_alive=75,  # longer than the pools of clients and proxies keep a connection
-                timeout_graceful_shutdown=int(self.service.limits.request_timeout) + 5,
+                timeout_graceful_shutdown=int(app.state.service.limits.request_timeout) + 5,
                 **options,
             )
         )
 
-    async def startup(self, sockets=None) -> None:
-        """Warms the model up, listens, and says so on stdout."""
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Warms the model up, listens, and says so."""
         await super().startup(sockets)
         for listener in sockets or []:
             host, port = listener.getsockname()[:2]
-            host = f"[{host}]" if ":" in host else host
-            print(f"serving {', '.join(self.service.names)} on http://{host}:{port}", flush=True)
+            if self.on_listening is not None and self.started:
+                self.on_listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: drain (SIGINT without delay). Second: end at once."""
+        """The first signal drains (SIGINT without delay), the second ends at once."""
         if self.app.state.draining:
             self.should_exit = self.force_exit = True
         elif sig == signal.SIGTERM and self.drain_delay:
@@ -56,7 +74,11 @@ class Server(uvicorn.Server):
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, but a request's line and headers have at most MAX_HEAD_BYTES."""
+    """uvicorn's protocol, but a request's line and headers have at most MAX_HEAD_BYTES.
+
+    httptools has no such setting of its own. uvicorn's other parser, h11, has one, but spends tens of microseconds of
+    Python on every chunk of a body, which a client can make one byte long.
+    """
 
     head_bytes = 0
 

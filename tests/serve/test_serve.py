@@ -16,8 +16,10 @@ from minivlm2vec import Embedder
 from minivlm2vec.batch import num_image_tokens
 from minivlm2vec.cli.serve import add_arguments, make_server
 from minivlm2vec.new_checkpoint import new_checkpoint
-from minivlm2vec.serve.app import create_app
-from minivlm2vec.serve.service import Limits, Service
+from minivlm2vec.serve import Access, Limits, RemoteImages, ServeOptions, create_app
+from minivlm2vec.serve.app import app_of
+from minivlm2vec.serve.remote import ImageFetcher
+from minivlm2vec.serve.service import EmbeddingService
 from tests.support.files_data import make_adapter
 from tests.support.serving import Answer, call, data_uri, floats, picture, running, user, wait_for
 
@@ -32,8 +34,8 @@ def embedder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(embedder):
-    service = Service(embedder, names=["tiny", "text-embedding-3-large"], limits=Limits(max_body_bytes=4 << 20))
-    with running(create_app(service)) as server:
+    options = ServeOptions(names=("tiny", "text-embedding-3-large"), limits=Limits(max_body_bytes=4 << 20))
+    with running(create_app(embedder, options)) as server:
         yield server.url
 
 
@@ -110,7 +112,7 @@ def test_dimensions(url, embedder):
 
 
 def test_matryoshka_dimensions_are_cut_and_normalised(embedder):
-    with running(create_app(Service(embedder, matryoshka=[16]))) as server:
+    with running(create_app(embedder, ServeOptions(matryoshka_dimensions=(16,)))) as server:
         got = post(server.url, input=["a", "b"], dimensions=16).vectors
         refused(post(server.url, input="a", dimensions=17), 400, "dimensions")
     full = embedder.encode(["a", "b"])[:, :16]
@@ -341,9 +343,7 @@ def test_damaged_and_impossible_images(url):
 
 
 def test_remote_images_from_loopback_are_refused(embedder):
-    from minivlm2vec.serve.images import RemoteImages
-
-    with running(create_app(Service(embedder, remote=RemoteImages(("*",))))) as server:
+    with running(create_app(embedder, ServeOptions(remote_images=RemoteImages(("*",))))) as server:
         part = {"type": "image_url", "image_url": {"url": server.url + "/health"}}
         refused(
             post(server.url, messages=user(part)), 403, "messages[0].content[0].image_url", "image_host_not_allowed"
@@ -352,9 +352,8 @@ def test_remote_images_from_loopback_are_refused(embedder):
 
 def test_remote_images(embedder):
     """Fetched for each conversation that wants them, beside data URIs and texts."""
-    from minivlm2vec.serve.images import RemoteImages
 
-    class Fetcher(RemoteImages):
+    class Fetcher(ImageFetcher):
         async def fetch(self, url, param):
             await asyncio.sleep(0.01)
             return base64.b64decode(data_uri(picture(60, 60, int(url[-1]))).partition(",")[2])
@@ -362,7 +361,9 @@ def test_remote_images(embedder):
     def part(n):
         return {"type": "image_url", "image_url": {"url": f"http://pictures.test/{n}"}}
 
-    with running(create_app(Service(embedder, remote=Fetcher(("pictures.test",))))) as server:
+    hosts = RemoteImages(("pictures.test",))
+    service = EmbeddingService(embedder, ServeOptions(remote_images=hosts), fetcher=Fetcher(hosts))
+    with running(app_of(service)) as server:
         messages = [user("t"), user(part(1), "t"), user(picture(60, 60, 2), "t"), user(part(3), part(4))]
         got = post(server.url, messages=messages).vectors
     images = [picture(60, 60, n) for n in range(5)]
@@ -402,7 +403,7 @@ def test_megabytes_of_text_are_not_tokenised(url, embedder):
 def test_limits(embedder):
     limits = Limits(max_inputs=3, max_input_tokens=50, queue_tokens=100, max_image_pixels=5000, max_num_crops=2,
                     max_body_bytes=50_000)  # fmt: skip
-    with running(create_app(Service(embedder, limits=limits))) as server:
+    with running(create_app(embedder, ServeOptions(limits=limits))) as server:
         refused(post(server.url, input=["a"] * 4), 400, "input")
         refused(post(server.url, input="a" * 50), 400, "input", "context_length_exceeded")
         refused(post(server.url, input=["a" * 40] * 3), 400, "input", "too_many_tokens")
@@ -421,7 +422,7 @@ def test_limits(embedder):
 
 
 def test_api_keys(embedder):
-    with running(create_app(Service(embedder), api_keys=["secret", "schlüssel"])) as server:
+    with running(create_app(embedder, ServeOptions(access=Access(("secret", "schlüssel"))))) as server:
         for given in (None, "secret", "Bearer secre", "Basic secret", "Bearer \xff", "Bearer ", "Bearer secret secret"):
             for path, body in (("/v1/embeddings", {"input": "a"}), ("/v1/models", None), ("/v1/models/x", None)):
                 answer = call(server.url, path, body, headers={"authorization": given} if given else {})
@@ -477,7 +478,7 @@ def test_a_model_error_fails_one_request_alone(embedder):
         vectors[[len(x) == 13 for x in items]] = np.nan
         return vectors
 
-    with running(create_app(Service(embedder, launch=launch))) as server, ThreadPoolExecutor(16) as pool:
+    with running(app_of(EmbeddingService(embedder, launch=launch))) as server, ThreadPoolExecutor(16) as pool:
         texts = ["a" * n for n in range(1, 17)]
         answers = list(pool.map(lambda text: post(server.url, input=text), texts))
         for text, answer in zip(texts, answers, strict=True):
@@ -497,7 +498,7 @@ def test_a_broken_model_is_told_to_the_orchestrator(embedder):
             raise RuntimeError("CUDA error: unspecified launch failure")
         return embedder.embed(items).numpy()
 
-    with running(create_app(Service(embedder, launch=launch))) as server:
+    with running(app_of(EmbeddingService(embedder, launch=launch))) as server:
         assert post(server.url, input="a").status == 200
         broken = True
         refused(post(server.url, input="a"), 503, code="model_failed")
@@ -507,10 +508,10 @@ def test_a_broken_model_is_told_to_the_orchestrator(embedder):
 
 
 def test_an_error_of_the_server_itself_is_openais_shape_too(embedder, monkeypatch):
-    service = Service(embedder)
-    with running(create_app(service)) as server:
+    service = EmbeddingService(embedder)
+    with running(app_of(service)) as server:
         with monkeypatch.context() as patch:
-            patch.setattr(service, "_items", lambda request: 1 / 0)
+            patch.setattr(service.reader, "inputs", lambda request: 1 / 0)
             error = refused(post(server.url, input="a"), 500, code="internal_error")
             assert "division" not in error["message"]  # for the log alone
         assert post(server.url, input="a").status == 200
@@ -562,7 +563,7 @@ def test_openai_async_client_64_at_a_time(url, embedder):
 
 def test_openai_client_and_keys(embedder):
     openai = pytest.importorskip("openai")
-    with running(create_app(Service(embedder, names=["tiny"]), api_keys=["k"])) as server:
+    with running(create_app(embedder, ServeOptions(names=("tiny",), access=Access(("k",))))) as server:
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0) as client:
             assert len(client.embeddings.create(model="tiny", input="a").data[0].embedding) == 64
         wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
@@ -588,11 +589,11 @@ def test_langchain(url, embedder, monkeypatch):
 
 def test_nothing_is_left_behind(embedder):
     """After all kinds of requests the counters are where they were."""
-    service = Service(embedder)
-    with running(create_app(service)) as server, ThreadPoolExecutor(8) as pool:
+    service = EmbeddingService(embedder)
+    with running(app_of(service)) as server, ThreadPoolExecutor(8) as pool:
         rng = random.Random(1)
         bodies = [mixed_item(rng)[0] for _ in range(16)] + [{"input": ""}, {"input": "a" * 5000}]
         list(pool.map(lambda body: post(server.url, **body), bodies))
-        wait_for(lambda: service.batcher._in_house == 0)
-        assert service.admitted_tokens == 0 and service.batcher.waiting == (0, 0)
+        wait_for(lambda: service.batcher._in_flight == 0)
+        assert service.limiter.tokens == 0 and service.batcher.waiting == (0, 0)
         assert torch.is_inference_mode_enabled() is False
