@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import httptools
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -74,23 +75,31 @@ class Server(uvicorn.Server):
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, but a request's line and headers have at most MAX_HEAD_BYTES.
+    """uvicorn's protocol, but a request's line, headers and trailers have at most MAX_HEAD_BYTES, and an offer to
+    change the protocol is ignored.
 
     httptools has no such setting of its own. uvicorn's other parser, h11, has one, but spends tens of microseconds of
     Python on every chunk of a body, which a client can make one byte long.
     """
 
-    head_bytes = 0
+    head_bytes = 0  # since the last byte of a body or the end of a head
 
     def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
         self.head_bytes += len(data)
-        super().data_received(data)
-        if self.head_bytes > MAX_HEAD_BYTES and self._in_head() and not self.transport.is_closing():
-            self.send_400_response("The headers are too large.")
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as e:
+            self._ignore_upgrade(data[e.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse("Invalid HTTP request received.")
+        if self.head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse("The headers are too large.")
 
     def on_headers_complete(self) -> None:
         self.head_bytes = 0
-        super().on_headers_complete()
+        if not self.parser.should_upgrade():
+            super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self.head_bytes = 0
@@ -98,7 +107,36 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self.head_bytes = 0
-        super().on_message_complete()
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
 
-    def _in_head(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete or not self.cycle.more_body
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Reads the request again as if it had not offered another protocol (RFC 9110, 7.8). Every Java client offers
+        HTTP/2 with its first request; the parser would take the body for that protocol's bytes."""
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            return self._refuse("Invalid HTTP request received.")
+        lines = [b"%s %s HTTP/%s" % (method, self.url, self.parser.get_http_version().encode())]
+        for name, value in self.headers:
+            if name == b"connection":
+                options = [option.strip() for option in value.split(b",")]
+                value = b", ".join(x for x in options if x.lower() not in (b"upgrade", b"http2-settings"))
+            if name not in (b"upgrade", b"http2-settings"):
+                lines.append(name + b": " + value)
+        self.parser = new_parser(self)
+        self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
+
+    def _refuse(self, message: str) -> None:
+        """400 and the end of the connection; only the end where an answer has begun."""
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.close()
+        else:
+            self.send_400_response(message)
+
+
+def new_parser(protocol: HttpToolsProtocol) -> httptools.HttpRequestParser:
+    """A parser that is set up as uvicorn does it."""
+    parser = httptools.HttpRequestParser(protocol)
+    if hasattr(parser, "set_dangerous_leniencies"):  # from httptools 0.6.3 on
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)
+    return parser

@@ -11,7 +11,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ from minivlm2vec.new_checkpoint import new_checkpoint
 from minivlm2vec.serve import Batching, Limits, ServeOptions, create_app
 from minivlm2vec.serve.app import app_of
 from minivlm2vec.serve.service import EmbeddingService
-from tests.support.serving import call, floats, picture, running, serve_process, user, wait_for
+from tests.support.serving import call, connect, floats, picture, read_all, running, serve_process, user, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -343,16 +342,6 @@ def test_a_chunked_body_is_bounded_too(process):
         else:
             assert answer == b"" or answer.startswith(b"HTTP/1.1 413")
     assert call(process.url, body={"input": "a"}).status == 200
-
-
-def connect(url: str) -> socket.socket:
-    parts = urlsplit(url)
-    return socket.create_connection((parts.hostname, parts.port), timeout=10)
-
-
-def read_all(s: socket.socket) -> bytes:
-    """Everything until the server closes the connection; head and body of an answer may come apart."""
-    return b"".join(iter(lambda: s.recv(4096), b""))
 
 
 def test_schemathesis(process):
