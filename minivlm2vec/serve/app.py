@@ -30,6 +30,7 @@ from .service import EmbeddingService
 log = logging.getLogger("minivlm2vec.serve")
 
 DESCRIPTION = "Text and images to vectors with VLM2Vec: OpenAI's embeddings API, with vLLM's `messages` for images."
+INLINE_BYTES = 64 << 10  # bodies up to here are parsed in the event loop: a thread would cost more
 ERRORS = {
     400: "The request is at fault",
     401: "The API key is missing or wrong",
@@ -203,12 +204,12 @@ async def _until_disconnect(request: Request) -> None:
 
 
 async def _embed(service: EmbeddingService, body: bytes, request_id: str) -> Response:
-    parsed = schema.parse(body)
+    parsed = schema.parse(body) if len(body) <= INLINE_BYTES else await service.in_thread(schema.parse, body)
     model = service.reader.model_name(parsed.model)
     vectors, tokens = await service.embed(parsed)
     as_base64 = parsed.encoding_format == "base64"
     if vectors.size > 1 << 17:  # some tenths of a second for the largest
-        data = await asyncio.get_running_loop().run_in_executor(None, _embeddings, vectors, as_base64)
+        data = await service.in_thread(_embeddings, vectors, as_base64)
     else:
         data = _embeddings(vectors, as_base64)
     answer = {

@@ -4,10 +4,10 @@ EmbeddingRequest -> inputs -> remote images fetched -> Planned -> admitted -> Lo
 """
 
 import asyncio
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -73,7 +73,8 @@ class EmbeddingService:
         )
         self.metrics.watch_queue(lambda: self.batcher.waiting)
         self.limiter = RequestLimiter(self.limits, self.queue_tokens, lambda: self.batcher.rate)
-        self._pool = ThreadPoolExecutor(embedder.num_workers, thread_name_prefix="minivlm2vec-images")
+        self._images = ThreadPoolExecutor(embedder.num_workers, thread_name_prefix="minivlm2vec-images")
+        self._texts = ThreadPoolExecutor(embedder.num_workers, thread_name_prefix="minivlm2vec-texts")
 
     async def start(self) -> None:
         """Starts the model's thread and embeds a text and an image, so that no caller waits for first-time costs."""
@@ -88,7 +89,12 @@ class EmbeddingService:
     async def stop(self) -> None:
         """Finishes what waits."""
         await self.batcher.stop()
-        self._pool.shutdown(cancel_futures=True)
+        for pool in (self._images, self._texts):
+            pool.shutdown(cancel_futures=True)
+
+    async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        """Runs what would hold up the event loop: reading, tokenising and writing large texts."""
+        return await asyncio.get_running_loop().run_in_executor(self._texts, function, *args)
 
     async def embed(self, request: EmbeddingRequest) -> tuple[np.ndarray, int]:
         """Vectors float32 [B, D] of a request, and how many tokens it has. Raises APIError."""
@@ -137,8 +143,7 @@ class EmbeddingService:
     async def _plan(self, inputs: list[Input], truncate: int | None, num_crops: int | None) -> list[Planned]:
         if sum(map(_inline_cost, inputs)) <= INLINE_CHARACTERS:
             return self.planner.plan(inputs, truncate, num_crops)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, self.planner.plan, inputs, truncate, num_crops)
+        return await self.in_thread(self.planner.plan, inputs, truncate, num_crops)
 
     async def _run(self, jobs: RequestJobs, plans: list[Planned]) -> list[np.ndarray]:
         """A vector for each. Texts are handed in at once, images as they are decoded, a few of a request at a time."""
@@ -150,7 +155,7 @@ class EmbeddingService:
         async def run(plan: Planned) -> np.ndarray:
             nonlocal left
             async with window:
-                loaded = await loop.run_in_executor(self._pool, self._load, plan)
+                loaded = await loop.run_in_executor(self._images, self._load, plan)
             left -= 1
             return await jobs.submit([loaded], last=left == 0)[0]
 
