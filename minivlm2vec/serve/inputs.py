@@ -99,6 +99,8 @@ class RequestReader:
 
     def inputs(self, request: EmbeddingRequest) -> list[Input]:
         """All inputs of the request, in order. Raises APIError 400."""
+        if request.add_special_tokens is False and request.messages is None:
+            raise bad_request("add_special_tokens: with `input` only true is accepted", "add_special_tokens")
         if request.messages is not None:
             if request.input:
                 raise bad_request("both `input` and `messages` are given; use one", "messages")
@@ -141,19 +143,42 @@ class RequestReader:
 
     def _conversations(self, name: str, value: list) -> Iterator[Input]:
         if isinstance(value[0], Message):
-            yield self._message(f"{name}[0]", value[0])
+            yield self._conversation(name, value)
         else:
             for i, messages in enumerate(self._counted(value)):
-                yield self._message(f"{name}[{i}][0]", messages[0])
+                yield self._conversation(f"{name}[{i}]", messages)
 
-    def _message(self, name: str, message: Message) -> Input:
-        name = f"{name}.content"
+    def _conversation(self, name: str, messages: list[Message]) -> Input:
+        """One message. A system message in front of it is its instruction; an empty message of the assistant behind
+        it, which clients of vLLM send as what the model would answer, is dropped."""
+        last = len(messages) - 1
+        if last and messages[last].role == "assistant" and not any(_texts(messages[last])):
+            last -= 1
+        system = messages[0] if last and messages[0].role in ("system", "developer") else None
+        if last > (system is not None):
+            raise bad_request(
+                f"{name}: a conversation is one message, with a system message in front or an empty one of the "
+                "assistant behind it: embedding models embed one message at a time", name
+            )  # fmt: skip
+        parts = self._parts(f"{name}[{last}].content", messages[last])
+        if system is not None:
+            parts = _with_instruction(parts, self._instruction(f"{name}[0].content", system))
+        return PartsInput(f"{name}[{last}].content", parts)
+
+    def _instruction(self, name: str, system: Message) -> str:
+        texts = _texts(system)
+        if isinstance(system.content, list) and len(texts) < len(system.content):
+            raise bad_request(f"{name}: a system message is text only", name)
+        return " ".join(texts)
+
+    def _parts(self, name: str, message: Message) -> list[Part]:
         if isinstance(message.content, str):
-            return _text(name, message.content)
-        parts = [self._part(f"{name}[{i}]", part) for i, part in enumerate(message.content)]
+            parts: list[Part] = [message.content]
+        else:
+            parts = [self._part(f"{name}[{i}]", part) for i, part in enumerate(message.content)]
         if not any(parts):
             raise bad_request(f"{name} has neither text nor image", name)
-        return PartsInput(name, parts)
+        return parts
 
     def _part(self, name: str, part: TextPart | ImagePart) -> Part:
         if isinstance(part, TextPart):
@@ -173,3 +198,14 @@ def _text(name: str, text: str) -> TextInput:
     if not text:
         raise bad_request(f"{name} is an empty string", name)
     return TextInput(name, text)
+
+
+def _texts(message: Message) -> list[str]:
+    content = message.content
+    return [content] if isinstance(content, str) else [part.text for part in content if isinstance(part, TextPart)]
+
+
+def _with_instruction(parts: list[Part], instruction: str) -> list[Part]:
+    """The instruction goes behind the images in front, as `Embedder.encode(prompt=...)` puts it."""
+    images = next(i for i, part in enumerate([*parts, ""]) if isinstance(part, str))
+    return [*parts[:images], *([instruction] if instruction else []), *parts[images:]]

@@ -57,7 +57,7 @@ Parts = Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fas
 
 
 class Message(Strict):
-    role: str = Field(description="ignored: the model has no chat template")
+    role: str = Field(description="system or developer in front of another message: an instruction; else ignored")
     content: Annotated[
         Annotated[str, Tag("text")] | Annotated[Parts, Tag("parts")],
         Discriminator(
@@ -68,7 +68,7 @@ class Message(Strict):
 
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
-Conversation = Annotated[list[Message], Field(min_length=1, max_length=1)]
+Conversation = Annotated[list[Message], Field(min_length=1, max_length=3)]  # see inputs.py for the two around one
 
 
 def _input_kind(value: Any) -> str | None:
@@ -125,7 +125,11 @@ class EmbeddingRequest(Strict):
 
     model: str | None = Field(None, description="one of the names of /v1/models; default the first")
     input: Input | None = Field(None, description="texts, or token ids together with `tokenizer`")
-    messages: Messages | None = Field(None, description="one conversation of one message, or a list of them")
+    messages: Messages | None = Field(
+        None,
+        description="one conversation, or a list of them: one message, with a system message in front or an empty one "
+        "of the assistant behind it",
+    )
     encoding_format: Literal["float", "base64"] | None = Field(None, description="base64 is of little-endian float32")
     dimensions: int | None = Field(None, ge=1, description="only where the model is Matryoshka")
     user: str | None = Field(None, description="ignored")
@@ -137,7 +141,12 @@ class EmbeddingRequest(Strict):
         None, ge=-1, description="keeps the first tokens of inputs without images; -1: as many as the server takes"
     )
     truncation_side: Literal["right"] | None = None
-    add_special_tokens: Literal[True] | None = None
+    add_special_tokens: bool | None = Field(None, description="ignored with `messages`; else only true")
+    add_generation_prompt: Literal[False] | None = None
+    continue_final_message: bool | None = Field(None, description="ignored: no message is continued")
+    chat_template: None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    normalize: Literal[True] | None = None
     use_activation: Literal[True] | None = None
     embed_dtype: Literal["float32"] | None = None
     endianness: Literal["little", "native"] | None = None
@@ -223,8 +232,6 @@ def _explain(error: ValidationError, data: dict) -> APIError:
     message = first["msg"]
     if first["type"] == "too_many_fields":
         return bad_request(f"{param}: {message}" if param else message, param or None, "unknown_parameter")
-    if first["type"] == "too_long" and (param.startswith("messages") or "conversation" in first["loc"]):
-        message = f"a conversation is one message: embedding models embed one at a time ({message})"
     return bad_request(f"{param}: {message}", param, "invalid_type" if "type" in first["type"] else "invalid_value")
 
 

@@ -189,7 +189,9 @@ def _is_remote(x: Input) -> bool:
 
 
 def _inline_cost(x: Input) -> int:
-    """Characters to tokenise; what has images is never planned in the event loop."""
+    """Characters to tokenise; an input with images is never planned in the event loop."""
     if isinstance(x, TextInput):
         return len(x.text)
-    return len(x.ids) if isinstance(x, IdsInput) else INLINE_CHARACTERS + 1
+    if isinstance(x, IdsInput):
+        return len(x.ids)
+    return sum(len(part) if isinstance(part, str) else INLINE_CHARACTERS + 1 for part in x.parts)

@@ -119,6 +119,11 @@ def test_matryoshka_dimensions_are_cut_and_normalised(embedder):
     close(got, full / np.linalg.norm(full, axis=1, keepdims=True))
 
 
+SYSTEM = [{"role": "system", "content": "Be brief."}]
+ASSISTANT = [{"role": "assistant", "content": [{"type": "text", "text": ""}]}]  # what vLLM's clients send
+IMAGE_PART = {"type": "image_url", "image_url": {"url": data_uri(picture(20, 20))}}
+
+
 @pytest.mark.parametrize(("body", "param", "code"), [
     ({}, "input", "missing_required_parameter"),
     ({"input": ""}, "input", "invalid_value"),
@@ -147,6 +152,17 @@ def test_matryoshka_dimensions_are_cut_and_normalised(embedder):
     ({"input": "a", "messages": user("b")}, "messages", "invalid_value"),
     ({"messages": []}, "messages", "invalid_value"),
     ({"messages": user("a") + user("b")}, "messages", "invalid_value"),
+    ({"messages": user("a") * 4}, "messages", "invalid_value"),
+    ({"messages": SYSTEM + user("a") + user("b")}, "messages", "invalid_value"),
+    ({"messages": user("a") + SYSTEM}, "messages", "invalid_value"),
+    ({"messages": [*user("a"), {"role": "assistant", "content": "b"}]}, "messages", "invalid_value"),
+    ({"messages": [user("c"), SYSTEM * 2 + user("a")]}, "messages[1]", "invalid_value"),
+    ({"messages": SYSTEM + user("")}, "messages[1].content", "invalid_value"),
+    ({"messages": [{"role": "system", "content": [IMAGE_PART]}, *user("a")]}, "messages[0].content", "invalid_value"),
+    ({"messages": user("a"), "add_generation_prompt": True}, "add_generation_prompt", "invalid_value"),
+    ({"messages": user("a"), "chat_template": "{{ x }}"}, "chat_template", "invalid_value"),
+    ({"messages": user("a"), "chat_template_kwargs": {"x": 1}}, "chat_template_kwargs", "invalid_value"),
+    ({"input": "a", "normalize": False}, "normalize", "invalid_value"),
     ({"messages": [user("a"), []]}, "messages[1]", "invalid_value"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "invalid_value"),
@@ -249,6 +265,39 @@ def test_image_and_text_equal_encode(url, embedder):
     ignored = {"request_id": "1", "priority": 0, "cache_salt": "s", "add_special_tokens": True, "use_activation": True,
                "embed_dtype": "float32", "endianness": "little", "truncation_side": "right"}  # fmt: skip
     close(post(url, **body, **ignored).vectors, expected)
+
+
+@pytest.mark.parametrize("more", [
+    {"continue_final_message": False, "add_special_tokens": False}, {"continue_final_message": True},
+    {"add_generation_prompt": False}, {"chat_template": None, "chat_template_kwargs": {}, "normalize": True},
+])  # fmt: skip
+def test_vllms_fields_at_their_defaults(url, embedder, more):
+    image = picture(90, 60)
+    expected = embedder.encode([{"text": "<|image_1|> t", "image": image}, "t"])
+    for messages, vector in ((user(image, "t"), expected[:1]), (user("t"), expected[1:])):
+        close(post(url, messages=messages, **more).vectors, vector)
+        close(post(url, messages=messages + ASSISTANT, **more).vectors, vector)
+
+
+def test_a_system_message_is_the_instruction_in_front(url, embedder):
+    a, b = picture(90, 60, 1), picture(40, 80, 2)
+    cases = [
+        (user(a, "t"), {"text": "<|image_1|> Be brief. t", "image": a}),
+        (user(a), {"text": "<|image_1|> Be brief.", "image": a}),
+        (user(a, b, "t"), {"text": "<|image_1|> <|image_2|> Be brief. t", "images": [a, b]}),
+        (user("t", a), {"text": "Be brief. t <|image_1|>", "image": a}),
+        (user("t"), "Be brief. t"),
+        ([{"role": "user", "content": "t"}], "Be brief. t"),
+    ]
+    for messages, item in cases:
+        for system in (SYSTEM, [{"role": "developer", "content": [{"type": "text", "text": "Be brief."}]}]):
+            for end in ([], ASSISTANT, [{"role": "assistant", "content": ""}]):
+                close(post(url, messages=system + messages + end).vectors, embedder.encode([item]))
+    many = post(url, messages=[SYSTEM + messages for messages, _ in cases])
+    close(many.vectors, embedder.encode([item for _, item in cases]))
+    close(post(url, messages=SYSTEM).vectors, embedder.encode(["Be brief."]))  # alone it is the text
+    silent = [{"role": "system", "content": ""}]
+    close(post(url, messages=silent + user(a, "t")).vectors, post(url, messages=user(a, "t")).vectors)
 
 
 def test_orders_of_parts(url, embedder):
