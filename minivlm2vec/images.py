@@ -30,6 +30,7 @@ REFUSED_FORMATS = {"EPS"}  # decoded by running another program, Ghostscript, on
 # Read by Pillow itself or by the libraries in its wheels: what a server takes from strangers.
 SAFE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 WHITE = 255
+_BASE64_SPELLINGS = str.maketrans("-_", "+/", " \t\r\n")  # URL-safe to standard; white space dropped
 _LOAD_LOCKS = [threading.Lock() for _ in range(64)]
 
 
@@ -124,13 +125,15 @@ def open_image(
 
 
 def read_data_uri(uri: str, *, name: str | None = None) -> bytes:
-    """The bytes of data:…;base64,… Raises InputError."""
+    """The bytes of data:…;base64,… Base64 may be wrapped in lines, without padding, or of the URL-safe alphabet, as
+    encoders of many languages write it. Raises InputError."""
     name = name or image_name(uri)
     head, comma, body = uri.partition(",")
-    if not comma or not head.endswith(";base64"):
+    if not comma or not head.lower().endswith(";base64"):
         raise InputError("a data URI is data:image/…;base64,…", name=name)
+    body = body.translate(_BASE64_SPELLINGS).rstrip("=")
     try:
-        return base64.b64decode(body, validate=True)
+        return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
     except (binascii.Error, ValueError) as e:
         raise InputError(f"the data URI's base64 is damaged: {e}", name=name) from None
 

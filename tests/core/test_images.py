@@ -216,7 +216,20 @@ def test_data_uri():
     assert read_data_uri("data:image/png;charset=utf-8;base64,AAAA") == b"\0\0\0"
 
 
-@pytest.mark.parametrize("uri", ["data:", "data:image/png,a", "data:image/png;base64", "data:;base64,@@@@"])
+@pytest.mark.parametrize("length", [1, 2, 3, 57, 58, 1000])
+def test_spellings_of_base64(length):
+    data = bytes(range(256)) * 4
+    data = (b"\xfb\xef\xff" + data)[:length]  # "++//" or "--__"
+    standard, url_safe = base64.b64encode(data), base64.urlsafe_b64encode(data)
+    wrapped = base64.encodebytes(data)
+    for body in (standard, url_safe, wrapped, wrapped.replace(b"\n", b"\r\n"), b" " + wrapped + b"\t"):
+        for spelled in (body, body.replace(b"=", b"")):
+            assert read_data_uri("data:image/png;base64," + spelled.decode()) == data
+            assert read_data_uri("data:;BASE64," + spelled.decode()) == data
+
+
+@pytest.mark.parametrize("uri", ["data:", "data:image/png,a", "data:image/png;base64", "data:;base64,@@@@",
+                                 "data:;base64,AAAAA", "data:;base64,AA==AA==", "data:;base64,ÄAAA"])  # fmt: skip
 def test_bad_data_uri(uri):
     with pytest.raises(InputError, match=r"^here: ") as e:
         read_data_uri(uri, name="here")
