@@ -41,6 +41,9 @@ def _add_access(web: argparse._ArgumentGroup) -> None:
     )
     web.add_argument("--api-key", action="append", metavar="KEY",
                      help="repeatable; better in MINIVLM2VEC_API_KEY, where `ps` does not show it")  # fmt: skip
+    web.add_argument("--cors-origin", action="append", metavar="ORIGIN", default=[],
+                     help="let pages of this origin call the server from a browser: http://localhost:3000, or * for "
+                          "every one; repeatable")  # fmt: skip
     web.add_argument("--allow-remote-images", action="append", metavar="HOST", default=[],
                      help="fetch images from this host: example.com, example.com:8443, *.example.com, or * for every "
                           "public host; repeatable (default: data URIs only)")  # fmt: skip
@@ -142,14 +145,20 @@ def make_options(args: argparse.Namespace) -> "ServeOptions":
             request_timeout=args.request_timeout,
         ),
         batching=Batching(args.batch_tokens, args.max_batch_inputs, args.max_wait_ms / 1000),
-        access=Access(api_keys=_api_keys(args.api_key or [])),
+        access=Access(api_keys=_api_keys(args.api_key or []), cors_origins=tuple(args.cors_origin)),
         remote_images=RemoteImages(hosts=tuple(args.allow_remote_images)),
     )
 
 
 def _api_keys(given: Sequence[str]) -> tuple[str, ...]:
-    environment = os.environ.get("MINIVLM2VEC_API_KEY")
-    return (*given, *([environment] if environment else []))
+    """The keys of --api-key and of the environment. An empty one is an error and never an open server."""
+    keys = [("--api-key", key) for key in given]
+    if "MINIVLM2VEC_API_KEY" in os.environ:
+        keys.append(("MINIVLM2VEC_API_KEY", os.environ["MINIVLM2VEC_API_KEY"]))
+    for name, key in keys:
+        if not key.strip():
+            raise ValueError(f"{name} is empty; give a key, or leave it out for a server that needs none")
+    return tuple(key for _, key in keys)
 
 
 def default_name(model: str) -> str:

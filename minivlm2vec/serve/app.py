@@ -16,20 +16,23 @@ import orjson
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
 from ..embedder import Embedder
 from . import metrics, schema
-from .errors import APIError, bad_request
+from .errors import APIError, BodyTooLarge, bad_request
 from .options import ServeOptions
 from .service import EmbeddingService
 
 log = logging.getLogger("minivlm2vec.serve")
 
 DESCRIPTION = "Text and images to vectors with VLM2Vec: OpenAI's embeddings API, with vLLM's `messages` for images."
+LINGER_SECONDS, LINGER_BYTES = 10.0, 1 << 30  # for a refused body
 INLINE_BYTES = 64 << 10  # bodies up to here are parsed in the event loop: a thread would cost more
 ERRORS = {
     400: "The request is at fault",
@@ -38,6 +41,7 @@ ERRORS = {
     404: "No such model",
     408: "The body did not come in time",
     413: "The body is too large",
+    415: "The body is compressed",
     429: "The queue is full; see Retry-After",
     500: "The model failed",
     503: "The model is broken",
@@ -71,9 +75,19 @@ def app_of(service: EmbeddingService) -> FastAPI:
         title="minivlm2vec", description=DESCRIPTION, version=__version__, lifespan=lifespan, redoc_url=None
     )
     app.state.service, app.state.draining = service, False
+    access = service.options.access
+    app.add_middleware(HeadMiddleware)
+    if access.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=access.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     app.add_middleware(DrainMiddleware, state=app.state)
     app.add_middleware(RequestIdMiddleware)
-    guard = _guard(service.options.access.api_keys)
+    guard = _guard(access.api_keys)
     _add_errors(app)
     _add_probes(app, service)
     _add_models(app, service, guard)
@@ -117,6 +131,41 @@ class DrainMiddleware:
         if scope["type"] == "http":
             send = _adding(send, lambda: [(b"connection", b"close")] if self.state.draining else [])
         await self.app(scope, receive, send)
+
+
+class HeadMiddleware:
+    """Answers HEAD as GET; the ASGI server leaves out the body."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self.app(scope, receive, send)
+
+
+class RefusedBodyResponse(Response):
+    """An answer to a body that is still coming: sent at once, and the connection ends only when the client has
+    stopped sending (or has sent much more). A connection that ends with unread bytes is reset, and the client would
+    lose the answer."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [*self.raw_headers, (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        if "100-continue" not in Headers(scope=scope).get("expect", "").lower():  # else nothing comes unless asked for
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(_discard(receive), LINGER_SECONDS)
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def _discard(receive: Receive) -> None:
+    size, more = 0, True
+    while more and size < LINGER_BYTES:
+        message = await receive()
+        size += len(message.get("body", b""))
+        more = message["type"] == "http.request" and message.get("more_body", False)
 
 
 def _adding(send: Send, headers: Callable[[], list[tuple[bytes, bytes]]]) -> Send:
@@ -175,6 +224,8 @@ def _add_embeddings(app: FastAPI, service: EmbeddingService, guard: Guard) -> No
 
 async def _answer(service: EmbeddingService, request: Request) -> Response:
     """The response, within the time that a request has, unless its client goes away."""
+    if request.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
+        raise APIError(415, "the body is compressed; send it as it is", code="unsupported_content_encoding")
     timeout = service.limits.request_timeout
     end = time.monotonic() + timeout
     try:
@@ -280,8 +331,8 @@ def _add_probes(app: FastAPI, service: EmbeddingService) -> None:
 
 def _add_errors(app: FastAPI) -> None:
     def answer(error: APIError) -> Response:
-        # ASCII, since a message may quote what a caller sent
-        return Response(orjson.dumps(error.body), error.status, error.headers, media_type="application/json")
+        kind = RefusedBodyResponse if isinstance(error, BodyTooLarge) else Response
+        return kind(orjson.dumps(error.body), error.status, error.headers, media_type="application/json")
 
     @app.exception_handler(APIError)
     async def api_error(request: Request, e: APIError) -> Response:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from fastapi import Request
 
-from .errors import APIError, busy
+from .errors import BodyTooLarge, busy
 from .options import Limits
 
 BODIES_IN_FLIGHT = 16  # bodies of the largest size that may be held at a time
@@ -56,14 +56,14 @@ class RequestLimiter:
         """The body. Raises APIError 413 and 429."""
         limit = self.limits.max_body_bytes
         if int(request.headers.get("content-length", 0)) > limit:
-            raise _too_large(limit)
+            raise BodyTooLarge(limit)
         body = bytearray()
         try:
             async for chunk in request.stream():
                 body += chunk
                 self.body_bytes += len(chunk)
                 if len(body) > limit:
-                    raise _too_large(limit)
+                    raise BodyTooLarge(limit)
                 if self.body_bytes > BODIES_IN_FLIGHT * limit:
                     raise busy("the bodies of other requests fill the memory; try again later", self.delay)
         finally:
@@ -74,9 +74,3 @@ class RequestLimiter:
         """Refuses where the queue is full, or so long that an answer would come too late."""
         if self.tokens >= self.queue_tokens or self.delay > self.limits.request_timeout:
             raise busy(f"{self.tokens:,} tokens wait already; try again later", self.delay)
-
-
-def _too_large(limit: int) -> APIError:
-    # The rest of the body is not read: the connection ends with the answer.
-    message = f"the body is larger than the {limit:,} bytes that this server takes"
-    return APIError(413, message, code="request_too_large", headers={"connection": "close"})

@@ -57,10 +57,20 @@ class Access:
     """Who may use the server.
 
     Fields:
-        api_keys: /v1 needs one of them as a bearer token; with none it is open.
+        api_keys: /v1 needs one of them as a bearer token; with none it is open. White space around a key is dropped.
+        cors_origins: origins whose pages may call the server from a browser, as "http://localhost:3000"; "*" for all.
     """
 
     api_keys: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        keys = tuple(key.strip() for key in self.api_keys)
+        for number, key in enumerate(keys):
+            if not key or not key.isprintable():
+                what = "has control characters" if key else "is empty: an empty key would let everybody in"
+                raise ValueError(f"api_keys[{number}] {what}")
+        object.__setattr__(self, "api_keys", keys)
 
 
 @dataclass(frozen=True)

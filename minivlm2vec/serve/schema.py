@@ -5,6 +5,7 @@ that is in effect here; those that would not are read and ignored. Lists stop at
 values of a body is bounded before it is parsed: half a million errors would take a minute to write down.
 """
 
+import codecs
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -207,6 +208,7 @@ class Status(BaseModel):
 
 def parse(body: bytes) -> EmbeddingRequest:
     """Reads a request. Raises APIError 400 naming the first field at fault."""
+    body = body.removeprefix(codecs.BOM_UTF8)
     if body.count(b",") >= MAX_VALUES:
         message = f"the body has more than {MAX_VALUES:,} values (or commas); send several requests"
         raise bad_request(message, code="too_many_values")

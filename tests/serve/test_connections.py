@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import time
 
 import pytest
 
@@ -111,3 +112,49 @@ def test_some_trailers_are_fine(url):
     with connect(url) as s:
         s.sendall(head(length=None) + chunked(BODY)[:-2] + b"X-Checksum: 1\r\nX-Other: 2\r\n\r\n")
         assert read_answer(s).status == 200
+
+
+# Bodies that are refused
+
+
+@pytest.mark.parametrize("framing", ["content-length", "chunked"])
+def test_413_is_read_by_a_client_that_sends_everything_first(url, framing):
+    """The whole body is sent although the answer is there already, then the answer is read: nothing is reset."""
+    body = b'{"input": "' + b"a" * (8 << 20) + b'"}'
+    for _ in range(5):
+        with connect(url) as s:
+            if framing == "chunked":
+                s.sendall(head(length=None) + chunked(body, 1 << 16))
+            else:
+                s.sendall(head(length=len(body)) + body)
+            answer = read_all(s)
+        assert answer.startswith(b"HTTP/1.1 413") and b"request_too_large" in answer
+        assert b"connection: close" in answer.lower()
+
+
+def test_413_comes_before_the_body_to_who_asks_first(url):
+    with connect(url) as s:
+        s.sendall(head(extra=b"Expect: 100-continue\r\n", length=100 << 20))
+        answer = read_all(s)  # until the connection is closed
+    assert answer.startswith(b"HTTP/1.1 413")
+
+
+def test_an_endless_body_is_not_read_for_ever(url, monkeypatch):
+    monkeypatch.setattr("minivlm2vec.serve.app.LINGER_SECONDS", 0.5)
+    with connect(url) as s:
+        s.sendall(head(length=None))
+        start = time.monotonic()
+        with pytest.raises(ConnectionError):
+            while time.monotonic() - start < 8:
+                s.sendall(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
+    assert time.monotonic() - start < 5
+    assert call(url, body=BODY).status == 200
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_413_reaches_node(url):
+    code = """fetch(process.argv[1] + "/v1/embeddings", {method: "POST", headers: {"content-type": "application/json"},
+        body: JSON.stringify({input: "a".repeat(8 << 20)})})
+        .then(r => console.log(r.status)).catch(e => console.log(String(e.cause)))"""
+    run = subprocess.run(["node", "-e", code, url], capture_output=True, text=True, timeout=30)
+    assert run.stdout.strip() == "413", run.stderr

@@ -52,7 +52,8 @@ def test_the_commands_defaults_are_the_librarys():
 
 def test_every_argument_finds_its_option():
     options = parsed(
-        "--served-model-name", "x", "--served-model-name", "y", "--api-key", "k", "--allow-remote-images", "a.test",
+        "--served-model-name", "x", "--served-model-name", "y", "--api-key", "k", "--cors-origin", "*",
+        "--allow-remote-images", "a.test",
         "--batch-tokens", "1", "--max-batch-inputs", "2", "--max-wait-ms", "3", "--queue-tokens", "4",
         "--max-requests", "5", "--max-inputs", "6", "--max-input-tokens", "7", "--max-body-mb", "0.5",
         "--max-image-megapixels", "9", "--max-num-crops", "10", "--request-timeout", "11",
@@ -63,9 +64,27 @@ def test_every_argument_finds_its_option():
         matryoshka_dimensions=(12,),
         limits=Limits(6, 7, 4, 5, 1 << 19, 9_000_000, 10, 11.0),
         batching=Batching(1, 2, 0.003),
-        access=Access(("k",)),
+        access=Access(("k",), ("*",)),
         remote_images=RemoteImages(("a.test",)),
     )
+
+
+@pytest.mark.parametrize(("arguments", "environment", "name"), [
+    (["--api-key", ""], None, "--api-key"),
+    (["--api-key", "k", "--api-key", " "], None, "--api-key"),
+    ([], "", "MINIVLM2VEC_API_KEY"),  # as docker compose does it with a variable that is not set
+    (["--api-key", "k"], "\n", "MINIVLM2VEC_API_KEY"),
+])  # fmt: skip
+def test_an_empty_key_ends_the_command(monkeypatch, arguments, environment, name):
+    if environment is not None:
+        monkeypatch.setenv("MINIVLM2VEC_API_KEY", environment)
+    with pytest.raises(ValueError, match=rf"^{name} is empty"):
+        parsed(*arguments)
+
+
+def test_the_key_of_the_environment(monkeypatch):
+    monkeypatch.setenv("MINIVLM2VEC_API_KEY", "secret\n")
+    assert parsed("--api-key", "k").access.api_keys == ("k", "secret")
 
 
 def test_options_need_neither_torch_nor_the_extra():

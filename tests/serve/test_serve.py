@@ -3,6 +3,8 @@
 import argparse
 import asyncio
 import base64
+import gzip
+import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -483,6 +485,91 @@ def test_api_keys(embedder):
         assert call(server.url, "/v1/models", headers=second).status == 200
         for path in ("/health", "/ready", "/metrics", "/openapi.json"):
             assert call(server.url, path).status == 200
+
+
+@pytest.mark.parametrize("keys", [("",), ("a", " \t\n"), ("a\nb",), ("a\0",)])
+def test_keys_that_nobody_could_send_are_refused(keys):
+    with pytest.raises(ValueError, match=rf"api_keys\[{len(keys) - 1}\] (is empty|has control characters)"):
+        Access(keys)
+
+
+def test_white_space_around_a_key_is_dropped(embedder):
+    """A Kubernetes secret made with echo ends in a newline."""
+    with running(create_app(embedder, ServeOptions(access=Access((" secret\r\n",))))) as server:
+        assert call(server.url, "/v1/models", headers={"authorization": "Bearer secret"}).status == 200
+        for given in ("", "Bearer ", "Bearer x"):
+            refused(call(server.url, "/v1/models", headers={"authorization": given}), 401, code="invalid_api_key")
+
+
+# Small things of HTTP
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models", "/v1/models/tiny", "/openapi.json"])
+def test_head_is_get_without_the_body(url, path):
+    head, get = call(url, path, method="HEAD"), call(url, path)
+    assert (head.status, head.body, get.status) == (200, b"", 200)
+    assert head.headers["content-type"] == get.headers["content-type"]
+    assert "x-request-id" in head.headers
+
+
+def test_head_of_what_is_posted_or_not_there(url):
+    assert call(url, "/v1/embeddings", method="HEAD").status == 405
+    assert call(url, "/nothing", method="HEAD").status == 404
+
+
+PAGE = "http://localhost:3000"
+PREFLIGHT = {"origin": PAGE, "access-control-request-method": "POST",
+             "access-control-request-headers": "content-type,authorization"}  # fmt: skip
+
+
+@pytest.mark.parametrize("origins", [(PAGE, "https://app.test"), ("*",)])
+def test_pages_of_named_origins_may_call(embedder, origins):
+    options = ServeOptions(access=Access(api_keys=("k",), cors_origins=origins))
+    with running(create_app(embedder, options)) as server:
+        preflight = call(server.url, "/v1/embeddings", method="OPTIONS", headers=PREFLIGHT)
+        assert preflight.status == 200 and preflight.headers["access-control-allow-origin"] in (PAGE, "*")
+        assert "authorization" in preflight.headers["access-control-allow-headers"]
+        for key, status in (("k", 200), ("x", 401)):
+            headers = {"origin": PAGE, "authorization": f"Bearer {key}"}
+            answer = call(server.url, body={"input": "a"}, headers=headers)
+            assert answer.status == status
+            assert answer.headers["access-control-allow-origin"] in (PAGE, "*")
+            assert "x-request-id" in answer.headers["access-control-expose-headers"]
+        if origins != ("*",):
+            other = call(
+                server.url, body={"input": "a"}, headers={"origin": "http://evil.test", "authorization": "Bearer k"}
+            )
+            assert "access-control-allow-origin" not in other.headers
+
+
+def test_no_origin_is_allowed_by_default(url):
+    refused(call(url, "/v1/embeddings", method="OPTIONS", headers=PREFLIGHT), 405, code="method_not_allowed")
+    answer = call(url, body={"input": "a"}, headers={"origin": PAGE})
+    assert answer.status == 200 and "access-control-allow-origin" not in answer.headers
+
+
+def test_a_byte_order_mark(url, embedder):
+    answer = call(url, body=b"\xef\xbb\xbf" + json.dumps({"input": "A cat"}).encode())
+    close(answer.vectors, embedder.encode(["A cat"]))
+    refused(call(url, body=json.dumps({"input": "A cat"}).encode("utf-16")), 400, code="invalid_json")
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "gzip, identity"])
+def test_compressed_bodies_are_refused(url, encoding):
+    body = gzip.compress(json.dumps({"input": "a"}).encode())
+    error = refused(call(url, body=body, headers={"content-encoding": encoding}), 415)
+    assert "compressed" in error["message"]
+    assert call(url, body={"input": "a"}, headers={"content-encoding": "Identity"}).status == 200
+
+
+def test_spellings_of_base64_in_an_image(url):
+    image = picture(64, 64)
+    expected = post(url, messages=user(image, "t")).vectors
+    head, _, body = data_uri(image).partition(",")
+    wrapped = base64.encodebytes(base64.b64decode(body)).decode()
+    for spelled in (wrapped, wrapped.replace("\n", "\r\n"), body.rstrip("="), body.replace("+", "-").replace("/", "_")):
+        part = {"type": "image_url", "image_url": {"url": f"{head},{spelled}"}}
+        close(post(url, messages=user(part, "t")).vectors, expected)
 
 
 # Many at a time
