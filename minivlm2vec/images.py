@@ -15,6 +15,7 @@ import math
 import os
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,10 @@ from .errors import InputError
 
 MAX_PIXELS = 2 * 89_478_485  # what Pillow calls a decompression bomb
 REFUSED_FORMATS = {"EPS"}  # decoded by running another program, Ghostscript, on the file
+# Read by Pillow itself or by the libraries in its wheels: what a server takes from strangers.
+SAFE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 WHITE = 255
+_BASE64_SPELLINGS = str.maketrans("-_", "+/", " \t\r\n")  # URL-safe to standard; white space dropped
 _LOAD_LOCKS = [threading.Lock() for _ in range(64)]
 
 
@@ -89,11 +93,17 @@ def hd_crops(image: Image.Image, num_crops: int, crop_size: int = 336) -> tuple[
     return np.ascontiguousarray(crops).reshape(h * w, crop_size, crop_size, 3), size.grid
 
 
-def open_image(source: Any, *, name: str | None = None) -> Image.Image:
+def open_image(
+    source: Any, *, name: str | None = None, max_pixels: int | None = None, formats: Sequence[str] | None = None
+) -> Image.Image:
     """Opens an image without decoding it: only the header is read.
 
     source: a path, a PIL image, a numpy array [H, W, 3] (or 1 or 4 channels) of uint8, the bytes of an image file,
-    or a data URI. Raises InputError naming it.
+        or a data URI.
+    max_pixels: the largest width times height; default MAX_PIXELS.
+    formats: Pillow's names of the file formats that are accepted; default all but REFUSED_FORMATS.
+
+    Raises InputError naming it.
     """
     name = name or image_name(source)
     if isinstance(source, Image.Image):
@@ -101,15 +111,31 @@ def open_image(source: Any, *, name: str | None = None) -> Image.Image:
     elif isinstance(source, np.ndarray):
         image = _from_array(source, name)
     else:
-        image = _from_file(source, name)
+        image = _from_file(source, name, formats)
     if image.width < 1 or image.height < 1:
         raise InputError(f"the image is empty ({image.width} x {image.height} pixels)", name=name)
-    if image.width * image.height > MAX_PIXELS:
+    limit = MAX_PIXELS if max_pixels is None else max_pixels
+    pixels = image.width * image.height
+    if pixels > limit:
+        whose = " (minivlm2vec.images.MAX_PIXELS)" if max_pixels is None else ""
         raise InputError(
-            f"{image.width} x {image.height} = {image.width * image.height:,} pixels are more than the "
-            f"{MAX_PIXELS:,} allowed (minivlm2vec.images.MAX_PIXELS)", name=name
-        )  # fmt: skip
+            f"{image.width} x {image.height} = {pixels:,} pixels are more than the {limit:,} allowed{whose}", name=name
+        )
     return image
+
+
+def read_data_uri(uri: str, *, name: str | None = None) -> bytes:
+    """The bytes of data:…;base64,… Base64 may be wrapped in lines, without padding, or of the URL-safe alphabet, as
+    encoders of many languages write it. Raises InputError."""
+    name = name or image_name(uri)
+    head, comma, body = uri.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise InputError("a data URI is data:image/…;base64,…", name=name)
+    body = body.translate(_BASE64_SPELLINGS).rstrip("=")
+    try:
+        return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
+    except (binascii.Error, ValueError) as e:
+        raise InputError(f"the data URI's base64 is damaged: {e}", name=name) from None
 
 
 def to_rgb(image: Image.Image, *, name: str = "image", exif_transpose: bool = False) -> Image.Image:
@@ -165,9 +191,9 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
-def _from_file(source: Any, name: str) -> Image.Image:
+def _from_file(source: Any, name: str, formats: Sequence[str] | None) -> Image.Image:
     if isinstance(source, str) and source.startswith("data:"):
-        source = _data_uri(source, name)
+        source = read_data_uri(source, name=name)
     if isinstance(source, (bytes, bytearray, memoryview)):
         if len(source) == 0:
             raise InputError("zero bytes", name=name)
@@ -180,8 +206,7 @@ def _from_file(source: Any, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image has its own limit
-            Image.init()
-            return Image.open(source, formats=[f for f in Image.ID if f not in REFUSED_FORMATS])  # frequent ones first
+            return Image.open(source, formats=_known_formats(formats))
     except FileNotFoundError:
         raise InputError("no such file", name=name) from None
     except IsADirectoryError:
@@ -189,21 +214,20 @@ def _from_file(source: Any, name: str) -> Image.Image:
     except UnidentifiedImageError:
         if not isinstance(source, io.BytesIO) and os.path.getsize(source) == 0:
             raise InputError("the file is empty (zero bytes)", name=name) from None
-        raise InputError("not an image in a known format", name=name) from None
+        known = f" ({', '.join(formats)})" if formats else ""
+        raise InputError(f"not an image in a known format{known}", name=name) from None
     except Image.DecompressionBombError as e:
         raise InputError(f"decompression bomb: {e}", name=name) from None
-    except (OSError, SyntaxError, ValueError) as e:
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as e:
         raise InputError(f"the image cannot be opened: {_describe(e)}", name=name) from None
 
 
-def _data_uri(uri: str, name: str) -> bytes:
-    head, comma, body = uri.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise InputError("a data URI is data:image/…;base64,…", name=name)
-    try:
-        return base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError) as e:
-        raise InputError(f"the data URI's base64 is damaged: {e}", name=name) from None
+def _known_formats(formats: Sequence[str] | None) -> list[str]:
+    """Those of the formats that this Pillow can open, frequent ones first."""
+    Image.init()
+    if formats is None:
+        return [f for f in Image.ID if f not in REFUSED_FORMATS]
+    return [f for f in formats if f in Image.OPEN]
 
 
 def _describe(e: BaseException) -> str:

@@ -1,9 +1,10 @@
-"""`minivlm2vec serve MODEL`."""
+"""`minivlm2vec serve MODEL`: arguments, the port, signals and the exit code; the server is `minivlm2vec.serve`."""
 
 import argparse
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .arguments import add_model_arguments, load_embedder
@@ -11,14 +12,28 @@ from .arguments import add_model_arguments, load_embedder
 if TYPE_CHECKING:
     import uvicorn
 
+    from ..serve import ServeOptions
+
 EXTRA = "`minivlm2vec serve` needs the extra: pip install 'minivlm2vec[serve]'"
+ABOVE_ZERO = (
+    "batch_tokens", "max_batch_inputs", "queue_tokens", "max_requests", "max_inputs", "max_input_tokens", "max_body_mb",
+    "max_image_megapixels", "max_num_crops", "request_timeout",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `minivlm2vec serve`; sets `run`."""
     parser.description = "Serves a checkpoint with OpenAI's embeddings API, images included."
     add_model_arguments(parser, positional=True)
-    web = parser.add_argument_group("address and access")
+    _add_access(parser.add_argument_group("address and access"))
+    _add_batching(parser.add_argument_group("batching"))
+    _add_limits(parser.add_argument_group("limits"))
+    parser.add_argument("--matryoshka-dimensions", type=int, action="append", default=[], metavar="N",
+                        help="a size that `dimensions` may ask for, of a model trained so; repeatable")  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def _add_access(web: argparse._ArgumentGroup) -> None:
     web.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s; 0.0.0.0 for all)")
     web.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
     web.add_argument(
@@ -26,28 +41,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     web.add_argument("--api-key", action="append", metavar="KEY",
                      help="repeatable; better in MINIVLM2VEC_API_KEY, where `ps` does not show it")  # fmt: skip
+    web.add_argument("--cors-origin", action="append", metavar="ORIGIN", default=[],
+                     help="let pages of this origin call the server from a browser: http://localhost:3000, or * for "
+                          "every one; repeatable")  # fmt: skip
     web.add_argument("--allow-remote-images", action="append", metavar="HOST", default=[],
                      help="fetch images from this host: example.com, example.com:8443, *.example.com, or * for every "
                           "public host; repeatable (default: data URIs only)")  # fmt: skip
     web.add_argument("--access-log", action="store_true", help="a line for every request")
-    batching = parser.add_argument_group("batching")
-    batching.add_argument("--batch-tokens", type=int, default=16384, help="tokens of a pack (%(default)s)")
-    batching.add_argument("--max-batch-inputs", type=int, default=1024, help="inputs of a pack (%(default)s)")
-    batching.add_argument("--max-wait-ms", type=float, default=5.0, help="wait for company (%(default)s)")
-    limits = parser.add_argument_group("limits")
-    limits.add_argument("--queue-tokens", type=int, help="beyond them 429 (default: 16 packs)")
-    limits.add_argument("--max-requests", type=int, default=512, help="at a time; beyond them 429 (%(default)s)")
+
+
+def _add_batching(batching: argparse._ArgumentGroup) -> None:
+    batching.add_argument("--batch-tokens", type=int, default=16384, help="tokens of a batch (%(default)s)")
+    batching.add_argument("--max-batch-inputs", type=int, default=1024, help="inputs of a batch (%(default)s)")
+    batching.add_argument("--max-wait-ms", type=float, default=5.0,
+                          help="how long an input waits for others to share its batch (%(default)s)")  # fmt: skip
+
+
+def _add_limits(limits: argparse._ArgumentGroup) -> None:
+    limits.add_argument("--queue-tokens", type=int, help="in flight; beyond them 429 (default: 16 batches)")
+    limits.add_argument("--max-requests", type=int, default=512, help="in flight; beyond them 429 (%(default)s)")
     limits.add_argument("--max-inputs", type=int, default=2048, help="of a request (%(default)s, and no more)")
-    limits.add_argument("--max-input-tokens", type=int, help="of one input (default: a pack's, or the model's limit)")
+    limits.add_argument("--max-input-tokens", type=int, help="of one input (default: a batch's, or the model's limit)")
     limits.add_argument("--max-body-mb", type=float, default=32, help="of a request (%(default)s)")
     limits.add_argument("--max-image-megapixels", type=float, default=64, help="width x height (%(default)s)")
     limits.add_argument("--max-num-crops", type=int, default=16, help="that a request may ask for (%(default)s)")
     limits.add_argument("--request-timeout", type=float, default=60, metavar="SECONDS", help="(%(default)s)")
     limits.add_argument("--drain-delay", type=float, default=1.0, metavar="SECONDS",
                         help="from SIGTERM, when /ready turns to 503, until the port closes (%(default)s)")  # fmt: skip
-    parser.add_argument("--matryoshka-dimensions", type=int, action="append", default=[], metavar="N",
-                        help="a size that `dimensions` may ask for, of a model trained so; repeatable")  # fmt: skip
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,8 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError naming an argument that is out of range."""
-    for name in ("batch_tokens", "max_batch_inputs", "queue_tokens", "max_requests", "max_inputs", "max_input_tokens",
-                 "max_body_mb", "max_image_megapixels", "max_num_crops", "request_timeout"):  # fmt: skip
+    for name in ABOVE_ZERO:
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
@@ -94,15 +113,27 @@ def bind(host: str, port: int) -> socket.socket:
 
 def make_server(args: argparse.Namespace) -> "uvicorn.Server":
     """The loaded model behind a uvicorn server that drains."""
-    from ..serve.app import create_app
-    from ..serve.images import RemoteImages
+    from ..serve import create_app
     from ..serve.server import Server
-    from ..serve.service import Limits, Service
 
-    embedder = load_embedder(args, show_progress=sys.stderr.isatty())
-    service = Service(
-        embedder,
-        names=args.served_model_name or [default_name(args.adapter or args.model)],
+    options = make_options(args)
+    app = create_app(load_embedder(args, show_progress=sys.stderr.isatty()), options)
+    names = ", ".join(options.names)
+    return Server(
+        app,
+        drain_delay=args.drain_delay,
+        access_log=args.access_log,
+        on_listening=lambda url: print(f"serving {names} on {url}", flush=True),
+    )
+
+
+def make_options(args: argparse.Namespace) -> "ServeOptions":
+    """What the arguments ask of `create_app`."""
+    from ..serve import Access, Batching, Limits, RemoteImages, ServeOptions
+
+    return ServeOptions(
+        names=tuple(args.served_model_name or [default_name(args.adapter or args.model)]),
+        matryoshka_dimensions=tuple(args.matryoshka_dimensions),
         limits=Limits(
             max_inputs=args.max_inputs,
             max_input_tokens=args.max_input_tokens,
@@ -113,15 +144,21 @@ def make_server(args: argparse.Namespace) -> "uvicorn.Server":
             max_num_crops=args.max_num_crops,
             request_timeout=args.request_timeout,
         ),
-        remote=RemoteImages(tuple(args.allow_remote_images)),
-        matryoshka=args.matryoshka_dimensions,
-        batch_tokens=args.batch_tokens,
-        max_batch_inputs=args.max_batch_inputs,
-        max_wait=args.max_wait_ms / 1000,
+        batching=Batching(args.batch_tokens, args.max_batch_inputs, args.max_wait_ms / 1000),
+        access=Access(api_keys=_api_keys(args.api_key or []), cors_origins=tuple(args.cors_origin)),
+        remote_images=RemoteImages(hosts=tuple(args.allow_remote_images)),
     )
-    environment = os.environ.get("MINIVLM2VEC_API_KEY")
-    app = create_app(service, api_keys=[*(args.api_key or []), *([environment] if environment else [])])
-    return Server(app, drain_delay=args.drain_delay, access_log=args.access_log)
+
+
+def _api_keys(given: Sequence[str]) -> tuple[str, ...]:
+    """The keys of --api-key and of the environment. An empty one is an error and never an open server."""
+    keys = [("--api-key", key) for key in given]
+    if "MINIVLM2VEC_API_KEY" in os.environ:
+        keys.append(("MINIVLM2VEC_API_KEY", os.environ["MINIVLM2VEC_API_KEY"]))
+    for name, key in keys:
+        if not key.strip():
+            raise ValueError(f"{name} is empty; give a key, or leave it out for a server that needs none")
+    return tuple(key for _, key in keys)
 
 
 def default_name(model: str) -> str:

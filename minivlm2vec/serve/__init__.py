@@ -1,7 +1,31 @@
-"""An OpenAI-compatible embeddings server: `minivlm2vec serve MODEL` (extra `serve`).
+"""An OpenAI-compatible embeddings server, for any ASGI server (extra `serve`).
 
-app       HTTP: routes, keys, limits, OpenAI's error shape
-service   a request's way: inputs -> plans -> jobs -> vectors
-batching  jobs of all requests -> packs for the model's one thread
-images    data URIs and, where allowed, http(s) -> opened images
+    app = create_app(embedder, ServeOptions(names=("vlm2vec",), limits=Limits(max_inputs=256)))
+
+options    what a server can be told
+app        HTTP: routes, keys, OpenAI's error shape
+schema     what a request and an answer look like
+inputs     request -> its inputs, checked
+planning   inputs -> tokens and sizes
+remote     http(s) URLs of images -> bytes
+limiter    what is in flight, and the 429s
+service    a request's way through all of these
+batching   jobs of all requests -> batches for the model's one thread
+server     uvicorn, with a drain and bounded headers: what `minivlm2vec serve` runs
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .app import create_app
+    from .options import Access, Batching, Limits, RemoteImages, ServeOptions
+
+__all__ = ["Access", "Batching", "Limits", "RemoteImages", "ServeOptions", "create_app"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the public names when they are first used: the options need neither torch nor the extra."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(".app" if name == "create_app" else ".options", __name__), name)

@@ -1,4 +1,4 @@
-"""The HTTP side: routes, keys, limits, and every error in OpenAI's shape."""
+"""The HTTP side: routes, keys, and every error in OpenAI's shape."""
 
 import asyncio
 import base64
@@ -6,26 +6,34 @@ import hmac
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 import orjson
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
+from ..embedder import Embedder
 from . import metrics, schema
-from .errors import APIError, bad_request, busy
-from .service import Service
+from .errors import APIError, BodyTooLarge, bad_request
+from .options import ServeOptions
+from .service import EmbeddingService
 
 log = logging.getLogger("minivlm2vec.serve")
 
 DESCRIPTION = "Text and images to vectors with VLM2Vec: OpenAI's embeddings API, with vLLM's `messages` for images."
+LINGER_SECONDS, LINGER_BYTES = 10.0, 1 << 30  # for a refused body
+INLINE_BYTES = 64 << 10  # bodies up to here are parsed in the event loop: a thread would cost more
 ERRORS = {
     400: "The request is at fault",
     401: "The API key is missing or wrong",
@@ -33,92 +41,145 @@ ERRORS = {
     404: "No such model",
     408: "The body did not come in time",
     413: "The body is too large",
+    415: "The body is compressed",
     429: "The queue is full; see Retry-After",
     500: "The model failed",
     503: "The model is broken",
     504: "Not finished in time",
 }
 
+Guard = Callable[..., Awaitable[None]]
+Responses = dict[int | str, dict[str, Any]]
 
-def create_app(service: Service, *, api_keys: Sequence[str] = ()) -> FastAPI:
-    """The ASGI application. Starts and stops the service with its lifespan.
 
-    api_keys: /v1 needs one of them as a bearer token; none: it is open.
+def create_app(embedder: Embedder, options: ServeOptions | None = None) -> FastAPI:
+    """The ASGI application, for any ASGI server.
+
+    Its lifespan starts the model's thread, warms the model up, and finishes what waits when it ends, so the server
+    must run the lifespan (uvicorn does; an app that mounts this one must enter `app.router.lifespan_context`).
+    From then on the embedder belongs to the app. Set `app.state.draining` to True to turn /ready to 503.
     """
+    return app_of(EmbeddingService(embedder, options))
+
+
+def app_of(service: EmbeddingService) -> FastAPI:
+    """The application around a service."""
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI):
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.start()
         yield
         await service.stop()
 
-    app = FastAPI(title="minivlm2vec", description=DESCRIPTION, version=__version__, lifespan=lifespan, redoc_url=None)
+    app = _Application(
+        title="minivlm2vec", description=DESCRIPTION, version=__version__, lifespan=lifespan, redoc_url=None
+    )
     app.state.service, app.state.draining = service, False
-    app.add_middleware(Courtesy, state=app.state)
+    access = service.options.access
+    app.add_middleware(HeadMiddleware)
+    if access.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=access.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.add_middleware(DrainMiddleware, state=app.state)
+    app.add_middleware(RequestIdMiddleware)
+    guard = _guard(access.api_keys)
     _add_errors(app)
     _add_probes(app, service)
-    _add_models(app, service, _guard(api_keys))
-    _add_embeddings(app, service, _guard(api_keys))
+    _add_models(app, service, guard)
+    _add_embeddings(app, service, guard)
     return app
 
 
-class Courtesy:
-    """ASGI middleware: an id for every answer and, while the server drains, word that the connection ends."""
+class _Application(FastAPI):
+    """FastAPI, and the schema of the body that the endpoint reads by itself."""
 
-    def __init__(self, app, state):
-        self.inner, self.state = app, state
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            return await self.inner(scope, receive, send)
-        scope["request_id"] = uuid.uuid4().hex
-
-        async def send_with_headers(message):
-            if message["type"] == "http.response.start":
-                message["headers"].append((b"x-request-id", scope["request_id"].encode()))
-                if self.state.draining:
-                    message["headers"].append((b"connection", b"close"))
-            await send(message)
-
-        await self.inner(scope, receive, send_with_headers)
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            document = super().openapi()
+            request = schema.EmbeddingRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+            document["components"]["schemas"] |= request.pop("$defs") | {"EmbeddingRequest": request}
+        assert self.openapi_schema is not None
+        return self.openapi_schema
 
 
-class House:
-    """The requests that are being answered, and the bytes of their bodies."""
+class RequestIdMiddleware:
+    """Gives every answer an id in x-request-id; `scope["request_id"]` holds it."""
 
-    def __init__(self, service: Service):
-        self.service, self.limits = service, service.limits
-        self.requests = self.bytes = 0
+    def __init__(self, app: ASGIApp):
+        self.app = app
 
-    def check_room(self) -> None:
-        if self.requests >= self.limits.max_requests:
-            raise busy(f"{self.requests} requests are being answered already; try again later", self.service.delay)
-        self.service.check_room()
-
-    async def read(self, request: Request) -> bytes:
-        """The body. Raises APIError 413 and 429."""
-        if int(request.headers.get("content-length", 0)) > self.limits.max_body_bytes:
-            raise self._too_large()
-        body = bytearray()
-        try:
-            async for chunk in request.stream():
-                body += chunk
-                self.bytes += len(chunk)
-                if len(body) > self.limits.max_body_bytes:
-                    raise self._too_large()
-                if self.bytes > 16 * self.limits.max_body_bytes:
-                    raise busy("the bodies of other requests fill the memory; try again later", self.service.delay)
-        finally:
-            self.bytes -= len(body)
-        return bytes(body)
-
-    def _too_large(self) -> APIError:
-        # The rest of the body is not read: the connection ends with the answer.
-        message = f"the body is larger than the {self.limits.max_body_bytes:,} bytes that this server takes"
-        return APIError(413, message, code="request_too_large", headers={"connection": "close"})
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["request_id"] = uuid.uuid4().hex
+            header = (b"x-request-id", scope["request_id"].encode())
+            send = _adding(send, lambda: [header])
+        await self.app(scope, receive, send)
 
 
-def _guard(api_keys: Sequence[str]):
+class DrainMiddleware:
+    """While the server drains, every answer says that its connection ends."""
+
+    def __init__(self, app: ASGIApp, state: Any):
+        self.app, self.state = app, state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            send = _adding(send, lambda: [(b"connection", b"close")] if self.state.draining else [])
+        await self.app(scope, receive, send)
+
+
+class HeadMiddleware:
+    """Answers HEAD as GET; the ASGI server leaves out the body."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self.app(scope, receive, send)
+
+
+class RefusedBodyResponse(Response):
+    """An answer to a body that is still coming: sent at once, and the connection ends only when the client has
+    stopped sending (or has sent much more). A connection that ends with unread bytes is reset, and the client would
+    lose the answer."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [*self.raw_headers, (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        if "100-continue" not in Headers(scope=scope).get("expect", "").lower():  # else nothing comes unless asked for
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(_discard(receive), LINGER_SECONDS)
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def _discard(receive: Receive) -> None:
+    size, more = 0, True
+    while more and size < LINGER_BYTES:
+        message = await receive()
+        size += len(message.get("body", b""))
+        more = message["type"] == "http.request" and message.get("more_body", False)
+
+
+def _adding(send: Send, headers: Callable[[], list[tuple[bytes, bytes]]]) -> Send:
+    """`send`, with more headers at the start of the answer."""
+
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"].extend(headers())
+        await send(message)
+
+    return send_with_headers
+
+
+def _guard(api_keys: Sequence[str]) -> Guard:
     """A dependency that lets only the holders of a key pass."""
     digests = [sha256(key.encode()).digest() for key in api_keys]
     bearer = Depends(HTTPBearer(auto_error=False, description="only where the server was started with --api-key"))
@@ -135,23 +196,18 @@ def _guard(api_keys: Sequence[str]):
     return check
 
 
-def _add_embeddings(app: FastAPI, service: Service, guard) -> None:
-    house = House(service)
-    answers = {status: {"model": schema.ErrorResponse, "description": text} for status, text in ERRORS.items()}
+def _add_embeddings(app: FastAPI, service: EmbeddingService, guard: Guard) -> None:
+    answers: Responses = {
+        status: {"model": schema.ErrorResponse, "description": text} for status, text in ERRORS.items()
+    }
 
     @app.post("/v1/embeddings", dependencies=[Depends(guard)], responses=answers, openapi_extra=_request_body(),
               response_model=schema.EmbeddingResponse, summary="Embed texts and images", tags=["v1"])  # fmt: skip
     async def embeddings(request: Request) -> Response:
         start, status = time.perf_counter(), 500
         try:
-            house.check_room()
-            house.requests += 1
-            service.metrics.in_flight.inc()
-            try:
-                response = await _answer(house, service, request)
-            finally:
-                house.requests -= 1
-                service.metrics.in_flight.dec()
+            with service.limiter.request(), service.metrics.in_flight.track_inprogress():
+                response = await _answer(service, request)
             status = response.status_code
             service.metrics.request_seconds.observe(time.perf_counter() - start)
             return response
@@ -165,15 +221,15 @@ def _add_embeddings(app: FastAPI, service: Service, guard) -> None:
         finally:
             service.metrics.requests.labels(status).inc()
 
-    _describe_bodies(app)
 
-
-async def _answer(house: House, service: Service, request: Request) -> Response:
-    """The response, within the time a request has, unless its client goes away."""
-    timeout = house.limits.request_timeout
+async def _answer(service: EmbeddingService, request: Request) -> Response:
+    """The response, within the time that a request has, unless its client goes away."""
+    if request.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
+        raise APIError(415, "the body is compressed; send it as it is", code="unsupported_content_encoding")
+    timeout = service.limits.request_timeout
     end = time.monotonic() + timeout
     try:
-        body = await asyncio.wait_for(house.read(request), timeout)
+        body = await asyncio.wait_for(service.limiter.read_body(request), timeout)
     except asyncio.TimeoutError:
         message = f"the body did not come within {timeout:g} s"
         raise APIError(408, message, code="request_timeout", headers={"connection": "close"}) from None
@@ -187,8 +243,8 @@ async def _answer(house: House, service: Service, request: Request) -> Response:
             raise ClientDisconnect
         raise APIError(504, f"not finished within {timeout:g} s", code="request_timeout")
     finally:
-        for task in (work, gone):
-            task.cancel()
+        work.cancel()
+        gone.cancel()
         with suppress(asyncio.CancelledError, APIError):
             await work
 
@@ -198,13 +254,13 @@ async def _until_disconnect(request: Request) -> None:
         pass
 
 
-async def _embed(service: Service, body: bytes, request_id: str) -> Response:
-    parsed = schema.parse(body)
-    model = service.model_name(parsed.model)
+async def _embed(service: EmbeddingService, body: bytes, request_id: str) -> Response:
+    parsed = schema.parse(body) if len(body) <= INLINE_BYTES else await service.in_thread(schema.parse, body)
+    model = service.reader.model_name(parsed.model)
     vectors, tokens = await service.embed(parsed)
     as_base64 = parsed.encoding_format == "base64"
     if vectors.size > 1 << 17:  # some tenths of a second for the largest
-        data = await asyncio.get_running_loop().run_in_executor(None, _embeddings, vectors, as_base64)
+        data = await service.in_thread(_embeddings, vectors, as_base64)
     else:
         data = _embeddings(vectors, as_base64)
     answer = {
@@ -218,36 +274,41 @@ async def _embed(service: Service, body: bytes, request_id: str) -> Response:
     return Response(orjson.dumps(answer), media_type="application/json")
 
 
-def _embeddings(vectors: np.ndarray, as_base64: bool) -> list[dict]:
-    if as_base64:
-        encoded = [base64.b64encode(v.astype("<f4").tobytes()).decode() for v in vectors]
-    else:
-        encoded = [orjson.Fragment(orjson.dumps(np.ascontiguousarray(v), option=orjson.OPT_SERIALIZE_NUMPY))
-                   for v in vectors]  # fmt: skip
-    return [{"object": "embedding", "index": i, "embedding": e} for i, e in enumerate(encoded)]
+def _embeddings(vectors: np.ndarray, as_base64: bool) -> list[dict[str, Any]]:
+    encode = _base64 if as_base64 else _numbers
+    return [{"object": "embedding", "index": i, "embedding": encode(v)} for i, v in enumerate(vectors)]
 
 
-def _add_models(app: FastAPI, service: Service, guard) -> None:
+def _base64(vector: np.ndarray) -> str:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+
+def _numbers(vector: np.ndarray) -> orjson.Fragment:
+    return orjson.Fragment(orjson.dumps(np.ascontiguousarray(vector), option=orjson.OPT_SERIALIZE_NUMPY))
+
+
+def _add_models(app: FastAPI, service: EmbeddingService, guard: Guard) -> None:
     created = int(time.time())
-    errors = {401: {"model": schema.ErrorResponse}, 404: {"model": schema.ErrorResponse}}
+    denied: Responses = {401: {"model": schema.ErrorResponse}}
+    unknown: Responses = {404: {"model": schema.ErrorResponse}}
 
     def describe(name: str) -> schema.Model:
         return schema.Model(
             id=name, object="model", created=created, owned_by="minivlm2vec", tokenizer=service.tokenizer,
-            max_model_len=service.limits.max_input_tokens, dimensions=service.embedder.dimension,
+            max_model_len=service.max_input_tokens, dimensions=service.embedder.dimension,
         )  # fmt: skip
 
-    @app.get("/v1/models", dependencies=[Depends(guard)], responses={401: errors[401]}, tags=["v1"])
+    @app.get("/v1/models", dependencies=[Depends(guard)], responses=denied, tags=["v1"])
     async def models() -> schema.ModelList:
         return schema.ModelList(object="list", data=[describe(name) for name in service.names])
 
-    @app.get("/v1/models/{model:path}", dependencies=[Depends(guard)], responses=errors, tags=["v1"])
+    @app.get("/v1/models/{model:path}", dependencies=[Depends(guard)], responses=denied | unknown, tags=["v1"])
     async def model(model: str) -> schema.Model:
-        return describe(service.model_name(model))
+        return describe(service.reader.model_name(model))
 
 
-def _add_probes(app: FastAPI, service: Service) -> None:
-    unwell = {503: {"model": schema.ErrorResponse}}
+def _add_probes(app: FastAPI, service: EmbeddingService) -> None:
+    unwell: Responses = {503: {"model": schema.ErrorResponse}}
 
     def check(*reasons: str | None) -> schema.Status:
         for reason in filter(None, reasons):
@@ -270,8 +331,8 @@ def _add_probes(app: FastAPI, service: Service) -> None:
 
 def _add_errors(app: FastAPI) -> None:
     def answer(error: APIError) -> Response:
-        # ASCII, since a message may quote what a caller sent
-        return Response(orjson.dumps(error.body), error.status, error.headers, media_type="application/json")
+        kind = RefusedBodyResponse if isinstance(error, BodyTooLarge) else Response
+        return kind(orjson.dumps(error.body), error.status, error.headers, media_type="application/json")
 
     @app.exception_handler(APIError)
     async def api_error(request: Request, e: APIError) -> Response:
@@ -295,17 +356,3 @@ def _add_errors(app: FastAPI) -> None:
 def _request_body() -> dict:
     reference = {"$ref": "#/components/schemas/EmbeddingRequest"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
-
-
-def _describe_bodies(app: FastAPI) -> None:
-    """The endpoint reads its body itself, so the document does not know the body's schema by itself."""
-    generate = app.openapi
-
-    def openapi() -> dict:
-        if app.openapi_schema is None:
-            document = generate()
-            request = schema.EmbeddingRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-            document["components"]["schemas"] |= request.pop("$defs") | {"EmbeddingRequest": request}
-        return app.openapi_schema
-
-    app.openapi = openapi

@@ -1,18 +1,17 @@
-"""Jobs of many requests -> packs for the one thread that owns the model.
+"""Jobs of many requests -> batches for the one thread that owns the model.
 
-request A: job job job ─┐                                    model thread
-request B: job ─────────┼─> waiting jobs, ordered by place ─> pack (<= batch_tokens) ─> launch ─> finish ─> futures
-request C: job job ─────┘
+request A: job job job ─┐                                  model thread
+request B: job ─────────┼─> waiting jobs, by due time ─> batch (<= batch_tokens) ─> launch ─> finish ─> futures
+request C: job job job ─┘
 
-Order. A job's place is a time: its request's arrival, plus `patience` times the seconds that the request's tokens
-up to and including it take at the measured speed. So a short request is not held up by a long one's thousand inputs,
-which have later places; and a long one is overtaken only by what arrives within a bounded time after it: nothing
-starves.
+Order. A job is due at its request's arrival, plus `patience` times the seconds that the request's tokens up to and
+including it take at the measured speed. A short request does not wait behind the thousand inputs of a long one, which
+are due later. A long request is overtaken only by what arrives within a bounded time after it, so nothing starves.
 
-Waiting. A pack leaves when it is full, when its first job has waited `max_wait`, or when nobody is missing: no
-request has jobs to come, and as many requests wait as were in the house when the last pack left. A lone client never
-waits, and many clients, whose next requests come within a few milliseconds of their last answers, share one pack
-instead of taking turns in small ones.
+Waiting. A batch starts when it is full, when its first job has waited `max_wait`, or when nobody else is expected: no
+request in flight has jobs still to come, and as many requests wait as were in flight when the last batch started. A
+lone client never waits. Many clients, whose next requests come a few milliseconds after their last answers, share one
+batch instead of taking turns in small ones.
 """
 
 import asyncio
@@ -21,9 +20,10 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,20 +39,20 @@ Launch = Callable[[Sequence[Any]], np.ndarray | Finish]
 
 
 class ModelError(RuntimeError):
-    """The model could not embed one input, alone and unhurried."""
+    """The model could not embed one input, even alone."""
 
 
 class Observer(Protocol):
-    """What a Batcher tells the metrics; called in the model's thread."""
+    """What a Batcher reports to; called in the model's thread."""
 
-    def pack(self, jobs: int, tokens: int, waits: Sequence[float], seconds: float) -> None: ...
+    def batch(self, inputs: int, tokens: int, waits: Sequence[float], seconds: float) -> None: ...
 
 
 @dataclass(eq=False)
 class Job:
-    """One input on its way through the model."""
+    """One input on its way through the model; `since` is when it was submitted."""
 
-    turn: "Turn"
+    request: "RequestJobs"
     item: Any
     tokens: int
     future: asyncio.Future
@@ -61,7 +61,7 @@ class Job:
 
 
 @dataclass(eq=False)
-class Pack:
+class Batch:
     """Jobs that are computed together."""
 
     jobs: list[Job]
@@ -69,32 +69,32 @@ class Pack:
     finish: Finish | None = None
 
 
-class Turn:
-    """One request's right to hand in jobs; see `Batcher.request`."""
+class RequestJobs:
+    """The jobs of one request; see `Batcher.request`."""
 
     def __init__(self, batcher: "Batcher"):
         self._batcher = batcher
         self.arrival = time.monotonic()
-        self.tokens = 0  # handed in so far
+        self.tokens = 0  # submitted so far
         self.waiting = 0  # jobs in the queue
         self.complete = False
 
     def submit(self, items: Sequence[Any], *, last: bool = True) -> list[asyncio.Future]:
-        """Hands in items (each with a len(), its tokens); returns a future of float32 [D] for each. Cancelling one
-        takes the item out of the queue. last: no more will come."""
+        """Submits items (len(item) is its tokens); returns a future of float32 [D] for each. Cancelling a future
+        takes its item out of the queue. last: no more will come."""
         return self._batcher._submit(self, items, last)
 
 
 class Batcher:
-    """Packs jobs and runs them in a thread of its own.
+    """Puts jobs together to batches and computes them in a thread of its own.
 
     Args:
-        launch: computes items and returns float32 [B, D], or starts the computation and returns what waits for it.
-        batch_tokens: of one pack; a longer job gets a pack of its own.
-        max_batch_inputs: jobs in one pack.
-        max_wait: seconds that a job waits for company.
+        launch: computes items and returns float32 [B, D], or starts to and returns a function that waits for it.
+        batch_tokens: of one batch; a longer job gets a batch of its own.
+        max_batch_inputs: jobs in one batch.
+        max_wait: seconds that a job waits for others.
         patience: see the top of this file.
-        observer: is told of every pack.
+        observer: is told of every batch.
     """
 
     def __init__(
@@ -114,19 +114,19 @@ class Batcher:
         self.patience = patience
         self._observer = observer
         self._changed = threading.Condition()
-        self._heap: list[tuple[float, int, Job]] = []  # place, number, job; withdrawn ones are dropped later
+        self._heap: list[tuple[float, int, Job]] = []  # due, number, job; cancelled ones are dropped later
         self._numbers = itertools.count()
-        self._in_house = 0  # requests
-        self._preparing = 0  # those of them that have jobs to come
+        self._in_flight = 0  # requests
+        self._preparing = 0  # those of them whose jobs are not all submitted yet
         self._requests_waiting = 0  # those that have jobs in the queue
-        self._last_in_house = 0  # when the last pack left
+        self._last_in_flight = 0  # when the last batch started
         self._waiting_jobs = self._waiting_tokens = 0
         self._since = 0.0  # when the queue was last empty
-        self._launched: list[Pack] = []
-        self._finished = 0.0  # when the last pack was
+        self._launched: list[Batch] = []
+        self._finished = 0.0  # when the last batch was
         self._stopping = False
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="minivlm2vec-model", daemon=True)
+        self._loop: asyncio.AbstractEventLoop  # set by `start`
         self.rate = 1e4  # tokens per second, until it is measured
         self.broken: str | None = None  # why the model answers nothing any more
         self.probe: Any = None  # an item that is known to be good
@@ -134,7 +134,6 @@ class Batcher:
     def start(self) -> None:
         """Starts the thread; call it in the event loop that will await the futures."""
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, name="minivlm2vec-model", daemon=True)
         self._thread.start()
 
     async def stop(self) -> None:
@@ -145,18 +144,18 @@ class Batcher:
         await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
 
     @contextmanager
-    def request(self):
-        """A request is in the house; yields its Turn."""
-        turn = Turn(self)
+    def request(self) -> Iterator[RequestJobs]:
+        """A request is in flight; yields what its jobs are submitted to."""
+        request = RequestJobs(self)
         with self._changed:
-            self._in_house += 1
+            self._in_flight += 1
             self._preparing += 1
         try:
-            yield turn
+            yield request
         finally:
             with self._changed:
-                self._in_house -= 1
-                self._complete(turn)
+                self._in_flight -= 1
+                self._complete(request)
 
     @property
     def waiting(self) -> tuple[int, int]:
@@ -166,14 +165,15 @@ class Batcher:
 
     # In the event loop's thread
 
-    def _submit(self, turn: Turn, items: Sequence[Any], last: bool) -> list[asyncio.Future]:
-        now, jobs = time.monotonic(), []
+    def _submit(self, request: RequestJobs, items: Sequence[Any], last: bool) -> list[asyncio.Future]:
+        now = time.monotonic()
+        jobs: list[tuple[float, int, Job]] = []
         for item in items:
-            turn.tokens += len(item)
-            place = turn.arrival + self.patience * turn.tokens / self.rate
-            job = Job(turn, item, len(item), self._loop.create_future(), now)
-            job.future.add_done_callback(lambda f, job=job: self._withdraw(job) if f.cancelled() else None)
-            jobs.append((place, next(self._numbers), job))
+            request.tokens += len(item)
+            due = request.arrival + self.patience * request.tokens / self.rate
+            job = Job(request, item, len(item), self._loop.create_future(), now)
+            job.future.add_done_callback(partial(self._cancelled, job))
+            jobs.append((due, next(self._numbers), job))
         with self._changed:
             if self.broken:
                 raise ModelError(self.broken)
@@ -181,22 +181,24 @@ class Batcher:
                 self._since = now
             for entry in jobs:
                 heapq.heappush(self._heap, entry)
-            self._requests_waiting += turn.waiting == 0 and len(jobs) > 0
-            turn.waiting += len(jobs)
+            self._requests_waiting += request.waiting == 0 and len(jobs) > 0
+            request.waiting += len(jobs)
             self._waiting_jobs += len(jobs)
             self._waiting_tokens += sum(job.tokens for _, _, job in jobs)
             if last:
-                self._complete(turn)
+                self._complete(request)
             self._changed.notify()
         return [job.future for _, _, job in jobs]
 
-    def _complete(self, turn: Turn) -> None:
-        if not turn.complete:
-            turn.complete = True
+    def _complete(self, request: RequestJobs) -> None:
+        if not request.complete:
+            request.complete = True
             self._preparing -= 1
             self._changed.notify()
 
-    def _withdraw(self, job: Job) -> None:
+    def _cancelled(self, job: Job, future: asyncio.Future) -> None:
+        if not future.cancelled():
+            return
         with self._changed:
             if job.waiting:
                 self._leave_queue(job)
@@ -217,22 +219,22 @@ class Batcher:
 
     def _run(self) -> None:
         try:
-            while (pack := self._next(block=not self._launched)) or self._launched:
-                if pack is not None:
-                    self._start(pack)
-                if self._launched and self._launched[0] is not pack:
+            while (batch := self._next(block=not self._launched)) or self._launched:
+                if batch is not None:
+                    self._start(batch)
+                if self._launched and self._launched[0] is not batch:
                     self._finish(self._launched[0])
         except BaseException as e:  # an error of this file: no answer would ever come
             log.exception("the model's thread died")
             self._break(f"the model's thread died: {e!r}")
 
-    def _next(self, *, block: bool) -> Pack | None:
-        """The next pack. None: there is no full one (not block: the model is busy), or none will come (block)."""
+    def _next(self, *, block: bool) -> Batch | None:
+        """The next batch. None: there is no full one (not block: the model is busy), or none will come (block)."""
         with self._changed:
             while not self._ready(full_only=not block):
                 if not block or (self._stopping and not self._waiting_jobs):
                     return None
-                self._changed.wait(self._patience_left())
+                self._changed.wait(self._seconds_to_wait() if self._waiting_jobs else None)
             return self._take()
 
     def _ready(self, *, full_only: bool) -> bool:
@@ -242,16 +244,18 @@ class Batcher:
             return True
         if full_only:
             return False
-        nobody_missing = self._preparing == 0 and self._requests_waiting >= self._last_in_house
-        return nobody_missing or self._stopping or self._patience_left() <= 0
+        nobody_expected = self._preparing == 0 and self._requests_waiting >= self._last_in_flight
+        return nobody_expected or self._stopping or self._seconds_to_wait() <= 0
 
-    def _patience_left(self) -> float | None:
-        """Seconds until the first job has waited long enough; None where there is none."""
-        return max(0.0, self._since + self.max_wait - time.monotonic()) if self._waiting_jobs else None
+    def _seconds_to_wait(self) -> float:
+        """Until the first job has waited long enough."""
+        return max(0.0, self._since + self.max_wait - time.monotonic())
 
-    def _take(self) -> Pack:
-        """Jobs in the order of their places; one that does not fit stays, and will be at the head next time."""
-        jobs, passed, room = [], [], self.batch_tokens
+    def _take(self) -> Batch:
+        """Jobs in the order in which they are due; one that does not fit stays, and comes first next time."""
+        jobs: list[Job] = []
+        passed: list[tuple[float, int, Job]] = []
+        room = self.batch_tokens
         while self._heap and len(jobs) < self.max_batch_inputs and len(passed) < 64 and room > 0:
             entry = heapq.heappop(self._heap)
             job = entry[2]
@@ -265,45 +269,46 @@ class Batcher:
             self._leave_queue(job)
         for entry in passed:
             heapq.heappush(self._heap, entry)
-        self._last_in_house = self._in_house
+        self._last_in_flight = self._in_flight
         self._since = 0.0  # what is left has waited long enough
-        return Pack(jobs, time.monotonic())
+        return Batch(jobs, time.monotonic())
 
     def _leave_queue(self, job: Job) -> None:
         job.waiting = False
-        job.turn.waiting -= 1
-        self._requests_waiting -= job.turn.waiting == 0
+        job.request.waiting -= 1
+        self._requests_waiting -= job.request.waiting == 0
         self._waiting_jobs -= 1
         self._waiting_tokens -= job.tokens
 
-    def _start(self, pack: Pack) -> None:
-        self._launched.append(pack)
+    def _start(self, batch: Batch) -> None:
+        self._launched.append(batch)
         try:
-            result = self._launch([job.item for job in pack.jobs])
+            result = self._launch([job.item for job in batch.jobs])
         except Exception as e:
-            self._fail(pack, e)
+            self._fail(batch, e)
             return
         if callable(result):
-            pack.finish = result
+            batch.finish = result
         else:
-            self._settle(pack, self._checked(pack.jobs, result))
+            self._settle(batch, self._checked(batch.jobs, result))
 
-    def _finish(self, pack: Pack) -> None:
+    def _finish(self, batch: Batch) -> None:
+        assert batch.finish is not None
         try:
-            vectors = pack.finish()
+            vectors = batch.finish()
         except Exception as e:
-            self._fail(pack, e)
+            self._fail(batch, e)
             return
-        self._settle(pack, self._checked(pack.jobs, vectors))
+        self._settle(batch, self._checked(batch.jobs, vectors))
 
-    def _fail(self, pack: Pack, e: Exception) -> None:
-        log.warning("a pack of %d inputs failed, each is tried alone: %s", len(pack.jobs), _describe(e))
-        self._settle(pack, self._one_by_one(pack.jobs))
+    def _fail(self, batch: Batch, e: Exception) -> None:
+        log.warning("a batch of %d inputs failed; trying each alone: %s", len(batch.jobs), _describe(e))
+        self._settle(batch, self._one_by_one(batch.jobs))
 
-    def _settle(self, pack: Pack, results: list[tuple[Job, Any]]) -> None:
+    def _settle(self, batch: Batch, results: list[tuple[Job, Any]]) -> None:
         self._loop.call_soon_threadsafe(self._deliver, results)
-        self._launched.remove(pack)
-        self._measure(pack)
+        self._launched.remove(batch)
+        self._measure(batch)
 
     def _checked(self, jobs: list[Job], vectors: np.ndarray) -> list[tuple[Job, Any]]:
         """Results; a row with NaN or infinity is computed again alone."""
@@ -313,7 +318,7 @@ class Batcher:
         return results + (self._one_by_one(bad) if bad else [])
 
     def _one_by_one(self, jobs: list[Job]) -> list[tuple[Job, Any]]:
-        """Every job for itself, so that one that cannot be computed fails alone."""
+        """Computes each job alone, so that one that cannot be computed fails alone."""
         results = [(job, self._alone(job)) for job in jobs]
         if self.probe is not None and all(isinstance(result, Exception) for _, result in results):
             try:
@@ -339,16 +344,16 @@ class Batcher:
         result = self._launch([item])
         return (result() if callable(result) else result)[0]
 
-    def _measure(self, pack: Pack) -> None:
+    def _measure(self, batch: Batch) -> None:
         now = time.monotonic()
-        seconds = max(now - max(pack.started, self._finished), 1e-6)
+        seconds = max(now - max(batch.started, self._finished), 1e-6)
         self._finished = now
-        tokens = sum(job.tokens for job in pack.jobs)
+        tokens = sum(job.tokens for job in batch.jobs)
         speed = tokens / seconds
-        if speed > self.rate or tokens * 2 >= self.batch_tokens or seconds > 0.25:  # small packs say little
+        if speed > self.rate or tokens * 2 >= self.batch_tokens or seconds > 0.25:  # small batches say little
             self.rate += 0.5 * (speed - self.rate)
         if self._observer is not None:
-            self._observer.pack(len(pack.jobs), tokens, [pack.started - job.since for job in pack.jobs], seconds)
+            self._observer.batch(len(batch.jobs), tokens, [batch.started - job.since for job in batch.jobs], seconds)
 
     def _break(self, why: str) -> None:
         with self._changed:
@@ -356,7 +361,7 @@ class Batcher:
             lost, self._heap = [job for _, _, job in self._heap if job.waiting], []
             for job in lost:
                 self._leave_queue(job)
-            lost += [job for pack in self._launched for job in pack.jobs]
+            lost += [job for batch in self._launched for job in batch.jobs]
         self._loop.call_soon_threadsafe(self._deliver, [(job, ModelError(why)) for job in lost])
 
 

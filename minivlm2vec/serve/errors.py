@@ -41,6 +41,14 @@ class APIError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+class BodyTooLarge(APIError):
+    """413, while the rest of the body may still be coming."""
+
+    def __init__(self, limit: int):
+        message = f"the body is larger than the {limit:,} bytes that this server takes"
+        super().__init__(413, message, code="request_too_large")
+
+
 def bad_request(message: str, param: str | None = None, code: str | None = "invalid_value") -> APIError:
     return APIError(400, message, param=param, code=code)
 

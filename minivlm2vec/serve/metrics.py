@@ -13,42 +13,44 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """Counts and measures; `render` gives the text of /metrics."""
+    """Counters and histograms; `render` returns the text of /metrics."""
 
     def __init__(self, device: torch.device):
         r = self.registry = CollectorRegistry()
         ProcessCollector(registry=r)
         GCCollector(registry=r)
-        self.requests = Counter("minivlm2vec_requests", "Answers of /v1/embeddings", ["status"], registry=r)
-        self.request_seconds = Histogram(
-            "minivlm2vec_request_seconds", "From the first byte to the answer, 200s only", buckets=SECONDS, registry=r
+        self.requests = Counter(
+            "minivlm2vec_requests", "Answers of /v1/embeddings, by HTTP status", ["status"], registry=r
         )
-        self.in_flight = Gauge("minivlm2vec_requests_in_flight", "Requests in the house", registry=r)
-        self.disconnects = Counter("minivlm2vec_disconnects", "Requests whose client went away", registry=r)
+        self.in_flight = Gauge("minivlm2vec_requests_in_flight", "Requests being answered", registry=r)
+        self.disconnects = Counter(
+            "minivlm2vec_disconnects", "Requests whose client disconnected before the answer", registry=r
+        )
         self.inputs = Counter("minivlm2vec_inputs", "Inputs embedded", registry=r)
         self.tokens = Counter("minivlm2vec_tokens", "Tokens embedded, image tokens included", registry=r)
-        self.batch_inputs = Histogram("minivlm2vec_batch_inputs", "Inputs of a pack", buckets=POWERS, registry=r)
-        self.batch_tokens = Histogram("minivlm2vec_batch_tokens", "Tokens of a pack", buckets=POWERS, registry=r)
-        self.batch_seconds = Histogram("minivlm2vec_batch_seconds", "Time of a pack", buckets=SECONDS, registry=r)
-        self.queue_seconds = Histogram(
-            "minivlm2vec_queue_seconds", "Time of an input in the queue", buckets=SECONDS, registry=r
+        self.batch_inputs = self._histogram("batch_inputs", "Inputs in one batch", POWERS)
+        self.batch_tokens = self._histogram("batch_tokens", "Tokens in one batch", POWERS)
+        self.batch_seconds = self._histogram("batch_seconds", "Seconds to compute one batch", SECONDS)
+        self.queue_seconds = self._histogram("queue_seconds", "Seconds that an input waited in the queue", SECONDS)
+        self.request_seconds = self._histogram(
+            "request_seconds", "Seconds from the start of a request to its answer (status 200 only)", SECONDS
         )
         if device.type == "cuda":
-            self._gauge("minivlm2vec_gpu_memory_allocated_bytes", "By tensors", lambda: _memory(device)[0])
-            self._gauge("minivlm2vec_gpu_memory_reserved_bytes", "By PyTorch", lambda: _memory(device)[1])
-            self._gauge("minivlm2vec_gpu_memory_peak_bytes", "By tensors, at most", lambda: _memory(device)[2])
-            self._gauge("minivlm2vec_gpu_memory_total_bytes", "Of the device", lambda: _memory(device)[3])
+            self._gauge("gpu_memory_allocated_bytes", "GPU memory in tensors", lambda: _memory(device)[0])
+            self._gauge("gpu_memory_reserved_bytes", "GPU memory reserved by PyTorch", lambda: _memory(device)[1])
+            self._gauge("gpu_memory_peak_bytes", "Peak of the GPU memory in tensors", lambda: _memory(device)[2])
+            self._gauge("gpu_memory_total_bytes", "Total memory of the GPU", lambda: _memory(device)[3])
 
     def watch_queue(self, waiting: Callable[[], tuple[int, int]]) -> None:
-        """waiting() gives the jobs and tokens in the queue."""
-        self._gauge("minivlm2vec_queue_inputs", "Inputs in the queue", lambda: waiting()[0])
-        self._gauge("minivlm2vec_queue_tokens", "Tokens in the queue", lambda: waiting()[1])
+        """waiting() returns how many inputs and tokens are in the queue."""
+        self._gauge("queue_inputs", "Inputs waiting in the queue", lambda: waiting()[0])
+        self._gauge("queue_tokens", "Tokens waiting in the queue", lambda: waiting()[1])
 
-    def pack(self, jobs: int, tokens: int, waits: Sequence[float], seconds: float) -> None:
-        """One pack was computed; see `batching.Observer`."""
-        self.inputs.inc(jobs)
+    def batch(self, inputs: int, tokens: int, waits: Sequence[float], seconds: float) -> None:
+        """A batch was computed; see `batching.Observer`."""
+        self.inputs.inc(inputs)
         self.tokens.inc(tokens)
-        self.batch_inputs.observe(jobs)
+        self.batch_inputs.observe(inputs)
         self.batch_tokens.observe(tokens)
         self.batch_seconds.observe(seconds)
         for wait in waits:
@@ -58,11 +60,14 @@ class Metrics:
         return generate_latest(self.registry)
 
     def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
-        Gauge(name, text, registry=self.registry).set_function(value)
+        Gauge(f"minivlm2vec_{name}", text, registry=self.registry).set_function(value)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(f"minivlm2vec_{name}", text, buckets=buckets, registry=self.registry)
 
 
 def _memory(device: torch.device) -> tuple[int, int, int, int]:
-    """Bytes allocated, reserved, allocated at most, and there at all."""
+    """Bytes: allocated, reserved, peak of allocated, total."""
     return (
         torch.cuda.memory_allocated(device),
         torch.cuda.memory_reserved(device),

@@ -1,4 +1,4 @@
-"""One input of a caller -> Planned.
+"""Inputs of a caller -> Planned: tokenised and measured, within the limits of one input.
 
 A caller's text is literal: "<|image_1|>" in it is ordinary text, as the original reads it where there are no images,
 and never the place of one. Image tokens go only where an image part stands. Special tokens of the tokenizer, such as
@@ -10,33 +10,109 @@ from collections.abc import Sequence
 from PIL import Image
 
 from ..errors import InputError
+from ..images import SAFE_FORMATS, open_image, read_data_uri
 from ..processor import Planned, Processor
-
-Part = str | Image.Image
-
-
-def plan_text(processor: Processor, text: str, max_length: int | None = None) -> Planned:
-    """A text without images; max_length keeps the first tokens. As `Processor.plan`, but of any length."""
-    return Planned(processor.tokenizer(text)[:max_length])
+from .errors import APIError, bad_request
+from .inputs import IdsInput, ImageSource, Input, PartsInput, TextInput
 
 
-def plan_ids(processor: Processor, ids: Sequence[int], max_length: int | None = None) -> Planned:
-    """Token ids as they are: no BOS is added. Raises InputError for an id that the model has no row for."""
-    size = processor.config.decoder.vocab_size
-    if max(ids) >= size:
-        raise InputError(f"token id {max(ids)} is not below the vocabulary's {size}")
-    return Planned(list(ids[:max_length]))
+class Planner:
+    """Plans inputs for one processor.
 
-
-def plan_parts(processor: Processor, parts: Sequence[Part], *, num_crops: int | None = None) -> Planned:
-    """Texts and images in their order, joined by one space, as vLLM's template for VLM2Vec does it:
-    [image, text] is the original's "<|image_1|> text". Raises InputError.
+    Args:
+        max_input_tokens: of one input, image tokens included.
+        max_request_tokens: of all inputs of a request.
+        max_image_pixels: width times height of one image.
     """
-    images = [part for part in parts if isinstance(part, Image.Image)]
-    return processor.plan_pieces(_texts_between(parts), images, num_crops=num_crops)
+
+    def __init__(self, processor: Processor, max_input_tokens: int, max_request_tokens: int, max_image_pixels: int):
+        self.processor = processor
+        self.max_input_tokens, self.max_request_tokens = max_input_tokens, max_request_tokens
+        self.max_image_pixels = max_image_pixels
+        # So many characters are more tokens than an input may have, however long the tokens are.
+        self.max_characters = max(map(len, processor.tokenizer.tokenizer.get_vocab())) * max_input_tokens
+
+    def plan(self, inputs: Sequence[Input], truncate: int | None, num_crops: int | None) -> list[Planned]:
+        """truncate: as truncate_prompt_tokens of the request. Raises APIError 400."""
+        if truncate == 0:
+            raise bad_request("truncate_prompt_tokens is -1 or at least 1", "truncate_prompt_tokens")
+        limit = self.max_input_tokens
+        max_length = None if truncate is None else limit if truncate == -1 else min(truncate, limit)
+        plans, total = [], 0
+        for x in inputs:
+            plans.append(self._plan_one(x, max_length, num_crops))
+            total += len(plans[-1])
+            if total > self.max_request_tokens:
+                raise bad_request(f"the request has more than the {self.max_request_tokens:,} tokens that this server "
+                                  "takes at once; send several requests", "input", "too_many_tokens")  # fmt: skip
+        return plans
+
+    def _plan_one(self, x: Input, max_length: int | None, num_crops: int | None) -> Planned:
+        try:
+            if isinstance(x, TextInput):
+                planned = self._plan_text(x.name, x.text, max_length)
+            elif isinstance(x, IdsInput):
+                planned = self._plan_ids(x.ids, max_length)
+            else:
+                planned = self._plan_parts(x, max_length, num_crops)
+        except InputError as e:
+            name = e.name if e.name.startswith(x.name) else x.name
+            raise bad_request(f"{name}: {e.reason}", name) from None
+        if len(planned) > self.max_input_tokens:
+            message = f"{len(planned)} tokens are more than the {self.max_input_tokens} that this server takes"
+            raise _too_long(x.name, message)
+        return planned
+
+    def _plan_text(self, name: str, text: str, max_length: int | None) -> Planned:
+        if max_length is not None:
+            text = text[: self.max_characters]
+        self._check_characters(name, text)
+        return Planned(self.processor.tokenizer(text)[:max_length])
+
+    def _plan_ids(self, ids: list[int], max_length: int | None) -> Planned:
+        """Token ids as they are: no BOS is added."""
+        size = self.processor.config.decoder.vocab_size
+        if max(ids) >= size:
+            raise InputError(f"token id {max(ids)} is not below the vocabulary's {size}")
+        return Planned(list(ids[:max_length]))
+
+    def _plan_parts(self, x: PartsInput, max_length: int | None, num_crops: int | None) -> Planned:
+        """Parts are joined by one space, as vLLM's template for VLM2Vec does it: [image, text] is the original's
+        "<|image_1|> text"."""
+        texts = [part for part in x.parts if isinstance(part, str)]
+        if len(texts) == len(x.parts):
+            return self._plan_text(x.name, " ".join(texts), max_length)
+        for text in texts:
+            self._check_characters(x.name, text)
+        images = [self._open(part) for part in x.parts if isinstance(part, ImageSource)]
+        return self.processor.plan_pieces(_texts_between(x.parts), images, num_crops=num_crops)
+
+    def _check_characters(self, name: str, text: str) -> None:
+        """Nobody makes the tokenizer read megabytes."""
+        if len(text) > self.max_characters:
+            message = f"{len(text):,} characters are more than the {self.max_characters:,} that this server reads"
+            raise _too_long(name, message)
+
+    def _open(self, source: ImageSource) -> Image.Image:
+        data = _bytes_of(source)
+        try:
+            image = open_image(data, name=source.name, max_pixels=self.max_image_pixels, formats=SAFE_FORMATS)
+        except InputError as e:
+            raise bad_request(str(e), source.name, "invalid_image") from None
+        image.filename = source.name  # type: ignore[attr-defined]  # what messages call it
+        return image
 
 
-def _texts_between(parts: Sequence[Part]) -> list[str]:
+def _bytes_of(source: ImageSource) -> bytes:
+    if source.data is not None:
+        return source.data
+    try:
+        return read_data_uri(source.url, name=source.name)
+    except InputError as e:
+        raise bad_request(str(e), source.name, "invalid_image_url") from None
+
+
+def _texts_between(parts: Sequence[str | ImageSource]) -> list[str]:
     """The text before, between and behind the images."""
     pieces = [""]
     for n, part in enumerate(parts):
@@ -46,3 +122,7 @@ def _texts_between(parts: Sequence[Part]) -> list[str]:
         else:
             pieces.append("")
     return pieces
+
+
+def _too_long(name: str, message: str) -> APIError:
+    return bad_request(f"{name}: {message}; truncate_prompt_tokens cuts a text", name, "context_length_exceeded")

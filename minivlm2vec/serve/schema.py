@@ -1,22 +1,35 @@
 """What the endpoints take and give: OpenAI's embeddings schema and, for images, vLLM's `messages`.
 
-Everything unknown is refused by name, as OpenAI does it. Those of vLLM's fields that would change the vector take
-the one value that is in effect here; those that would not are read and ignored.
+Unknown fields are refused by name, as OpenAI does it. vLLM's fields that would change the vector take only the value
+that is in effect here; those that would not are read and ignored. Lists stop at their first error, and the number of
+values of a body is bounded before it is parsed: half a million errors would take a minute to write down.
 """
 
+import codecs
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
-from pydantic_core import from_json
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic_core import PydanticCustomError, from_json
 
 from .errors import APIError, bad_request
 
 MAX_INPUTS = 2048  # OpenAI's own limit
+MAX_PARTS = 1024  # of one message
+MAX_FIELDS = 64  # of one object
+MAX_VALUES = 1 << 20  # of one body; parsing so many takes some tenths of a second
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def few_fields(cls, value: Any) -> Any:
+        """Every unknown field would become an error of its own."""
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise PydanticCustomError("too_many_fields", f"an object has more than {MAX_FIELDS} fields")
+        return value
 
 
 class TextPart(Strict):
@@ -41,10 +54,13 @@ def _content_kind(value: Any) -> str | None:
     return "text" if isinstance(value, str) else "parts" if isinstance(value, list) else None
 
 
+Parts = Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
+
+
 class Message(Strict):
-    role: str = Field(description="ignored: the model has no chat template")
+    role: str = Field(description="system or developer in front of another message: an instruction; else ignored")
     content: Annotated[
-        Annotated[str, Tag("text")] | Annotated[list[Part], Field(min_length=1), Tag("parts")],
+        Annotated[str, Tag("text")] | Annotated[Parts, Tag("parts")],
         Discriminator(
             _content_kind, custom_error_type="content", custom_error_message="content is a string or a list of parts"
         ),
@@ -52,8 +68,8 @@ class Message(Strict):
     name: str | None = Field(None, description="ignored")
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-Conversation = Annotated[list[Message], Field(min_length=1, max_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+Conversation = Annotated[list[Message], Field(min_length=1, max_length=3)]  # see inputs.py for the two around one
 
 
 def _input_kind(value: Any) -> str | None:
@@ -79,11 +95,11 @@ def _messages_kind(value: Any) -> str | None:
 
 Input = Annotated[
     Annotated[str, Tag("text")]
-    | Annotated[list[str], Field(max_length=MAX_INPUTS), Tag("texts")]
+    | Annotated[list[str], Field(max_length=MAX_INPUTS, fail_fast=True), Tag("texts")]
     | Annotated[TokenIds, Tag("ids")]
-    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS), Tag("ids_list")]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True), Tag("ids_list")]
     | Annotated[Conversation, Tag("conversation")]
-    | Annotated[list[Conversation], Field(min_length=1, max_length=MAX_INPUTS), Tag("conversations")],
+    | Annotated[list[Conversation], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True), Tag("conversations")],
     Discriminator(
         _input_kind,
         custom_error_type="input",
@@ -92,7 +108,7 @@ Input = Annotated[
 ]
 Messages = Annotated[
     Annotated[Conversation, Tag("conversation")]
-    | Annotated[list[Conversation], Field(min_length=1, max_length=MAX_INPUTS), Tag("conversations")],
+    | Annotated[list[Conversation], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True), Tag("conversations")],
     Discriminator(
         _messages_kind,
         custom_error_type="messages",
@@ -110,7 +126,11 @@ class EmbeddingRequest(Strict):
 
     model: str | None = Field(None, description="one of the names of /v1/models; default the first")
     input: Input | None = Field(None, description="texts, or token ids together with `tokenizer`")
-    messages: Messages | None = Field(None, description="one conversation of one message, or a list of them")
+    messages: Messages | None = Field(
+        None,
+        description="one conversation, or a list of them: one message, with a system message in front or an empty one "
+        "of the assistant behind it",
+    )
     encoding_format: Literal["float", "base64"] | None = Field(None, description="base64 is of little-endian float32")
     dimensions: int | None = Field(None, ge=1, description="only where the model is Matryoshka")
     user: str | None = Field(None, description="ignored")
@@ -122,7 +142,12 @@ class EmbeddingRequest(Strict):
         None, ge=-1, description="keeps the first tokens of inputs without images; -1: as many as the server takes"
     )
     truncation_side: Literal["right"] | None = None
-    add_special_tokens: Literal[True] | None = None
+    add_special_tokens: bool | None = Field(None, description="ignored with `messages`; else only true")
+    add_generation_prompt: Literal[False] | None = None
+    continue_final_message: bool | None = Field(None, description="ignored: no message is continued")
+    chat_template: None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    normalize: Literal[True] | None = None
     use_activation: Literal[True] | None = None
     embed_dtype: Literal["float32"] | None = None
     endianness: Literal["little", "native"] | None = None
@@ -183,6 +208,10 @@ class Status(BaseModel):
 
 def parse(body: bytes) -> EmbeddingRequest:
     """Reads a request. Raises APIError 400 naming the first field at fault."""
+    body = body.removeprefix(codecs.BOM_UTF8)
+    if body.count(b",") >= MAX_VALUES:
+        message = f"the body has more than {MAX_VALUES:,} values (or commas); send several requests"
+        raise bad_request(message, code="too_many_values")
     try:
         data = from_json(body, allow_inf_nan=False, cache_strings="keys")
     except ValueError as e:
@@ -203,8 +232,8 @@ def _explain(error: ValidationError, data: dict) -> APIError:
     if first["type"] == "missing":
         return bad_request(f"missing field: {param}", param, "missing_required_parameter")
     message = first["msg"]
-    if first["type"] == "too_long" and (param.startswith("messages") or "conversation" in first["loc"]):
-        message = f"a conversation is one message: embedding models embed one at a time ({message})"
+    if first["type"] == "too_many_fields":
+        return bad_request(f"{param}: {message}" if param else message, param or None, "unknown_parameter")
     return bad_request(f"{param}: {message}", param, "invalid_type" if "type" in first["type"] else "invalid_value")
 
 

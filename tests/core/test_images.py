@@ -2,6 +2,8 @@
 
 import base64
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 
 from minivlm2vec.batch import num_image_tokens
 from minivlm2vec.errors import InputError
-from minivlm2vec.images import WHITE, hd_crops, hd_size, open_image, to_rgb
+from minivlm2vec.images import SAFE_FORMATS, WHITE, hd_crops, hd_size, open_image, read_data_uri, to_rgb
 from tests.support.golden import synth_image
 
 
@@ -206,6 +208,58 @@ def test_a_real_bomb_is_refused_by_its_header():
     header = encoded(Image.new("1", (20_000, 20_000)), "PNG")
     with pytest.raises(InputError, match=r"bomb|pixels"):
         open_image(header)
+
+
+def test_data_uri():
+    data = encoded(photo(20, 10), "PNG")
+    assert read_data_uri("data:image/png;base64," + base64.b64encode(data).decode()) == data
+    assert read_data_uri("data:image/png;charset=utf-8;base64,AAAA") == b"\0\0\0"
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 57, 58, 1000])
+def test_spellings_of_base64(length):
+    data = bytes(range(256)) * 4
+    data = (b"\xfb\xef\xff" + data)[:length]  # "++//" or "--__"
+    standard, url_safe = base64.b64encode(data), base64.urlsafe_b64encode(data)
+    wrapped = base64.encodebytes(data)
+    for body in (standard, url_safe, wrapped, wrapped.replace(b"\n", b"\r\n"), b" " + wrapped + b"\t"):
+        for spelled in (body, body.replace(b"=", b"")):
+            assert read_data_uri("data:image/png;base64," + spelled.decode()) == data
+            assert read_data_uri("data:;BASE64," + spelled.decode()) == data
+
+
+@pytest.mark.parametrize("uri", ["data:", "data:image/png,a", "data:image/png;base64", "data:;base64,@@@@",
+                                 "data:;base64,AAAAA", "data:;base64,AA==AA==", "data:;base64,ÄAAA"])  # fmt: skip
+def test_bad_data_uri(uri):
+    with pytest.raises(InputError, match=r"^here: ") as e:
+        read_data_uri(uri, name="here")
+    assert e.value.name == "here"
+
+
+def test_a_caller_sets_the_most_pixels():
+    data = encoded(Image.new("1", (6000, 6000)), "PNG")  # 36 M pixels in some KB
+    assert len(data) < 10_000
+    assert open_image(data, max_pixels=36_000_000).size == (6000, 6000)
+    with pytest.raises(InputError, match=r"36,000,000 pixels are more than the 35,999,999 allowed$"):
+        open_image(data, max_pixels=35_999_999)
+    with pytest.raises(InputError, match="decompression bomb"):
+        open_image(png_header(2**31 - 1, 2**31 - 1), max_pixels=1000)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that says how large it is and ends where its pixels would begin."""
+    chunks = (b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
+    )
+
+
+@pytest.mark.parametrize(
+    "data", [b"GIF89a", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", b"P6 1 1 255\n\0\0\0"]
+)
+def test_a_caller_chooses_the_formats(data):
+    with pytest.raises(InputError, match=r"not an image in a known format \(JPEG, PNG, .*AVIF\)"):
+        open_image(data, formats=SAFE_FORMATS)
 
 
 def test_one_lazy_image_in_many_threads():

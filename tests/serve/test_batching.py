@@ -55,7 +55,7 @@ def run(test, launch, **options):
         finally:
             await asyncio.wait_for(batcher.stop(), 10)
         assert batcher.waiting == (0, 0)
-        assert (batcher._in_house, batcher._preparing, batcher._requests_waiting) == (0, 0, 0)
+        assert (batcher._in_flight, batcher._preparing, batcher._requests_waiting) == (0, 0, 0)
 
     asyncio.run(body())
 

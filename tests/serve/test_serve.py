@@ -3,6 +3,8 @@
 import argparse
 import asyncio
 import base64
+import gzip
+import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,8 +18,10 @@ from minivlm2vec import Embedder
 from minivlm2vec.batch import num_image_tokens
 from minivlm2vec.cli.serve import add_arguments, make_server
 from minivlm2vec.new_checkpoint import new_checkpoint
-from minivlm2vec.serve.app import create_app
-from minivlm2vec.serve.service import Limits, Service
+from minivlm2vec.serve import Access, Limits, RemoteImages, ServeOptions, create_app
+from minivlm2vec.serve.app import app_of
+from minivlm2vec.serve.remote import ImageFetcher
+from minivlm2vec.serve.service import EmbeddingService
 from tests.support.files_data import make_adapter
 from tests.support.serving import Answer, call, data_uri, floats, picture, running, user, wait_for
 
@@ -32,8 +36,8 @@ def embedder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(embedder):
-    service = Service(embedder, names=["tiny", "text-embedding-3-large"], limits=Limits(max_body_bytes=4 << 20))
-    with running(create_app(service)) as server:
+    options = ServeOptions(names=("tiny", "text-embedding-3-large"), limits=Limits(max_body_bytes=4 << 20))
+    with running(create_app(embedder, options)) as server:
         yield server.url
 
 
@@ -110,11 +114,16 @@ def test_dimensions(url, embedder):
 
 
 def test_matryoshka_dimensions_are_cut_and_normalised(embedder):
-    with running(create_app(Service(embedder, matryoshka=[16]))) as server:
+    with running(create_app(embedder, ServeOptions(matryoshka_dimensions=(16,)))) as server:
         got = post(server.url, input=["a", "b"], dimensions=16).vectors
         refused(post(server.url, input="a", dimensions=17), 400, "dimensions")
     full = embedder.encode(["a", "b"])[:, :16]
     close(got, full / np.linalg.norm(full, axis=1, keepdims=True))
+
+
+SYSTEM = [{"role": "system", "content": "Be brief."}]
+ASSISTANT = [{"role": "assistant", "content": [{"type": "text", "text": ""}]}]  # what vLLM's clients send
+IMAGE_PART = {"type": "image_url", "image_url": {"url": data_uri(picture(20, 20))}}
 
 
 @pytest.mark.parametrize(("body", "param", "code"), [
@@ -145,6 +154,17 @@ def test_matryoshka_dimensions_are_cut_and_normalised(embedder):
     ({"input": "a", "messages": user("b")}, "messages", "invalid_value"),
     ({"messages": []}, "messages", "invalid_value"),
     ({"messages": user("a") + user("b")}, "messages", "invalid_value"),
+    ({"messages": user("a") * 4}, "messages", "invalid_value"),
+    ({"messages": SYSTEM + user("a") + user("b")}, "messages", "invalid_value"),
+    ({"messages": user("a") + SYSTEM}, "messages", "invalid_value"),
+    ({"messages": [*user("a"), {"role": "assistant", "content": "b"}]}, "messages", "invalid_value"),
+    ({"messages": [user("c"), SYSTEM * 2 + user("a")]}, "messages[1]", "invalid_value"),
+    ({"messages": SYSTEM + user("")}, "messages[1].content", "invalid_value"),
+    ({"messages": [{"role": "system", "content": [IMAGE_PART]}, *user("a")]}, "messages[0].content", "invalid_value"),
+    ({"messages": user("a"), "add_generation_prompt": True}, "add_generation_prompt", "invalid_value"),
+    ({"messages": user("a"), "chat_template": "{{ x }}"}, "chat_template", "invalid_value"),
+    ({"messages": user("a"), "chat_template_kwargs": {"x": 1}}, "chat_template_kwargs", "invalid_value"),
+    ({"input": "a", "normalize": False}, "normalize", "invalid_value"),
     ({"messages": [user("a"), []]}, "messages[1]", "invalid_value"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "invalid_value"),
@@ -249,6 +269,39 @@ def test_image_and_text_equal_encode(url, embedder):
     close(post(url, **body, **ignored).vectors, expected)
 
 
+@pytest.mark.parametrize("more", [
+    {"continue_final_message": False, "add_special_tokens": False}, {"continue_final_message": True},
+    {"add_generation_prompt": False}, {"chat_template": None, "chat_template_kwargs": {}, "normalize": True},
+])  # fmt: skip
+def test_vllms_fields_at_their_defaults(url, embedder, more):
+    image = picture(90, 60)
+    expected = embedder.encode([{"text": "<|image_1|> t", "image": image}, "t"])
+    for messages, vector in ((user(image, "t"), expected[:1]), (user("t"), expected[1:])):
+        close(post(url, messages=messages, **more).vectors, vector)
+        close(post(url, messages=messages + ASSISTANT, **more).vectors, vector)
+
+
+def test_a_system_message_is_the_instruction_in_front(url, embedder):
+    a, b = picture(90, 60, 1), picture(40, 80, 2)
+    cases = [
+        (user(a, "t"), {"text": "<|image_1|> Be brief. t", "image": a}),
+        (user(a), {"text": "<|image_1|> Be brief.", "image": a}),
+        (user(a, b, "t"), {"text": "<|image_1|> <|image_2|> Be brief. t", "images": [a, b]}),
+        (user("t", a), {"text": "Be brief. t <|image_1|>", "image": a}),
+        (user("t"), "Be brief. t"),
+        ([{"role": "user", "content": "t"}], "Be brief. t"),
+    ]
+    for messages, item in cases:
+        for system in (SYSTEM, [{"role": "developer", "content": [{"type": "text", "text": "Be brief."}]}]):
+            for end in ([], ASSISTANT, [{"role": "assistant", "content": ""}]):
+                close(post(url, messages=system + messages + end).vectors, embedder.encode([item]))
+    many = post(url, messages=[SYSTEM + messages for messages, _ in cases])
+    close(many.vectors, embedder.encode([item for _, item in cases]))
+    close(post(url, messages=SYSTEM).vectors, embedder.encode(["Be brief."]))  # alone it is the text
+    silent = [{"role": "system", "content": ""}]
+    close(post(url, messages=silent + user(a, "t")).vectors, post(url, messages=user(a, "t")).vectors)
+
+
 def test_orders_of_parts(url, embedder):
     a, b = picture(90, 60, 1), picture(40, 80, 2)
     cases = [
@@ -341,9 +394,7 @@ def test_damaged_and_impossible_images(url):
 
 
 def test_remote_images_from_loopback_are_refused(embedder):
-    from minivlm2vec.serve.images import RemoteImages
-
-    with running(create_app(Service(embedder, remote=RemoteImages(("*",))))) as server:
+    with running(create_app(embedder, ServeOptions(remote_images=RemoteImages(("*",))))) as server:
         part = {"type": "image_url", "image_url": {"url": server.url + "/health"}}
         refused(
             post(server.url, messages=user(part)), 403, "messages[0].content[0].image_url", "image_host_not_allowed"
@@ -352,9 +403,8 @@ def test_remote_images_from_loopback_are_refused(embedder):
 
 def test_remote_images(embedder):
     """Fetched for each conversation that wants them, beside data URIs and texts."""
-    from minivlm2vec.serve.images import RemoteImages
 
-    class Fetcher(RemoteImages):
+    class Fetcher(ImageFetcher):
         async def fetch(self, url, param):
             await asyncio.sleep(0.01)
             return base64.b64decode(data_uri(picture(60, 60, int(url[-1]))).partition(",")[2])
@@ -362,7 +412,9 @@ def test_remote_images(embedder):
     def part(n):
         return {"type": "image_url", "image_url": {"url": f"http://pictures.test/{n}"}}
 
-    with running(create_app(Service(embedder, remote=Fetcher(("pictures.test",))))) as server:
+    hosts = RemoteImages(("pictures.test",))
+    service = EmbeddingService(embedder, ServeOptions(remote_images=hosts), fetcher=Fetcher(hosts))
+    with running(app_of(service)) as server:
         messages = [user("t"), user(part(1), "t"), user(picture(60, 60, 2), "t"), user(part(3), part(4))]
         got = post(server.url, messages=messages).vectors
     images = [picture(60, 60, n) for n in range(5)]
@@ -402,7 +454,7 @@ def test_megabytes_of_text_are_not_tokenised(url, embedder):
 def test_limits(embedder):
     limits = Limits(max_inputs=3, max_input_tokens=50, queue_tokens=100, max_image_pixels=5000, max_num_crops=2,
                     max_body_bytes=50_000)  # fmt: skip
-    with running(create_app(Service(embedder, limits=limits))) as server:
+    with running(create_app(embedder, ServeOptions(limits=limits))) as server:
         refused(post(server.url, input=["a"] * 4), 400, "input")
         refused(post(server.url, input="a" * 50), 400, "input", "context_length_exceeded")
         refused(post(server.url, input=["a" * 40] * 3), 400, "input", "too_many_tokens")
@@ -421,7 +473,7 @@ def test_limits(embedder):
 
 
 def test_api_keys(embedder):
-    with running(create_app(Service(embedder), api_keys=["secret", "schlüssel"])) as server:
+    with running(create_app(embedder, ServeOptions(access=Access(("secret", "schlüssel"))))) as server:
         for given in (None, "secret", "Bearer secre", "Basic secret", "Bearer \xff", "Bearer ", "Bearer secret secret"):
             for path, body in (("/v1/embeddings", {"input": "a"}), ("/v1/models", None), ("/v1/models/x", None)):
                 answer = call(server.url, path, body, headers={"authorization": given} if given else {})
@@ -433,6 +485,91 @@ def test_api_keys(embedder):
         assert call(server.url, "/v1/models", headers=second).status == 200
         for path in ("/health", "/ready", "/metrics", "/openapi.json"):
             assert call(server.url, path).status == 200
+
+
+@pytest.mark.parametrize("keys", [("",), ("a", " \t\n"), ("a\nb",), ("a\0",)])
+def test_keys_that_nobody_could_send_are_refused(keys):
+    with pytest.raises(ValueError, match=rf"api_keys\[{len(keys) - 1}\] (is empty|has control characters)"):
+        Access(keys)
+
+
+def test_white_space_around_a_key_is_dropped(embedder):
+    """A Kubernetes secret made with echo ends in a newline."""
+    with running(create_app(embedder, ServeOptions(access=Access((" secret\r\n",))))) as server:
+        assert call(server.url, "/v1/models", headers={"authorization": "Bearer secret"}).status == 200
+        for given in ("", "Bearer ", "Bearer x"):
+            refused(call(server.url, "/v1/models", headers={"authorization": given}), 401, code="invalid_api_key")
+
+
+# Small things of HTTP
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models", "/v1/models/tiny", "/openapi.json"])
+def test_head_is_get_without_the_body(url, path):
+    head, get = call(url, path, method="HEAD"), call(url, path)
+    assert (head.status, head.body, get.status) == (200, b"", 200)
+    assert head.headers["content-type"] == get.headers["content-type"]
+    assert "x-request-id" in head.headers
+
+
+def test_head_of_what_is_posted_or_not_there(url):
+    assert call(url, "/v1/embeddings", method="HEAD").status == 405
+    assert call(url, "/nothing", method="HEAD").status == 404
+
+
+PAGE = "http://localhost:3000"
+PREFLIGHT = {"origin": PAGE, "access-control-request-method": "POST",
+             "access-control-request-headers": "content-type,authorization"}  # fmt: skip
+
+
+@pytest.mark.parametrize("origins", [(PAGE, "https://app.test"), ("*",)])
+def test_pages_of_named_origins_may_call(embedder, origins):
+    options = ServeOptions(access=Access(api_keys=("k",), cors_origins=origins))
+    with running(create_app(embedder, options)) as server:
+        preflight = call(server.url, "/v1/embeddings", method="OPTIONS", headers=PREFLIGHT)
+        assert preflight.status == 200 and preflight.headers["access-control-allow-origin"] in (PAGE, "*")
+        assert "authorization" in preflight.headers["access-control-allow-headers"]
+        for key, status in (("k", 200), ("x", 401)):
+            headers = {"origin": PAGE, "authorization": f"Bearer {key}"}
+            answer = call(server.url, body={"input": "a"}, headers=headers)
+            assert answer.status == status
+            assert answer.headers["access-control-allow-origin"] in (PAGE, "*")
+            assert "x-request-id" in answer.headers["access-control-expose-headers"]
+        if origins != ("*",):
+            other = call(
+                server.url, body={"input": "a"}, headers={"origin": "http://evil.test", "authorization": "Bearer k"}
+            )
+            assert "access-control-allow-origin" not in other.headers
+
+
+def test_no_origin_is_allowed_by_default(url):
+    refused(call(url, "/v1/embeddings", method="OPTIONS", headers=PREFLIGHT), 405, code="method_not_allowed")
+    answer = call(url, body={"input": "a"}, headers={"origin": PAGE})
+    assert answer.status == 200 and "access-control-allow-origin" not in answer.headers
+
+
+def test_a_byte_order_mark(url, embedder):
+    answer = call(url, body=b"\xef\xbb\xbf" + json.dumps({"input": "A cat"}).encode())
+    close(answer.vectors, embedder.encode(["A cat"]))
+    refused(call(url, body=json.dumps({"input": "A cat"}).encode("utf-16")), 400, code="invalid_json")
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "gzip, identity"])
+def test_compressed_bodies_are_refused(url, encoding):
+    body = gzip.compress(json.dumps({"input": "a"}).encode())
+    error = refused(call(url, body=body, headers={"content-encoding": encoding}), 415)
+    assert "compressed" in error["message"]
+    assert call(url, body={"input": "a"}, headers={"content-encoding": "Identity"}).status == 200
+
+
+def test_spellings_of_base64_in_an_image(url):
+    image = picture(64, 64)
+    expected = post(url, messages=user(image, "t")).vectors
+    head, _, body = data_uri(image).partition(",")
+    wrapped = base64.encodebytes(base64.b64decode(body)).decode()
+    for spelled in (wrapped, wrapped.replace("\n", "\r\n"), body.rstrip("="), body.replace("+", "-").replace("/", "_")):
+        part = {"type": "image_url", "image_url": {"url": f"{head},{spelled}"}}
+        close(post(url, messages=user(part, "t")).vectors, expected)
 
 
 # Many at a time
@@ -477,7 +614,7 @@ def test_a_model_error_fails_one_request_alone(embedder):
         vectors[[len(x) == 13 for x in items]] = np.nan
         return vectors
 
-    with running(create_app(Service(embedder, launch=launch))) as server, ThreadPoolExecutor(16) as pool:
+    with running(app_of(EmbeddingService(embedder, launch=launch))) as server, ThreadPoolExecutor(16) as pool:
         texts = ["a" * n for n in range(1, 17)]
         answers = list(pool.map(lambda text: post(server.url, input=text), texts))
         for text, answer in zip(texts, answers, strict=True):
@@ -497,7 +634,7 @@ def test_a_broken_model_is_told_to_the_orchestrator(embedder):
             raise RuntimeError("CUDA error: unspecified launch failure")
         return embedder.embed(items).numpy()
 
-    with running(create_app(Service(embedder, launch=launch))) as server:
+    with running(app_of(EmbeddingService(embedder, launch=launch))) as server:
         assert post(server.url, input="a").status == 200
         broken = True
         refused(post(server.url, input="a"), 503, code="model_failed")
@@ -507,10 +644,10 @@ def test_a_broken_model_is_told_to_the_orchestrator(embedder):
 
 
 def test_an_error_of_the_server_itself_is_openais_shape_too(embedder, monkeypatch):
-    service = Service(embedder)
-    with running(create_app(service)) as server:
+    service = EmbeddingService(embedder)
+    with running(app_of(service)) as server:
         with monkeypatch.context() as patch:
-            patch.setattr(service, "_items", lambda request: 1 / 0)
+            patch.setattr(service.reader, "inputs", lambda request: 1 / 0)
             error = refused(post(server.url, input="a"), 500, code="internal_error")
             assert "division" not in error["message"]  # for the log alone
         assert post(server.url, input="a").status == 200
@@ -562,7 +699,7 @@ def test_openai_async_client_64_at_a_time(url, embedder):
 
 def test_openai_client_and_keys(embedder):
     openai = pytest.importorskip("openai")
-    with running(create_app(Service(embedder, names=["tiny"]), api_keys=["k"])) as server:
+    with running(create_app(embedder, ServeOptions(names=("tiny",), access=Access(("k",))))) as server:
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0) as client:
             assert len(client.embeddings.create(model="tiny", input="a").data[0].embedding) == 64
         wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
@@ -588,11 +725,11 @@ def test_langchain(url, embedder, monkeypatch):
 
 def test_nothing_is_left_behind(embedder):
     """After all kinds of requests the counters are where they were."""
-    service = Service(embedder)
-    with running(create_app(service)) as server, ThreadPoolExecutor(8) as pool:
+    service = EmbeddingService(embedder)
+    with running(app_of(service)) as server, ThreadPoolExecutor(8) as pool:
         rng = random.Random(1)
         bodies = [mixed_item(rng)[0] for _ in range(16)] + [{"input": ""}, {"input": "a" * 5000}]
         list(pool.map(lambda body: post(server.url, **body), bodies))
-        wait_for(lambda: service.batcher._in_house == 0)
-        assert service.admitted_tokens == 0 and service.batcher.waiting == (0, 0)
+        wait_for(lambda: service.batcher._in_flight == 0)
+        assert service.limiter.tokens == 0 and service.batcher.waiting == (0, 0)
         assert torch.is_inference_mode_enabled() is False

@@ -11,7 +11,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -21,9 +20,10 @@ pytest.importorskip("fastapi", reason="needs the extra `serve`")
 from minivlm2vec import Embedder
 from minivlm2vec.cli import main
 from minivlm2vec.new_checkpoint import new_checkpoint
-from minivlm2vec.serve.app import create_app
-from minivlm2vec.serve.service import Limits, Service
-from tests.support.serving import call, floats, picture, running, serve_process, user, wait_for
+from minivlm2vec.serve import Batching, Limits, ServeOptions, create_app
+from minivlm2vec.serve.app import app_of
+from minivlm2vec.serve.service import EmbeddingService
+from tests.support.serving import call, connect, floats, picture, read_all, running, serve_process, user, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,9 @@ def test_overload_gets_429_and_loses_nothing(embedder):
     """Many more requests than the model can take: some are refused at once, the others answered in time."""
     slow = Slow(embedder, 0.02)
     limits = Limits(queue_tokens=200)
-    service = Service(embedder, launch=slow, limits=limits, batch_tokens=50)  # 2500 tokens per second
+    service = EmbeddingService(
+        embedder, ServeOptions(limits=limits, batching=Batching(batch_tokens=50)), launch=slow
+    )  # 2500 tokens per second
     took, statuses = [], []
 
     def client(n: int) -> None:
@@ -78,7 +80,7 @@ def test_overload_gets_429_and_loses_nothing(embedder):
                 assert answer.error["code"] == "rate_limit_exceeded"
                 assert 1 <= int(answer.headers["retry-after"]) <= 60
 
-    with running(create_app(service)) as server:
+    with running(app_of(service)) as server:
         with ThreadPoolExecutor(40) as pool:
             list(pool.map(client, range(40)))
         assert len(statuses) == 240 and set(statuses) == {200, 429}
@@ -86,16 +88,16 @@ def test_overload_gets_429_and_loses_nothing(embedder):
         # at most the queue and one request more lie before an accepted one, in packs of one or two
         assert max(took) < 0.02 * (200 / 26 + 2) + 1.0
         assert call(server.url, body={"input": "a"}).status == 200
-        assert service.admitted_tokens == 0
+        assert service.limiter.tokens == 0
 
 
 def test_what_could_not_be_finished_in_time_is_refused_at_once(embedder):
     slow = Slow(embedder)
-    service = Service(embedder, launch=slow, limits=Limits(request_timeout=5))
-    with running(create_app(service)) as server, ThreadPoolExecutor(2) as pool:
+    service = EmbeddingService(embedder, ServeOptions(limits=Limits(request_timeout=5)), launch=slow)
+    with running(app_of(service)) as server, ThreadPoolExecutor(2) as pool:
         slow.gate.clear()
         first = pool.submit(call, server.url, body={"input": "a" * 100})
-        wait_for(lambda: service.admitted_tokens == 102)
+        wait_for(lambda: service.limiter.tokens == 102)
         service.batcher.rate = 10  # tokens per second: 10 s for what is there
         answer = call(server.url, body={"input": "b"})
         assert (answer.status, answer.headers["retry-after"]) == (429, "10")
@@ -105,7 +107,9 @@ def test_what_could_not_be_finished_in_time_is_refused_at_once(embedder):
 
 def test_too_many_requests(embedder):
     slow = Slow(embedder)
-    with running(create_app(Service(embedder, launch=slow, limits=Limits(max_requests=3)))) as server:
+    with running(
+        app_of(EmbeddingService(embedder, ServeOptions(limits=Limits(max_requests=3)), launch=slow))
+    ) as server:
         slow.gate.clear()
         with ThreadPoolExecutor(8) as pool:
             answers = [pool.submit(call, server.url, body={"input": "a"}) for _ in range(8)]
@@ -116,8 +120,8 @@ def test_too_many_requests(embedder):
 
 def test_timeout_is_504_and_takes_the_work_back(embedder):
     slow = Slow(embedder)
-    service = Service(embedder, launch=slow, limits=Limits(request_timeout=0.3))
-    with running(create_app(service)) as server:
+    service = EmbeddingService(embedder, ServeOptions(limits=Limits(request_timeout=0.3)), launch=slow)
+    with running(app_of(service)) as server:
         slow.gate.clear()
         with ThreadPoolExecutor(4) as pool:
             answers = [pool.submit(call, server.url, body={"input": "a"})]
@@ -133,7 +137,7 @@ def test_timeout_is_504_and_takes_the_work_back(embedder):
 
 
 def test_a_body_that_does_not_come_is_408(embedder):
-    app = create_app(Service(embedder, limits=Limits(request_timeout=0.3)))
+    app = create_app(embedder, ServeOptions(limits=Limits(request_timeout=0.3)))
     with running(app) as server, connect(server.url) as s:
         s.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         answer = read_all(s)
@@ -143,9 +147,9 @@ def test_a_body_that_does_not_come_is_408(embedder):
 
 def test_a_client_that_leaves_takes_its_work_back(embedder):
     slow = Slow(embedder)
-    service = Service(embedder, launch=slow)
+    service = EmbeddingService(embedder, launch=slow)
     body = json.dumps({"input": ["a", "b", "c"]}).encode()
-    with running(create_app(service)) as server, ThreadPoolExecutor(2) as pool:
+    with running(app_of(service)) as server, ThreadPoolExecutor(2) as pool:
         slow.gate.clear()
         busy = pool.submit(call, server.url, body={"input": "x"})
         wait_for(lambda: service.batcher._launched)
@@ -160,11 +164,11 @@ def test_a_client_that_leaves_takes_its_work_back(embedder):
 
 
 def test_a_thousand_images_do_not_hold_up_one(embedder):
-    service = Service(embedder, batch_tokens=1000)
+    service = EmbeddingService(embedder, ServeOptions(batching=Batching(batch_tokens=1000)))
     many = {"messages": [user(picture(60, 60, n % 7)) for n in range(300)]}
-    with running(create_app(service)) as server, ThreadPoolExecutor(1) as pool:
+    with running(app_of(service)) as server, ThreadPoolExecutor(1) as pool:
         long = pool.submit(call, server.url, body=many)
-        wait_for(lambda: service.admitted_tokens > 1000)
+        wait_for(lambda: service.limiter.tokens > 1000)
         assert call(server.url, body={"messages": user(picture(60, 60), "t")}).status == 200
         assert not long.done()
         assert len(long.result().json["data"]) == 300
@@ -173,10 +177,10 @@ def test_a_thousand_images_do_not_hold_up_one(embedder):
 def test_drain(embedder):
     """SIGTERM's way, step by step: told to the balancer, still answering, connections ended, port closed."""
     slow = Slow(embedder)
-    with running(create_app(Service(embedder, launch=slow))) as server, ThreadPoolExecutor(8) as pool:
+    with running(app_of(EmbeddingService(embedder, launch=slow))) as server, ThreadPoolExecutor(8) as pool:
         slow.gate.clear()
         answers = [pool.submit(call, server.url, body={"input": "a" * n}) for n in range(1, 5)]
-        wait_for(lambda: server.server.service.batcher._in_house == 4)
+        wait_for(lambda: server.server.app.state.service.batcher._in_flight == 4)
         server.server.drain_delay = 0.5
         server.server.handle_exit(signal.SIGTERM, None)
         ready = call(server.url, "/ready")
@@ -338,16 +342,6 @@ def test_a_chunked_body_is_bounded_too(process):
         else:
             assert answer == b"" or answer.startswith(b"HTTP/1.1 413")
     assert call(process.url, body={"input": "a"}).status == 200
-
-
-def connect(url: str) -> socket.socket:
-    parts = urlsplit(url)
-    return socket.create_connection((parts.hostname, parts.port), timeout=10)
-
-
-def read_all(s: socket.socket) -> bytes:
-    """Everything until the server closes the connection; head and body of an answer may come apart."""
-    return b"".join(iter(lambda: s.recv(4096), b""))
 
 
 def test_schemathesis(process):

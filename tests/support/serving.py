@@ -123,6 +123,23 @@ def call(url: str, path: str = "/v1/embeddings", body: Any = None, *, method: st
         connection.close()
 
 
+def connect(url: str) -> socket.socket:
+    parts = urlsplit(url)
+    return socket.create_connection((parts.hostname, parts.port), timeout=10)
+
+
+def read_answer(s: socket.socket) -> Answer:
+    """One answer on a connection that may serve more; to be used on connections that read nothing else."""
+    response = http.client.HTTPResponse(s)
+    response.begin()
+    return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+
+
+def read_all(s: socket.socket) -> bytes:
+    """Everything until the server closes the connection; head and body of an answer may come apart."""
+    return b"".join(iter(lambda: s.recv(4096), b""))
+
+
 def user(*content: Any) -> list[dict]:
     """A conversation: texts and PIL images (or image_url dicts) as one message."""
     return [{"role": "user", "content": [_part(part) for part in content]}]

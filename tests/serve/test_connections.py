@@ -1,0 +1,160 @@
+"""The server's own layer under HTTP: connections, heads, bodies and what clients do to them. Loopback only."""
+
+import json
+import shutil
+import subprocess
+import time
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra `serve`")
+
+from minivlm2vec import Embedder
+from minivlm2vec.new_checkpoint import new_checkpoint
+from minivlm2vec.serve import Limits, ServeOptions, create_app
+from tests.support.serving import call, connect, read_all, read_answer, running
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory):
+    folder = new_checkpoint(tmp_path_factory.mktemp("connections") / "tiny")
+    return Embedder.from_pretrained(folder, device="cpu", show_progress=False)
+
+
+@pytest.fixture(scope="module")
+def url(embedder):
+    options = ServeOptions(names=("tiny",), limits=Limits(max_body_bytes=1 << 20))
+    with running(create_app(embedder, options)) as server:
+        yield server.url
+
+
+BODY = json.dumps({"input": "a cat"}).encode()
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
+
+
+def head(*, extra: bytes = b"", length: int | None = len(BODY)) -> bytes:
+    framing = b"Transfer-Encoding: chunked\r\n" if length is None else b"Content-Length: %d\r\n" % length
+    return b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n" + extra + framing + b"\r\n"
+
+
+def chunked(body: bytes, size: int = 7) -> bytes:
+    pieces = [body[i : i + size] for i in range(0, len(body), size)]
+    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+
+
+# Upgrade
+
+
+@pytest.mark.parametrize("offer", [H2C, b"connection: keep-alive, upgrade\r\nUPGRADE: websocket\r\n",
+                                   b"Upgrade: TLS/1.0, h2c\r\nConnection: upgrade\r\n"])  # fmt: skip
+@pytest.mark.parametrize("length", [len(BODY), None])
+@pytest.mark.parametrize("split", [1, 30, 100, 10_000])
+def test_an_offer_to_upgrade_is_ignored(url, offer, length, split):
+    """The answer is the same as without it, however the request is cut, and the connection serves another one."""
+    request = head(extra=offer, length=length) + (chunked(BODY) if length is None else BODY)
+    expected = call(url, body=BODY).vectors
+    with connect(url) as s:
+        for _ in range(2):
+            for i in range(0, len(request), split):
+                s.sendall(request[i : i + split])
+            answer = read_answer(s)
+            assert answer.status == 200 and "upgrade" not in answer.headers
+            assert (answer.vectors == expected).all()
+
+
+def test_pipelined_requests_with_offers(url):
+    request = head(extra=H2C) + BODY
+    with connect(url) as s:
+        s.sendall(request + head() + BODY + request + head(extra=b"Connection: close\r\n") + BODY)
+        assert read_all(s).count(b"HTTP/1.1 200") == 4
+
+
+def test_an_offer_without_a_body(url):
+    with connect(url) as s:
+        s.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n" + H2C + b"\r\n")
+        assert read_answer(s).json == {"status": "ok"}
+
+
+def test_connect_is_refused(url):
+    with connect(url) as s:
+        s.sendall(b"CONNECT example.com:443 HTTP/1.1\r\nHost: example.com\r\n\r\n")
+        assert read_all(s).startswith(b"HTTP/1.1 400")
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="java is not installed")
+def test_javas_client_at_its_defaults(url, tmp_path):
+    program = tmp_path / "Offer.java"
+    program.write_text("""
+        import java.net.URI; import java.net.http.*; import java.net.http.HttpRequest.BodyPublishers;
+        public class Offer { public static void main(String[] a) throws Exception {
+            HttpRequest request = HttpRequest.newBuilder(URI.create(a[0] + "/v1/embeddings"))
+                .POST(BodyPublishers.ofString("{\\"input\\": \\"a\\"}")).build();
+            HttpClient client = HttpClient.newHttpClient();
+            System.out.println(client.send(request, HttpResponse.BodyHandlers.ofString()).statusCode());
+        } }""")
+    run = subprocess.run(["java", str(program), url], capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip() == "200", run.stderr
+
+
+# Heads and trailers
+
+
+def test_trailers_are_bounded(url):
+    with connect(url) as s:
+        s.sendall(head(length=None) + b"2\r\n{}\r\n0\r\n")
+        with pytest.raises(ConnectionError):
+            for _ in range(2000):
+                s.sendall(b"X-A: bbbbbbbbb\r\n" * 4096)
+    assert call(url, body=BODY).status == 200
+
+
+def test_some_trailers_are_fine(url):
+    with connect(url) as s:
+        s.sendall(head(length=None) + chunked(BODY)[:-2] + b"X-Checksum: 1\r\nX-Other: 2\r\n\r\n")
+        assert read_answer(s).status == 200
+
+
+# Bodies that are refused
+
+
+@pytest.mark.parametrize("framing", ["content-length", "chunked"])
+def test_413_is_read_by_a_client_that_sends_everything_first(url, framing):
+    """The whole body is sent although the answer is there already, then the answer is read: nothing is reset."""
+    body = b'{"input": "' + b"a" * (8 << 20) + b'"}'
+    for _ in range(5):
+        with connect(url) as s:
+            if framing == "chunked":
+                s.sendall(head(length=None) + chunked(body, 1 << 16))
+            else:
+                s.sendall(head(length=len(body)) + body)
+            answer = read_all(s)
+        assert answer.startswith(b"HTTP/1.1 413") and b"request_too_large" in answer
+        assert b"connection: close" in answer.lower()
+
+
+def test_413_comes_before_the_body_to_who_asks_first(url):
+    with connect(url) as s:
+        s.sendall(head(extra=b"Expect: 100-continue\r\n", length=100 << 20))
+        answer = read_all(s)  # until the connection is closed
+    assert answer.startswith(b"HTTP/1.1 413")
+
+
+def test_an_endless_body_is_not_read_for_ever(url, monkeypatch):
+    monkeypatch.setattr("minivlm2vec.serve.app.LINGER_SECONDS", 0.5)
+    with connect(url) as s:
+        s.sendall(head(length=None))
+        start = time.monotonic()
+        with pytest.raises(ConnectionError):
+            while time.monotonic() - start < 8:
+                s.sendall(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
+    assert time.monotonic() - start < 5
+    assert call(url, body=BODY).status == 200
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_413_reaches_node(url):
+    code = """fetch(process.argv[1] + "/v1/embeddings", {method: "POST", headers: {"content-type": "application/json"},
+        body: JSON.stringify({input: "a".repeat(8 << 20)})})
+        .then(r => console.log(r.status)).catch(e => console.log(String(e.cause)))"""
+    run = subprocess.run(["node", "-e", code, url], capture_output=True, text=True, timeout=30)
+    assert run.stdout.strip() == "413", run.stderr

@@ -1,0 +1,61 @@
+"""Requests that are made to be slow to read: refused at their first error, off the event loop."""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra `serve`")
+
+from minivlm2vec import Embedder
+from minivlm2vec.new_checkpoint import new_checkpoint
+from minivlm2vec.serve import ServeOptions, create_app, schema
+from minivlm2vec.serve.errors import APIError
+from tests.support.serving import call, running
+
+N = 300_000
+MESSAGE = b'{"role":"user","content":"x"%s}'
+FIELDS = b"".join(b',"f%d":1' % i for i in range(N))
+LARGE = {
+    "parts that are numbers": (b'{"messages":[{"role":"u","content":[1%s]}]}' % (b",1" * N), "messages[0].content[0]"),
+    "texts that are numbers": (b'{"input":["a"%s]}' % (b",1" * N), "input[1]"),
+    "negative ids": (b'{"input":[1%s]}' % (b",-1" * N), "input[1]"),
+    "lists of negative ids": (b'{"input":[[1]%s]}' % (b",[-1]" * N), "input[1][0]"),
+    "conversations of numbers": (b'{"messages":[[1]%s]}' % (b",[1]" * N), "messages[0][0]"),
+    "messages that are numbers": (b'{"messages":[1%s]}' % (b",1" * N), "messages"),
+    "unknown fields": (b'{"input":"a"%s}' % FIELDS, None),
+    "unknown fields of a message": (b'{"messages":[%s]}' % (MESSAGE % FIELDS), "messages[0]"),
+    "unknown fields of all messages": (b'{"messages":[%s]}' % b",".join([b"[%s]" % (MESSAGE % b',"f":1')] * 2048),
+                                       "messages[0][0].f"),
+    "empty parts": (b'{"messages":[{"role":"user","content":[{}%s]}]}' % (b",{}" * N), "messages[0].content[0]"),
+    "more values than are read": (b'{"input":[1%s]}' % (b",[]" * schema.MAX_VALUES), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_a_large_body_fails_at_its_first_error(kind):
+    body, param = LARGE[kind]
+    start = time.perf_counter()
+    with pytest.raises(APIError) as e:
+        schema.parse(body)
+    assert time.perf_counter() - start < 2  # the list of all errors took some ten seconds
+    assert (e.value.status, e.value.param) == (400, param), e.value.message
+
+
+def test_a_bound_of_values_leaves_room_for_every_request_that_can_be_answered():
+    ids = [[1] * 128] * 2048  # as many tokens as 16 batches have
+    assert len(schema.parse(json.dumps({"input": ids}).encode()).input) == 2048
+
+
+def test_the_event_loop_answers_while_bodies_are_read(tmp_path):
+    embedder = Embedder.from_pretrained(new_checkpoint(tmp_path / "tiny"), device="cpu", show_progress=False)
+    with running(create_app(embedder, ServeOptions(names=("tiny",)))) as server, ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(call, server.url, body=body) for body, _ in LARGE.values()]
+        slowest = 0.0
+        while not all(a.done() for a in answers):
+            start = time.monotonic()
+            assert call(server.url, "/health").status == 200
+            slowest = max(slowest, time.monotonic() - start)
+        assert {a.result().status for a in answers} == {400}
+    assert slowest < 2, slowest
