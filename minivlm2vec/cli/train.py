@@ -1,8 +1,13 @@
 """`minivlm2vec train`: contrastive training from a TOML file."""
 
 import argparse
-import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .messages import printed
+
+if TYPE_CHECKING:
+    from ..train.config import TrainConfig
 
 EXAMPLES = """\
 all of CONFIG.toml that has no default:
@@ -36,32 +41,25 @@ def run(args: argparse.Namespace) -> int:
     from ..train.config import read_config
 
     config = read_config(args.config)
-    _print_messages("minivlm2vec.mini")  # its rows may have to be fetched
-    if args.check:
-        from ..train.data import NONE, open_data
+    with printed("minivlm2vec.mini.world.sources"):  # drawn rows may have to fetch what they are drawn from
+        return _check(config) if args.check else _train(config, args.device)
 
-        data = open_data(config.data, seed=config.seed)
-        data.check(thoroughly=True)
-        data.batch(0, config.optim.batch_size, NONE)
-        print(f"{data} can be used")
-        return 0
-    from ..train.engine import rank
-    from ..train.trainer import Trainer
 
-    folder = Trainer(config, device=args.device).run()
-    if rank() == 0:
-        print(f"wrote {folder}")
+def _check(config: "TrainConfig") -> int:
+    from ..train.data import NONE, open_data
+
+    data = open_data(config.data, seed=config.seed)
+    data.check(thoroughly=True)
+    data.batch(0, config.optim.batch_size, NONE)
+    print(f"{data} can be used")
     return 0
 
 
-class _Printer(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), flush=True)
+def _train(config: "TrainConfig", device: str | None) -> int:
+    from ..train.engine import rank
+    from ..train.trainer import Trainer
 
-
-def _print_messages(name: str) -> None:
-    """What the logger of this name is told appears on stdout."""
-    logger = logging.getLogger(name)
-    if not logger.handlers:
-        logger.addHandler(_Printer())
-        logger.setLevel(logging.INFO)
+    folder = Trainer(config, device=device).run()
+    if rank() == 0:
+        print(f"wrote {folder}")
+    return 0

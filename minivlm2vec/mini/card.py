@@ -1,8 +1,9 @@
-"""python -m minivlm2vec.mini.card CHECKPOINT [DATA]: score a checkpoint on mini-MMEB and write its model card.
+"""A checkpoint's scores on mini-MMEB as a file, scores.json, and as its model card, README.md.
 
-Written into the checkpoint's folder (or -o DIR): scores.json, and README.md, the card. The same scores give the
-same card; without DATA it is written again from scores.json. How the checkpoint was trained stands in
-training.json beside it:
+    python -m minivlm2vec.mini card CHECKPOINT [DATA]
+
+The same scores give the same card; without DATA it is written again from scores.json. How the checkpoint was trained
+stands in training.json beside it:
 
     {"commands": ["minivlm2vec train train.toml"], how it was made
      "runs": [{"config": "train.toml",             one after the other; files beside it, which the card shows
@@ -15,9 +16,7 @@ training.json beside it:
      "notes": ["..."]}                             anything else worth telling; may be left out
 """
 
-import argparse
 import json
-import sys
 import tempfile
 import textwrap
 from collections import Counter
@@ -29,6 +28,7 @@ from ..mmeb.subsets import META_TASKS
 from .scores import GROUPS, measure
 from .world import sources
 
+SCORES = "scores.json"
 TRAINING = ("commands", "runs", "sets", "seed", "hardware", "wall_time_s", "precision", "commit", "torch")
 # What the checkpoint is meant to reach: the figure's name, the sets, the least P@1.
 AIMS = (
@@ -278,12 +278,12 @@ def _reproduce(training: dict[str, Any] | None) -> str:
 pip install 'minivlm2vec[mmeb,mini]'
 python -m minivlm2vec.mini.world DATA                   # fetches four npm packages (160 MB)\
 {train}
-python -m minivlm2vec.mini.card CHECKPOINT DATA         # scores.json and this card
+python -m minivlm2vec.mini card CHECKPOINT DATA         # scores.json and this card
 ```
 """
 
 
-# --- command ---------------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------------------
 
 
 def read_training(checkpoint: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -308,59 +308,39 @@ def read_training(checkpoint: Path) -> tuple[dict[str, Any] | None, list[str]]:
     return training, [config.read_text(encoding="utf-8") for config in configs]
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    try:
-        _run(args)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def write_scores(
+    checkpoint: Path,
+    data: Path,
+    out: Path,
+    *,
+    work: Path | None = None,
+    limit: int | None = None,
+    allow_collapsed: bool = False,
+    show_progress: bool = False,
+) -> None:
+    """Scores a checkpoint and writes scores.json into `out`. Arguments and errors: see `scores.measure`; without
+    `work` an interrupted run begins anew."""
+    read_training(checkpoint)  # first: a mistake in it should not wait for the scores
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        scores = measure(
+            checkpoint,
+            data,
+            work or Path(temporary),
+            limit=limit,
+            allow_collapsed=allow_collapsed,
+            show_progress=show_progress,
+        )
+    (out / SCORES).write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _run(args: argparse.Namespace) -> None:
-    out = args.out or args.checkpoint
-    training, configs = read_training(args.checkpoint)  # first: a mistake in it should not wait for the scores
-    file = out / "scores.json"
-    if args.data is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as temporary:
-            scores = measure(
-                args.checkpoint,
-                args.data,
-                args.work or Path(temporary),
-                limit=args.limit,
-                allow_collapsed=args.allow_collapsed,
-                show_progress=not args.quiet,
-            )
-        file.write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    elif not file.exists():
-        raise ValueError(f"without DATA the card is written from {file}, which does not exist")
-    scores = json.loads(file.read_text(encoding="utf-8"))
-    text = card(args.name or args.checkpoint.resolve().name, scores, training, configs)
-    (out / "README.md").write_text(text, encoding="utf-8")
+def write_card(checkpoint: Path, out: Path, *, name: str) -> str:
+    """Writes the card, README.md in `out`, from the scores.json there. Returns its overview: what was aimed at, and
+    means. Raises ValueError where there are no scores, or training.json is wrong."""
+    training, configs = read_training(checkpoint)
+    if not (out / SCORES).exists():
+        raise ValueError(f"without DATA the card is written from {out / SCORES}, which does not exist")
+    scores = json.loads((out / SCORES).read_text(encoding="utf-8"))
+    (out / "README.md").write_text(card(name, scores, training, configs), encoding="utf-8")
     trained = set(training["sets"]) if training else None
-    print(_aims(scores["sets"], trained) + "\n" + _summary(scores["averages"]) + f"\nwritten to {out / 'README.md'}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m minivlm2vec.mini.card",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    parser.add_argument(
-        "data", type=Path, nargs="?", metavar="DATA", help="what the builder wrote; without: no scoring"
-    )
-    parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="for scores.json and README.md (CHECKPOINT)")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="keep the evaluator's files here, and go on from them")
-    parser.add_argument("--name", help="of the model, in the card (the folder's)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each set")
-    parser.add_argument("--allow-collapsed", action="store_true", help="score vectors that carry no information")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return _aims(scores["sets"], trained) + "\n" + _summary(scores["averages"])

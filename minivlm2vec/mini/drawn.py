@@ -1,7 +1,6 @@
 """Training rows of mini-MMEB that are drawn as they are needed, without files and without end."""
 
 import itertools
-import logging
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +17,6 @@ from .world import sources, stream, tasks
 from .world.concepts import World, load_world
 from .world.more_styles import add_styles
 
-log = logging.getLogger(__name__)
 Task = tuple[str, Sequence[int], str]
 
 
@@ -162,5 +160,5 @@ def _pair(item: tasks.Item, name: str, drawings: dict[str, Image.Image]) -> Pair
 
 def _training_world(options: DrawOptions) -> World:
     folder = Path(options.tarballs).expanduser()
-    train, _ = load_world(sources.fetch(folder, log.info), seed=0)
-    return add_styles(train, sources.fetch(folder, log.info, sources.MORE_STYLES)) if options.more_styles else train
+    train, _ = load_world(sources.fetch(folder), seed=0)
+    return add_styles(train, sources.fetch(folder, sources.MORE_STYLES)) if options.more_styles else train

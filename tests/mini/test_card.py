@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from minivlm2vec.cli.mini import main
 from minivlm2vec.mini import bundled, card, pixels, scores
 from minivlm2vec.mini.world import build, concepts, drawing, tasks
 from minivlm2vec.mmeb.dataset import Dataset, Images, Pair, Row, Rows
@@ -252,7 +253,7 @@ def scored(tmp_path_factory):
     (folder / "training.json").write_text(json.dumps(TRAINING))
     (folder / "mini.toml").write_text('model = "start"\nseed = 7\n')
     (folder / "more.toml").write_text('model = "mini"\n')
-    assert card.main([str(folder), str(bundled()), "--limit", "6", "--quiet", "--allow-collapsed"]) == 0
+    assert main(["card", str(folder), str(bundled()), "--limit", "6", "--quiet", "--allow-collapsed"]) == 0
     return folder
 
 
@@ -294,20 +295,20 @@ def test_averages_are_plain_means(scored):
 
 def test_the_same_scores_give_the_same_card(scored, tmp_path):
     (tmp_path / "scores.json").write_bytes((scored / "scores.json").read_bytes())
-    assert card.main([str(scored), "-o", str(tmp_path), "--name", "random"]) == 0
+    assert main(["card", str(scored), "-o", str(tmp_path), "--name", "random"]) == 0
     assert (tmp_path / "README.md").read_bytes() == (scored / "README.md").read_bytes()
 
 
 def test_what_is_wrong_is_named_before_scoring(scored, tmp_path, capsys):
-    assert card.main([str(scored), "-o", str(tmp_path)]) == 1
+    assert main(["card", str(scored), "-o", str(tmp_path)]) == 1
     assert "scores.json, which does not exist" in capsys.readouterr().err
     new_checkpoint(tmp_path / "one")
     path = tmp_path / "one" / "training.json"
     path.write_text(json.dumps({key: value for key, value in TRAINING.items() if key not in ("seed", "commit")}))
-    assert card.main([str(tmp_path / "one"), str(bundled())]) == 1
+    assert main(["card", str(tmp_path / "one"), str(bundled())]) == 1
     assert f"{path} lacks seed, commit" in capsys.readouterr().err
     path.write_text(json.dumps(TRAINING))
-    assert card.main([str(tmp_path / "one"), str(bundled())]) == 1
+    assert main(["card", str(tmp_path / "one"), str(bundled())]) == 1
     assert "names the config mini.toml, more.toml, which is not beside it" in capsys.readouterr().err
 
 

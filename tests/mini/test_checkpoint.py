@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-import minivlm2vec.mini.__main__ as start
 from minivlm2vec import Embedder
 from minivlm2vec.cli import main
+from minivlm2vec.cli.mini import main as mini_main
 from minivlm2vec.config import VLM2VecConfig
-from minivlm2vec.mini import CHECKPOINT, bundled, card
+from minivlm2vec.mini import CHECKPOINT, bundled, card, start
 from minivlm2vec.mini.drawn import DrawnRows
 from minivlm2vec.mini.world import concepts, stream, tasks
 from minivlm2vec.mini.world import sources as packages
@@ -259,8 +259,8 @@ def test_the_short_spelling_of_drawn_rows(tmp_path):
 
 
 def test_what_is_fetched_is_told(tarballs, tmp_path, monkeypatch, capsys):  # noqa: F811
-    def fetch(folder, report):
-        report(f"npm pack into {folder}")
+    def fetch(folder):
+        packages.log.info(f"npm pack into {folder}")
         return tarballs
 
     monkeypatch.setattr(packages, "fetch", fetch)
@@ -300,19 +300,19 @@ def _train(folder, name, stops):
 
 def test_packaging_halves_the_file_and_keeps_the_vectors(tmp_path):
     trained = new_checkpoint(tmp_path / "trained", config={"torch_dtype": "float32"})
-    assert start.main(["package", str(trained), str(tmp_path / "packaged")]) == 0
+    assert mini_main(["package", str(trained), str(tmp_path / "packaged")]) == 0
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (trained, tmp_path / "packaged")]
     assert 0.45 < sizes[1] / sizes[0] < 0.6
     a, b = (
         Embedder.from_pretrained(str(f), device="cpu").encode(["a cat"])[0] for f in (trained, tmp_path / "packaged")
     )
     assert a.dtype == b.dtype == np.float32 and float(a @ b) > 0.99999
-    assert start.main(["package", str(tmp_path / "absent"), str(tmp_path / "x")]) == 1
+    assert mini_main(["package", str(tmp_path / "absent"), str(tmp_path / "x")]) == 1
 
 
 def test_start_writes_a_checkpoint_with_its_own_tokenizer(tarballs, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(start.sources, "fetch", lambda folder, report: tarballs)
-    assert start.main(["start", str(tmp_path / "start")]) == 0
+    monkeypatch.setattr(packages, "fetch", lambda folder: tarballs)
+    assert mini_main(["start", str(tmp_path / "start")]) == 0
     assert (
         len(Embedder.from_pretrained(str(tmp_path / "start"), device="cpu").encode(["Represent the given image."])) == 1
     )

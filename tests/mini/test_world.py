@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import re
 import tarfile
 import zipfile
 import zlib
@@ -17,8 +18,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from minivlm2vec.cli import mini_world as command
 from minivlm2vec.mini import bundled
-from minivlm2vec.mini.world import __main__ as command
 from minivlm2vec.mini.world import build, concepts, drawing, sources, tasks, words
 from minivlm2vec.mmeb.dataset import Dataset
 
@@ -110,7 +111,7 @@ def worlds(tarballs):
 @pytest.fixture(scope="module")
 def built(tarballs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("built")
-    build.write(folder, PLAN, tarballs, report=lambda line: None)
+    build.write(folder, PLAN, tarballs)
     return folder
 
 
@@ -359,7 +360,7 @@ def test_no_evaluation_drawing_is_in_the_training_pictures(built, worlds):
 
 
 def test_the_same_seed_writes_the_same_bytes(built, tarballs, tmp_path):
-    build.write(tmp_path / "again", PLAN, tarballs, report=lambda line: None)
+    build.write(tmp_path / "again", PLAN, tarballs)
     files = sorted(path.relative_to(built) for path in built.rglob("*") if path.is_file())
     assert files == sorted(p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file())
     for path in files:
@@ -371,11 +372,11 @@ def test_the_same_seed_writes_the_same_bytes(built, tarballs, tmp_path):
 def test_parquet_files_are_named_as_in_mmeb(worlds, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     plan = build.Plan(eval_rows=3, train_rows=3, candidates=5)
-    build.write_eval(tmp_path / "eval", *worlds, plan, lambda line: None)
+    build.write_eval(tmp_path / "eval", *worlds, plan)
     table = parquet.read_table(tmp_path / "eval" / "Scene-Change" / "test-00000-of-00001.parquet")
     assert table.column_names == ["qry_text", "qry_img_path", "tgt_text", "tgt_img_path"]
     assert str(table.schema.field("tgt_text").type).startswith("list<") and table.num_rows == 3
-    build.write_train(tmp_path / "train", worlds[0], plan, lambda line: None)
+    build.write_train(tmp_path / "train", worlds[0], plan)
     folder = tmp_path / "train"
     for split in ("original", "diverse_instruction"):
         path = folder / "Scene-Change" / f"{split}-00000-of-00001.parquet"
@@ -384,6 +385,22 @@ def test_parquet_files_are_named_as_in_mmeb(worlds, tmp_path):
         with zipfile.ZipFile(folder / "images_zip" / "Scene-Change.zip") as archive:
             assert rows[0]["neg_image_path"] in archive.namelist()
         assert rows[0]["qry_image_path"].startswith("images/Scene-Change/Train/image_")
+
+
+def test_the_command_tells_what_it_does(tarballs, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr(sources, "fetch", lambda folder: tarballs)
+    arguments = ["--eval-rows", "2", "--train-rows", "2", "--candidates", "5", "--seed", "3"]
+    assert command.main([str(tmp_path / "built"), *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(re.match(r"\[ *\d+\.\d s\] \S", line) for line in lines)
+    told = [line.split("] ")[1] for line in lines]
+    assert told[:2] == ["reading names", "reading drawings"] and told[-1] == f"written to {tmp_path / 'built'}"
+    assert len(told) == 4 + len(tasks.EVAL) + len(tasks.TRAIN)
+    assert command.main([str(tmp_path / "built"), *arguments]) == 1
+    assert "MMEB-eval exists" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--eval-rows must be at least 1, got 0"):
+        command.main([str(tmp_path), "--eval-rows", "0"])
 
 
 def test_default_sizes_are_those_promised():
@@ -464,7 +481,7 @@ def test_the_shipped_copy_keeps_concepts_apart():
 def test_the_shipped_copy_is_what_the_builder_writes(tmp_path):
     """Rows byte for byte; pictures only by name, since encoders change."""
     tarballs = sources.fetch(Path(os.environ["MINIVLM2VEC_NPM_TARBALLS"]))
-    build.write(tmp_path, build.TRIMMED, tarballs, report=lambda line: None)
+    build.write(tmp_path, build.TRIMMED, tarballs)
     for path in (path for path in bundled().rglob("*") if path.is_file()):
         again = tmp_path / path.relative_to(bundled())
         if path.suffix == ".zip":

@@ -106,7 +106,7 @@ def answer(question: Question, vectors: np.ndarray, number: dict[Pair, int]) -> 
 
 def _timed_encode(embedder: Embedder, inputs: Sequence, show_progress: bool) -> tuple[np.ndarray, float]:
     start = time.perf_counter()
-    vectors = embedder.encode(inputs, show_progress=show_progress)
+    vectors = np.asarray(embedder.encode(inputs, show_progress=show_progress))
     return vectors, time.perf_counter() - start
 
 

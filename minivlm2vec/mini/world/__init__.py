@@ -5,7 +5,7 @@ score here says nothing about a score there. What it keeps is the form: four met
 as in MMEB, candidates per row with the positive first, IND and OOD sets, training sets with hard negatives.
 
     python -m minivlm2vec.mini.world DIR                     fetches four npm packages (160 MB) and writes DIR
-    python -m minivlm2vec.mini.card CHECKPOINT DIR           scores a checkpoint on it and writes its model card
+    python -m minivlm2vec.mini card CHECKPOINT DIR           scores a checkpoint on it and writes its model card
 
 Concepts are split before anything is drawn: no drawing of a held-out concept is ever shown in training, after
 merging equal drawings and skin, gender and direction variants. A whole style (Fluent) is held out. Sets named

@@ -1,53 +1,8 @@
-"""python -m minivlm2vec.mini.world DIR: fetch the packages through npm and build mini-MMEB."""
+"""python -m minivlm2vec.mini.world DIR: see cli/mini_world.py."""
 
-import argparse
-import dataclasses
 import sys
-import time
-from pathlib import Path
 
-from . import build, sources
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    plan = _plan(args)
-    start = time.monotonic()
-
-    def report(line: str) -> None:
-        print(f"[{time.monotonic() - start:6.1f} s] {line}", flush=True)
-
-    try:
-        tarballs = sources.fetch(args.tarballs or args.folder / "tarballs", report)
-        build.write(args.folder, plan, tarballs, report)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    report(f"written to {args.folder}")
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m minivlm2vec.mini.world", description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where MMEB-eval/ and MMEB-train/ go")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--eval-rows", type=int, metavar="N", help="rows per evaluation set (400)")
-    parser.add_argument("--train-rows", type=int, metavar="N", help="rows per training set (1000)")
-    parser.add_argument("--candidates", type=int, metavar="N", help="most candidates per row (1000)")
-    parser.add_argument("--tarballs", type=Path, metavar="DIR", help="npm tarballs, kept here (DIR/tarballs)")
-    parser.add_argument("--trimmed", action="store_true", help="the small copy that the package ships")
-    return parser
-
-
-def _plan(args: argparse.Namespace) -> build.Plan:
-    plan = build.TRIMMED if args.trimmed else build.Plan()
-    names = ("eval_rows", "train_rows", "candidates")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    for name, value in given.items():
-        if value < 1:
-            raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    return dataclasses.replace(plan, seed=args.seed, **given)
-
+from ...cli.mini_world import main
 
 if __name__ == "__main__":
     sys.exit(main())

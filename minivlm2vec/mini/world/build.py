@@ -17,10 +17,11 @@ same rows and pixels with any.
 import hashlib
 import io
 import json
+import logging
 import random
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from PIL import Image
 from . import drawing, sources, tasks
 from .concepts import World, load_world
 
+log = logging.getLogger(__name__)
 LICENCES = Path(__file__).parents[1] / "data" / "licenses"  # with the texts that two of the packages lack
 
 
@@ -68,25 +70,23 @@ TRIMMED = Plan(
 )
 
 
-def write(
-    folder: Path, plan: Plan, tarballs: dict[sources.Package, Path], report: Callable[[str], None] = print
-) -> None:
-    """Builds everything into `folder`. Raises FileExistsError where it is already there."""
+def write(folder: Path, plan: Plan, tarballs: dict[sources.Package, Path]) -> None:
+    """Builds everything into `folder`, and logs what is done. Raises FileExistsError where it is already there."""
     for name in ("MMEB-eval", "MMEB-train"):
         if (folder / name).exists():
             raise FileExistsError(f"{folder / name} exists; remove it or choose another folder")
-    train, held_out = load_world(tarballs, plan.seed, report)
+    train, held_out = load_world(tarballs, plan.seed)
     if plan.concepts is not None:
         train, held_out = (world.trimmed(plan.concepts, plan.seed) for world in (train, held_out))
-    write_eval(folder / "MMEB-eval", train, held_out, plan, report)
-    write_train(folder / "MMEB-train", train, plan, report)
+    write_eval(folder / "MMEB-eval", train, held_out, plan)
+    write_train(folder / "MMEB-train", train, plan)
     write_attribution(folder, plan, tarballs)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------
 
 
-def write_eval(folder: Path, train: World, held_out: World, plan: Plan, report: Callable[[str], None]) -> None:
+def write_eval(folder: Path, train: World, held_out: World, plan: Plan) -> None:
     about = {}
     with Pictures(folder / "images.zip", plan.webp) as pictures:
         for spec in evaluated(plan):
@@ -94,7 +94,7 @@ def write_eval(folder: Path, train: World, held_out: World, plan: Plan, report: 
             _write_rows(folder / spec.name / "test", rows, plan.jsonl)
             about[spec.name] = _about(spec, rows)
             widths = [len(row["tgt_text"]) for row in rows]
-            report(f"eval  {spec.name:20} {len(rows):5} rows, {min(widths)} to {max(widths)} candidates")
+            log.info(f"eval  {spec.name:20} {len(rows):5} rows, {min(widths)} to {max(widths)} candidates")
         for stem, world in (("pictures", held_out), ("pictures_seen", train)):
             _write_rows(folder / stem, list(_catalogue(world, pictures)), jsonl=True)
     _write_json(folder / "subsets.json", about)
@@ -201,7 +201,7 @@ def _about(spec: tasks.EvalSet, rows: list[dict]) -> dict:
 # --- training --------------------------------------------------------------------------------------------
 
 
-def write_train(folder: Path, world: World, plan: Plan, report: Callable[[str], None]) -> None:
+def write_train(folder: Path, world: World, plan: Plan) -> None:
     """Each set twice: `original` instructions, and the same rows with one of the paraphrases."""
     shared = Pictures(folder / "images.zip", plan.webp) if plan.jsonl else None
     for name in tasks.TRAIN:
@@ -209,7 +209,7 @@ def write_train(folder: Path, world: World, plan: Plan, report: Callable[[str], 
         original, diverse = _train_rows(name, world, plan, pictures)
         _write_rows(folder / name / "original", original, plan.jsonl)
         _write_rows(folder / name / "diverse_instruction", diverse, plan.jsonl)
-        report(f"train {name:16} {len(original):5} rows")
+        log.info(f"train {name:16} {len(original):5} rows")
         if shared is None:
             pictures.close()
     if shared is not None:

@@ -8,10 +8,11 @@ for all: otherwise a "held-out" drawing would have been seen in training, or a w
 import colorsys
 import io
 import json
+import logging
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from PIL import Image
 from . import sources
 from .words import SUBGROUP_NAMES, is_countable
 
+log = logging.getLogger(__name__)
 STYLES = ("noto", "twemoji", "fluent")
 SEEN_STYLES = STYLES[:2]
 HELD_OUT_STYLE = STYLES[2]
@@ -52,7 +54,7 @@ class World:
     """Concepts of one split with their drawings: RGBA, 64 x 64, by (style, code)."""
 
     concepts: list[Concept]
-    drawings: dict[tuple[str, str], Image.Image]
+    drawings: Mapping[tuple[str, str], Image.Image]
     styles: tuple[str, ...]
     target_style: str | None = None  # of the candidates, where it is not the query's
     things: list[Concept] = field(init=False)  # those with a plain countable name, for captions
@@ -72,19 +74,17 @@ class World:
         return World([concept for concept in self.concepts if concept in kept], self.drawings, self.styles)
 
 
-def load_world(
-    tarballs: dict[sources.Package, Path], seed: int, report: Callable[[str], None] = lambda line: None
-) -> tuple[World, World]:
+def load_world(tarballs: dict[sources.Package, Path], seed: int) -> tuple[World, World]:
     """(training world, held-out world): disjoint concepts, split within each subgroup."""
-    report("reading names")
+    log.info("reading names")
     emoji = _read_names(tarballs[sources.EMOJIBASE])
-    report("reading drawings")
+    log.info("reading drawings")
     drawings = _read_drawings(tarballs)
     emoji = [one for one in emoji if all((style, one["code"]) in drawings for style in STYLES)]
     kept = _merge(emoji, drawings)
     concepts = [_concept(one, drawings) for one in kept]
     train, held_out = _split(concepts, seed)
-    report(f"{len(emoji)} emoji, {len(concepts)} concepts: {len(train)} to train, {len(held_out)} held out")
+    log.info(f"{len(emoji)} emoji, {len(concepts)} concepts: {len(train)} to train, {len(held_out)} held out")
     return World(train, drawings, SEEN_STYLES), World(held_out, drawings, SEEN_STYLES)
 
 
@@ -202,7 +202,7 @@ def _stands_for_others(one: dict) -> tuple[bool, int]:
 
 
 def _near_equal(codes: list[str], drawings: dict) -> list[tuple[int, int]]:
-    pairs = set()
+    pairs: set[tuple[int, int]] = set()
     for style in STYLES:
         x = np.stack([_small_rgb(drawings[style, code]) for code in codes])
         for i in range(len(x)):
@@ -259,7 +259,7 @@ def _split(concepts: list[Concept], seed: int) -> tuple[list[Concept], list[Conc
     by_subgroup = defaultdict(list)
     for concept in concepts:
         by_subgroup[concept.subgroup].append(concept)
-    held_out = set()
+    held_out: set[Concept] = set()
     for name, members in by_subgroup.items():
         order = random.Random(f"{seed}/split/{name}").sample(members, len(members))
         held_out.update(order[: round(len(members) * HELD_OUT_SHARE)] if len(members) >= 4 else ())

@@ -1,6 +1,7 @@
 """Pictures: single emoji, grids and scenes. All RGB; sizes in pixels; every choice comes from the rng."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from PIL import Image
@@ -46,8 +47,8 @@ class Canvas:
     def crop(self, drawn: Image.Image, index: int) -> Image.Image:
         """The part of the drawn picture that shows one object, with a margin of 2 pixels."""
         one = self.objects[index]
-        box = (one.left - 2, one.top - 2, one.left + one.size + 2, one.top + one.size + 2)
-        return drawn.crop(tuple(min(max(side, 0), CANVAS) for side in box))
+        right, bottom = one.left + one.size, one.top + one.size
+        return drawn.crop((max(one.left - 2, 0), max(one.top - 2, 0), min(right + 2, CANVAS), min(bottom + 2, CANVAS)))
 
     def replaced(self, index: int, concept: Concept) -> "Canvas":
         return self._with(index, replace(self.objects[index], concept=concept))
@@ -66,7 +67,7 @@ def single(world: World, style: str, concept: Concept) -> Image.Image:
     return image
 
 
-def grid(style: str, rng: random.Random, side: int, concepts: list[Concept | None]) -> Canvas:
+def grid(style: str, rng: random.Random, side: int, concepts: Sequence[Concept | None]) -> Canvas:
     """`side` x `side` cells, row by row; None leaves a cell empty."""
     cell = CANVAS // side
     size = cell * 13 // 16

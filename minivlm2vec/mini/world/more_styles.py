@@ -3,7 +3,6 @@
 They lack many concepts; `stream.Drawings` shows those in another style. Needs resvg-py (extra `mini`).
 """
 
-import copy
 import io
 import json
 import re
@@ -17,16 +16,15 @@ from .concepts import Concept, World, fitted
 
 def add_styles(world: World, tarballs: dict[sources.Package, Path]) -> World:
     """The world with these packages' drawings of its concepts. A style is called as its package."""
-    out = copy.copy(world)
-    out.styles, out.drawings = tuple(world.styles), dict(world.drawings)
+    styles, drawings = world.styles, dict(world.drawings)
     for package, path in tarballs.items():
         icons = _read(path)
         for concept in world.concepts:
-            name = next((name for name in _names(concept) if _body(icons, name)), None)
-            if name is not None:
-                out.drawings[package.name, concept.code] = fitted(_draw(icons, name))
-        out.styles += (package.name,)
-    return out
+            icon = next(filter(None, (_icon(icons, name) for name in _names(concept))), None)
+            if icon is not None:
+                drawings[package.name, concept.code] = fitted(_draw(icons, icon))
+        styles += (package.name,)
+    return World(world.concepts, drawings, styles, world.target_style)
 
 
 def _read(path: Path) -> dict:
@@ -40,18 +38,17 @@ def _names(concept: Concept) -> list[str]:
     return [words, words.replace("flag-", "flag-for-", 1), words.replace("-", "")]
 
 
-def _body(icons: dict, name: str) -> dict | None:
-    """An icon, or the one that it is another name for; not those that are turned or mirrored."""
+def _icon(icons: dict, name: str) -> dict | None:
+    """The icon of this name, or the one that it is another name for; not those that are turned or mirrored."""
     alias = icons.get("aliases", {}).get(name, {"parent": name})
     return icons["icons"].get(alias["parent"]) if set(alias) == {"parent"} else None
 
 
-def _draw(icons: dict, name: str) -> Image.Image:
+def _draw(icons: dict, icon: dict) -> Image.Image:
     try:
         import resvg_py
     except ImportError:
         raise ImportError("drawings in SVG need resvg-py: pip install 'minivlm2vec[mini]'") from None
-    icon = _body(icons, name)
     left, top, width, height = (
         icon.get(key, icons.get(key, default))
         for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))

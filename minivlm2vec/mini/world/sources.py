@@ -6,12 +6,15 @@ unpacked. A tarball whose SHA-512 is not the pinned one is refused.
 
 import base64
 import hashlib
+import logging
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,8 @@ EMOJIONE = Package(
 MORE_STYLES = (NOTO_V1, FXEMOJI, EMOJIONE)  # for training alone, where it asks for them
 
 
-def fetch(
-    folder: Path, report: Callable[[str], None] = lambda line: None, packages: Sequence[Package] = PACKAGES
-) -> dict[Package, Path]:
-    """Tarball of every package in `folder`, fetched through npm where it is not there yet, each verified.
+def fetch(folder: Path, packages: Sequence[Package] = PACKAGES) -> dict[Package, Path]:
+    """Tarball of every package in `folder`, fetched through npm where it is not there yet (then logged), each verified.
 
     Raises RuntimeError where npm is missing or fails, ValueError where a checksum differs.
     """
@@ -97,7 +98,7 @@ def fetch(
     for package in packages:
         path = folder / package.filename
         if not path.exists():
-            report(f"npm pack {package.spec}")
+            log.info(f"npm pack {package.spec}")
             _npm_pack(package, folder)
         verify(package, path)
         tarballs[package] = path
@@ -120,7 +121,9 @@ def members(tarball: Path, prefix: str, suffix: str) -> Iterator[tuple[str, byte
     with tarfile.open(tarball) as archive:
         for member in archive:
             if member.isfile() and member.name.startswith(prefix) and member.name.endswith(suffix):
-                yield member.name[len(prefix) :], archive.extractfile(member).read()
+                file = archive.extractfile(member)
+                assert file is not None, "of a regular file"
+                yield member.name[len(prefix) :], file.read()
 
 
 def _npm_pack(package: Package, folder: Path) -> None:

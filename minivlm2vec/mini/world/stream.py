@@ -8,7 +8,7 @@ import copy
 import hashlib
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageChops
@@ -51,7 +51,7 @@ class Variation:
         return Variation(shrink=shrink, **{name: strength * getattr(self, name) for name in others})
 
 
-class Drawings(Mapping):
+class Drawings(Mapping[tuple[str, str], Image.Image]):
     """The drawings of a world as one row shows them: varied, but a drawing that comes twice is twice the same. What
     a style lacks is shown in one that mini-MMEB has."""
 
@@ -64,7 +64,7 @@ class Drawings(Mapping):
             self.made[key] = self._draw(key, random.Random(f"{self.seed}/{key}"))
         return self.made[key]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[str, str]]:
         return iter(self.world.drawings)
 
     def __len__(self) -> int:

@@ -115,7 +115,7 @@ def count(world: World, rng: random.Random) -> Row:
     target, *others = rng.sample(world.things, 5)
     number = rng.randint(1, 6)
     others = others[: rng.randint(0, min(3, 9 - number))]
-    cells: list[Concept | None] = [target] * number + others
+    cells: list[Concept | None] = [*[target] * number, *others]
     cells += [None] * (9 - len(cells))
     rng.shuffle(cells)
     image = drawing.grid(rng.choice(world.styles), rng, 3, cells).draw(world)
