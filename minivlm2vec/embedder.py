@@ -57,6 +57,7 @@ class Embedder:
         local_files_only: bool = False,
         backend: str | None = None,
         model_class: type[VLM2Vec] = VLM2Vec,
+        skip: Sequence[str] = (),
         adapter: str | os.PathLike | None = None,
         fast_decode: bool = False,
         exif_transpose: bool = False,
@@ -79,6 +80,8 @@ class Embedder:
             local_files_only: never ask the network.
             backend: "auto", "triton" or "torch" for the kernels; default MINIVLM2VEC_BACKEND, else auto.
             model_class: what is built from config.json and filled: VLM2Vec, or a class derived from it.
+            skip: beginnings of names of new parameters, for which the checkpoint has no tensor; see
+                `weights.load_weights`.
             adapter: a LoRA or DoRA in PEFT's format, a folder or a name on the Hub such as "TIGER-Lab/VLM2Vec-LoRA"
                 (for "microsoft/Phi-3.5-vision-instruct"). It is added to the weights, so vectors cost the same.
             fast_decode: decode JPEGs at a reduced scale: faster, not bit for bit what the original sees.
@@ -110,6 +113,7 @@ class Embedder:
             device=device or default_device(),
             dtype=dtype,
             backend=backend,
+            skip=skip,
             show_progress=show_progress,
         )
         if adapter is not None:

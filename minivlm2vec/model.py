@@ -5,6 +5,7 @@ input_ids -> embed_tokens ─────────┴─> Decoder -> pooling 
 """
 
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ class VLM2Vec(nn.Module):
         pooling: pooling(x [T, D] after the final norm, cu_seqlens [B + 1]) -> [B, D]; a function or a module.
         causal: False lets every token see its whole sequence.
         backend: None, "auto", "triton" or "torch", which its modules were given for their ops.
+        checkpoint: the folder that it was loaded from, if it was; `weights.save_model` copies its tokenizer.
     """
 
     def __init__(self, config: VLM2VecConfig, *, backend: str | None = None):
@@ -41,6 +43,7 @@ class VLM2Vec(nn.Module):
         self.decoder = Decoder(config.decoder, backend=backend)
         self.pooling: Pooling = last_token
         self.causal = True
+        self.checkpoint: Path | None = None
 
     @property
     def device(self) -> torch.device:

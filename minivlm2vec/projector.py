@@ -28,6 +28,9 @@ class Projector(nn.Module):
         self.glb_GN = nn.Parameter(torch.empty(1, 1, 4 * D))
         self.mlp = nn.Sequential(Linear(4 * D, Dd), nn.GELU(), Linear(Dd, Dd))
 
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.sub_GN), nn.init.normal_(self.glb_GN)
+
     def forward(self, features: Tensor, grids: tuple[Grid, ...]) -> Tensor:
         """features [C, P * P, D], one grid (h, w) an image -> [I, Dd], image after image."""
         return self.mlp(ops.merge_crops(features, grids, self.sub_GN, self.glb_GN, backend=self.backend))

@@ -52,6 +52,9 @@ class VisionEmbeddings(nn.Module):
         self.patch_embedding = PatchEmbedding(config, backend)
         self.position_embedding = Embedding(config.num_positions, config.hidden_size)
 
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.class_embedding, std=len(self.class_embedding) ** -0.5)
+
     def forward(self, crops: Tensor, grids: tuple[Grid, ...]) -> Tensor:  # -> [C, L, D]
         x = self.patch_embedding(crops, grids)
         cls = self.class_embedding.expand(len(x), 1, -1)
@@ -66,6 +69,9 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.patch_size, self.backend = config.patch_size, backend
         self.weight = nn.Parameter(torch.empty(config.hidden_size, 3, config.patch_size, config.patch_size))
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.weight[0].numel() ** -0.5)
 
     def forward(self, crops: Tensor, grids: tuple[Grid, ...]) -> Tensor:  # -> [C, P * P, D]
         mean, std = pixel_statistics(crops.device)

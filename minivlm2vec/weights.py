@@ -8,19 +8,21 @@ import hashlib
 import json
 import logging
 import os
-import struct
+import shutil
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .atomic import replacing
 from .config import VLM2VecConfig
 from .errors import CheckpointError, some
 from .model import VLM2Vec
@@ -41,6 +43,8 @@ RULES = (
 DROPPED = ("lm_head.", _CLIP + "post_layernorm.", _CLIP + "embeddings.position_ids")
 FUSED = ("q_proj", "k_proj", "v_proj")  # of the tower: rows of qkv_proj, in this order
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BUFFERS = {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}  # buffers may be these too
+COPIED = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
 CONFIGS = ("config.json", "preprocessor_config.json", "tokenizer.json")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 FILES = ["*.safetensors", "*.safetensors.index.json", *CONFIGS, "tokenizer_config.json", ADAPTER_CONFIG]
@@ -122,17 +126,21 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     backend: str | None = None,
-    model_class: type[M] = VLM2Vec,
+    model_class: type[M] | None = None,
+    skip: Sequence[str] = (),
     show_progress: bool = False,
 ) -> M:
     """Builds the model of a checkpoint folder and fills it; dtype None is that of config.json.
 
+    model_class: VLM2Vec (default), or a class derived from it. skip: see `load_weights`.
     Returned in eval mode, without gradients. Raises CheckpointError naming the file or tensor at fault.
     """
     config = VLM2VecConfig.from_json(folder)
     with torch.device("meta"):
-        model = model_class(config, backend=backend)
-    load_weights(model, folder, device=device, dtype=dtype or getattr(torch, config.dtype), show_progress=show_progress)
+        model = cast(M, (model_class or VLM2Vec)(config, backend=backend))
+    dtype = dtype or getattr(torch, config.dtype)
+    load_weights(model, folder, device=device, dtype=dtype, skip=skip, show_progress=show_progress)
+    model.checkpoint = Path(folder)
     return model.eval().requires_grad_(False)
 
 
@@ -142,50 +150,121 @@ def load_weights(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    skip: Sequence[str] = (),
     show_progress: bool = False,
 ) -> None:
-    """Fills every parameter of a model built on the meta device. Strict: a tensor that is missing, unexpected,
-    of another shape, or not finite raises CheckpointError."""
+    """Fills every parameter and saved buffer of a model, which may be on the meta device. Parameters get `dtype`;
+    buffers keep theirs.
+
+    skip: beginnings of parameters' names that are new ("projector."): the checkpoint's tensors of such names are not
+        read, and their modules begin by their own `reset_parameters`. They are named in a line of the log.
+
+    Strict in all else: a tensor that is missing, unexpected, of another shape, or not finite raises CheckpointError.
+    """
     sources = read_headers(folder)
-    plan = assign(model, sources)
+    plan = assign(model, sources, skip=skip)
     checks: dict[str, Tensor] = {}
     items = tqdm(plan.items(), desc="Loading weights", unit="tensor", disable=not show_progress)
     for name, parts in items:
-        shape = model.get_parameter(name).shape
-        parameter = torch.empty(shape, dtype=dtype, device=device)
-        for rows, source in zip(parameter.split([s.shape[0] for s in parts]), parts, strict=True):
+        like = _tensors(model)[name]
+        is_parameter = isinstance(like, nn.Parameter)
+        value = torch.empty(like.shape, dtype=dtype if is_parameter else like.dtype, device=device)
+        for rows, source in zip(value.split([s.shape[0] for s in parts]) if like.ndim else [value], parts, strict=True):
             _copy(source, rows)
-        _set_parameter(model, name, parameter)
-        checks[name] = parameter.sum(dtype=torch.float32)  # NaN and infinities survive a sum
+        _set(model, name, value)
+        if value.is_floating_point():
+            checks[name] = value.sum(dtype=torch.float32)  # NaN and infinities survive a sum
+    _begin_new(model, [name for name in _tensors(model) if name not in plan], device, dtype)
     _check_finite(model, checks)
     _check_tied(sources)
 
 
-def assign(model: nn.Module, sources: list[Source]) -> dict[str, list[Source]]:
-    """Which tensors of the checkpoint make up which parameter: {parameter: tensors, stacked by rows}."""
+def assign(model: VLM2Vec, sources: list[Source], *, skip: Sequence[str] = ()) -> dict[str, list[Source]]:
+    """Which tensors of the checkpoint make up which parameter or buffer: {name: tensors, stacked by rows}."""
     drop = drop_prefixes(model.config)
     found: dict[str, dict[int, Source]] = defaultdict(dict)
     unexpected = []
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    tensors = {name: t for name, t in _tensors(model).items() if not name.startswith(tuple(skip))}
     for source in sources:
-        if source.key.startswith(drop):
-            continue
         name, part = parameter_of(source.key)
-        if name not in shapes:
-            unexpected.append(source.key)
+        if name not in tensors:
+            if not source.key.startswith(drop) and not name.startswith(tuple(skip)):
+                unexpected.append(source.key)
         elif part not in found[name] or not source.key.startswith("model.vision_embed_tokens.wte."):
             found[name][part] = source
-    missing = [n for n in shapes if not found[n] or (n.startswith("vision.") and "qkv_proj" in n and len(found[n]) < 3)]
+    missing = [n for n in tensors if len(found[n]) < len(keys_of(n))]
     if missing or unexpected:
         raise CheckpointError(
             "the checkpoint does not fit the model:"
             + (f" {len(missing)} parameters have no tensor: {some(missing)}." if missing else "")
             + (f" {len(unexpected)} tensors have no place: {some(unexpected)}." if unexpected else "")
         )
-    plan = {name: [found[name][i] for i in sorted(found[name])] for name in shapes}
+    plan = {name: [found[name][i] for i in sorted(found[name])] for name in tensors}
     for name, parts in plan.items():
-        _check_shape(name, shapes[name], parts)
+        _check_shape(name, tensors[name], parts)
     return plan
+
+
+def save_model(
+    model: VLM2Vec,
+    folder: str | Path,
+    *,
+    source: str | Path | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """Writes a model in the published layout, from which `load_model` and `Embedder.from_pretrained` read it back.
+
+    Parameters and buffers have the published names where they have a place there, and their own elsewhere. The folder
+    appears when it is whole. Configuration and tokenizer are copied from `source`: a checkpoint folder, by default that
+    which the model was loaded from; config.json says the model's dtype.
+
+    Raises FileExistsError where the folder is there already (unless overwrite), ValueError for a model that cannot be
+    saved: with adapters that are not merged (see `lora.save_adapter`), on the meta device, or not finite.
+    """
+    source = source or getattr(model, "checkpoint", None)
+    if source is None:
+        raise ValueError("the model was not loaded from a folder: source= says whose config and tokenizer to copy")
+    folder = Path(folder)
+    if folder.exists() and not overwrite:
+        raise FileExistsError(f"{folder} exists; overwrite=True replaces it")
+    write_checkpoint(folder, checkpoint_tensors(model), source=source, max_shard_size=max_shard_size)
+    return folder
+
+
+def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers of a model under the checkpoint's keys. Raises ValueError, see `save_model`."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        if ".adapters." in name or ".lora_" in name:
+            raise ValueError(f"{name} belongs to an adapter: merge it first (lora.merge_lora), or save it by itself "
+                             "(lora.save_adapter)")  # fmt: skip
+        if value.is_meta:
+            raise ValueError(f"{name} is on the meta device: it has no values to save")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinite values")
+        keys = keys_of(name)
+        parts = [p.clone() for p in value.tensor_split(len(keys))] if len(keys) > 1 else [value.contiguous()]
+        tensors |= dict(zip(keys, parts, strict=True))
+    return tensors
+
+
+def write_checkpoint(
+    folder: Path, tensors: dict[str, Tensor], *, source: str | Path, max_shard_size: str = "5GB"
+) -> None:
+    """Writes tensors under the checkpoint's keys, and the configuration and tokenizer of the folder `source`."""
+    config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+    dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
+    if len(dtypes) == 1:
+        config["torch_dtype"] = str(dtypes.pop()).removeprefix("torch.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder) as new:
+        new.mkdir()
+        save_torch_state_dict(tensors, new, max_shard_size=max_shard_size, metadata={"format": "pt"})
+        for name in COPIED:
+            if (Path(source) / name).is_file():
+                shutil.copyfile(Path(source) / name, new / name)
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def parameter_of(key: str) -> tuple[str, int]:
@@ -205,7 +284,7 @@ def keys_of(name: str) -> tuple[str, ...]:
     for prefix, target in RULES:
         if name.startswith(target) and not prefix.endswith(".wte."):
             key = prefix + name[len(target) :]
-            fused = name.startswith("vision.") and ".qkv_proj." in name
+            fused = name.startswith("vision.") and ".self_attn.qkv_proj." in name
             return tuple(key.replace("qkv_proj", p) for p in FUSED) if fused else (key,)
     return (name,)
 
@@ -275,38 +354,23 @@ def read_headers(folder: str | Path) -> list[Source]:
 def _read_header(file: Path) -> list[Source]:
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist")
-    size = file.stat().st_size
     with open(file, "rb") as f:
         start = f.read(64)
-        if start.startswith(b"version https://git-lfs"):
-            raise CheckpointError(f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` there, or "
-                                  "download it from the Hub")  # fmt: skip
-        if size < 8:
-            raise CheckpointError(f"{file} has {size} bytes: it is empty or truncated")
-        length = struct.unpack("<Q", start[:8])[0]
-        if length > min(size - 8, 100_000_000):
-            raise CheckpointError(f"{file} is truncated or not a safetensors file: its header should have {length:,} "
-                                  f"bytes, the file has {size:,}")  # fmt: skip
-        f.seek(8)
-        header = _parse_header(file, f.read(length))
-    end = 8 + length + max((h["data_offsets"][1] for h in header.values()), default=0)
-    if end != size:
-        raise CheckpointError(f"{file} is truncated or damaged: its header tells of {end:,} bytes, it has {size:,}")
-    for key, h in header.items():
-        if h["dtype"] not in DTYPES:
-            raise CheckpointError(f"{file}: {key} has dtype {h['dtype']}; supported are {', '.join(DTYPES)}")
-    return [Source(key, file, tuple(h["shape"]), DTYPES[h["dtype"]]) for key, h in header.items()]
-
-
-def _parse_header(file: Path, data: bytes) -> dict[str, dict]:
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` there, or "
+                              "download it from the Hub")  # fmt: skip
     try:
-        header = json.loads(data)
-        header.pop("__metadata__", None)
-        for h in header.values():
-            h["dtype"], h["shape"], h["data_offsets"][1]
-        return header
-    except (ValueError, AttributeError, TypeError, KeyError, IndexError) as e:
-        raise CheckpointError(f"{file} is not a safetensors file: its header is unreadable ({e})") from None
+        with safe_open(file, framework="pt") as opened:
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 (no dict)
+            found = [(key, s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()]
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(f"{file} is truncated, damaged or not a safetensors file: it has {file.stat().st_size:,} "
+                              f"bytes ({e})") from None  # fmt: skip
+    known = DTYPES | BUFFERS
+    for key, dtype, _ in found:
+        if dtype not in known:
+            raise CheckpointError(f"{file}: {key} has dtype {dtype}; supported are {', '.join(known)}")
+    return [Source(key, file, shape, known[dtype]) for key, dtype, shape in found]
 
 
 def _copy(source: Source, target: Tensor) -> None:
@@ -317,23 +381,58 @@ def _copy(source: Source, target: Tensor) -> None:
         raise CheckpointError(f"{source.file}: {source.key} cannot be read: {e}") from None
 
 
-def _check_shape(name: str, shape: tuple[int, ...], parts: list[Source]) -> None:
+def _check_shape(name: str, like: Tensor, parts: list[Source]) -> None:
     for source in parts:
-        expected = (shape[0] // len(parts), *shape[1:])
+        expected = (like.shape[0] // len(parts), *like.shape[1:]) if like.ndim else ()
         if source.shape != expected:
             raise CheckpointError(
                 f"{source.key} in {source.file.name} has shape {list(source.shape)}, the model needs {list(expected)}"
             )
+        if like.is_floating_point() != source.dtype.is_floating_point:
+            raise CheckpointError(f"{source.key} in {source.file.name} has dtype {source.dtype}, the model needs "
+                                  f"{like.dtype}")  # fmt: skip
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, and the buffers that a checkpoint holds; one that stands in several places under its first name."""
+    buffers = {
+        f"{prefix}.{name}".lstrip("."): b
+        for prefix, module in model.named_modules()
+        for name, b in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+    return dict(model.named_parameters()) | buffers
+
+
+def _begin_new(model: nn.Module, new: list[str], device: torch.device | str, dtype: torch.dtype) -> None:
+    """Fills what the checkpoint has no tensor for, by the modules' own `reset_parameters`."""
+    if not new:
+        return
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in new):
+        module = model.get_submodule(owner)
+        if not hasattr(module, "reset_parameters"):
+            raise ValueError(f"{owner or type(model).__name__} is new and a {type(module).__name__}, which has no "
+                             "reset_parameters to begin with")  # fmt: skip
+        kept = {n: t for n, t in module.state_dict().items() if "." not in n and f"{owner}.{n}".lstrip(".") not in new}
+        for name in (n for n in new if n.rpartition(".")[0] == owner):
+            like = _tensors(model)[name]
+            _set(model, name, torch.empty_like(like, device=device, dtype=dtype if like.is_floating_point() else None))
+        with torch.no_grad():
+            module.reset_parameters()
+            for name, value in kept.items():
+                getattr(module, name).copy_(value)
+    log.warning("%d new parameters begin by reset_parameters: %s", len(new), some(new, 6))
 
 
 def _check_finite(model: nn.Module, sums: dict[str, Tensor]) -> None:
-    if torch.stack([s.cpu() for s in sums.values()]).isfinite().all():
+    if not sums or torch.stack([s.cpu() for s in sums.values()]).isfinite().all():
         return
     for name in [n for n, s in sums.items() if not s.isfinite()]:
-        bad = int((~model.get_parameter(name).isfinite()).sum())
+        value = _tensors(model)[name]
+        bad = int((~value.isfinite()).sum())
         if bad:
             raise CheckpointError(f"{name} holds {bad:,} values that are NaN or infinite, of "
-                                  f"{model.get_parameter(name).numel():,}")  # fmt: skip
+                                  f"{value.numel():,}")  # fmt: skip
 
 
 def _check_tied(sources: list[Source]) -> None:
@@ -351,9 +450,13 @@ def _read(source: Source) -> Tensor:
     return target
 
 
-def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
-    module, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
+def _set(model: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._parameters:
+        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+    else:
+        setattr(module, leaf, value)
 
 
 def _no_weights(folder: Path) -> str:
