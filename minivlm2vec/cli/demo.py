@@ -24,21 +24,14 @@ def run(args: argparse.Namespace) -> int:
     if not args.out.parent.is_dir():
         raise FileNotFoundError(f"the folder {args.out.parent} of --out does not exist")
     start = time.perf_counter()
-    from ..mini import bundled
-    from ..mini.demo import page, tables
-    from ..mini.demo.answers import answer_all
-    from ..mini.demo.questions import read_material
-    from ..mmeb.dataset import Dataset
+    from ..mini import demo
 
     progress = sys.stderr.isatty()
     loading = time.perf_counter()
     embedder = load_embedder(args, show_progress=progress)
-    load = time.perf_counter() - loading
-    dataset = Dataset(bundled() / "MMEB-eval")
-    material = read_material(dataset)
-    results, times = answer_all(embedder, material, dataset.images, load=load, show_progress=progress)
-    page.write(args.out, results, times, material, dataset.images, model=args.model, device=str(embedder.device))
-    print(tables.render(results, times, material))
+    load_seconds = time.perf_counter() - loading
+    found = demo.run(embedder, args.out, name=args.model, load_seconds=load_seconds, show_progress=progress)
+    print(found.text())
     print(f"With pictures: {args.out} ({args.out.stat().st_size / 1e6:.1f} MB). All of it took "
           f"{time.perf_counter() - start:.1f} s on {embedder.device}.")  # fmt: skip
     print(f"Next: {_next(args)}")

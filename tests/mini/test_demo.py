@@ -18,7 +18,7 @@ from minivlm2vec import Embedder, weights
 from minivlm2vec.cli import main
 from minivlm2vec.errors import CheckpointError
 from minivlm2vec.mini import bundled
-from minivlm2vec.mini.demo import page, tables
+from minivlm2vec.mini.demo import page, run, tables
 from minivlm2vec.mini.demo.answers import Answer, answer, answer_all
 from minivlm2vec.mini.demo.questions import (
     ASKING,
@@ -179,13 +179,23 @@ def test_the_printed_lines(demo):
     assert f"With pictures: {path} (" in out and "Next: minivlm2vec demo --model TIGER-Lab/VLM2Vec-Full" in out
 
 
+def test_the_demonstration_from_python(tiny, demo, tmp_path):
+    """The same answers as the command's; without a page and without the time of loading where none is asked for."""
+    found = run(Embedder.from_pretrained(tiny, device="cpu", show_progress=False))
+    printed, _, _ = demo
+    answers = found.text().rstrip().rpartition("\n\n")[0]  # the times come last
+    assert len(found.results) == 15 and "Model loaded" not in found.text() and "Model loaded" in printed
+    assert len(answers) > 5000 and printed.startswith(answers)
+    assert not list(tmp_path.iterdir())
+
+
 def test_scores_are_those_of_the_evaluator(tiny, dataset, tmp_path):
     e = Embedder.from_pretrained(tiny, device="cpu", show_progress=False)
     material = read_material(dataset)
     search = [a for a in material.asked if a.kind is SEARCH][-1]
     asking = [a for a in material.asked if a.kind is ASKING]
     material = replace(material, asked=(search, *asking), collection=search.questions[0].candidates)
-    (_, *results), times = answer_all(e, material, dataset.images, load=1.0)
+    (_, *results), times = answer_all(e, material, dataset.images)
     expected = evaluate(
         e, bundled() / "MMEB-eval", out=tmp_path, names=[a.name for a in asking], show_progress=False
     ).figures

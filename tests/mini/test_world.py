@@ -469,6 +469,19 @@ def test_the_shipped_copy_is_small_whole_and_licensed():
     assert sorted(trained) == sorted(tasks.TRAIN)
 
 
+def test_every_licence_is_told_once():
+    """pyproject.toml names each text in data/licenses, by content, and no text twice."""
+    tomllib = pytest.importorskip("tomllib")
+    root = Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    told = [(root / name).read_bytes() for name in project["license-files"]]
+    assert len(set(told)) == len(told)
+    shipped = [path.read_bytes() for path in (bundled() / "licenses").iterdir()]
+    assert set(shipped) <= set(told) and len(set(shipped)) == len(shipped)
+    for licence in ("Apache-2.0", "CC-BY-4.0", "MIT"):
+        assert licence in project["license"].split(" AND ")
+
+
 def test_the_shipped_copy_keeps_concepts_apart():
     pictures = [json.loads(line) for line in (bundled() / "MMEB-eval" / "pictures.jsonl").read_text().splitlines()]
     held_out = {one["label"] for one in pictures}

@@ -60,7 +60,7 @@ class Result:
 class Times:
     """In seconds."""
 
-    load: float
+    load: float | None  # None: not known
     pictures: int
     embed_pictures: float
     others: int
@@ -69,7 +69,12 @@ class Times:
 
 
 def answer_all(
-    embedder: Embedder, material: Material, images: Images, *, load: float, show_progress: bool = False
+    embedder: Embedder,
+    material: Material,
+    images: Images,
+    *,
+    load_seconds: float | None = None,
+    show_progress: bool = False,
 ) -> tuple[list[Result], Times]:
     """Embeds every different input once and answers every question."""
     pairs = material.pairs()
@@ -81,7 +86,7 @@ def answer_all(
     number = {pair: i for i, pair in enumerate(pairs)}
     results = [_result(asked, vectors, number) for asked in material.asked]
     query = _time_of_a_query(embedder, material, vectors[:n])
-    return results, Times(load, n, embed_pictures, len(pairs) - n, embed_others, query)
+    return results, Times(load_seconds, n, embed_pictures, len(pairs) - n, embed_others, query)
 
 
 def _result(asked: Asked, vectors: np.ndarray, number: dict[Pair, int]) -> Result:

@@ -64,7 +64,8 @@ def summary_cells(result: Result) -> tuple[str, ...]:
 
 def told(times: Times) -> str:
     """The times, as sentences."""
-    parts = [f"Model loaded in {times.load:.1f} s", _rate(times.pictures, "pictures", times.embed_pictures)]
+    parts = [] if times.load is None else [f"Model loaded in {times.load:.1f} s"]
+    parts.append(_rate(times.pictures, "pictures", times.embed_pictures))
     if times.others:
         parts.append(_rate(times.others, "questions and other candidates", times.embed_others))
     parts.append(f"one text query among {times.pictures} pictures answered in {1000 * times.query:.1f} ms")

@@ -31,7 +31,8 @@ from . import drawing, sources, tasks
 from .concepts import World, load_world
 
 log = logging.getLogger(__name__)
-LICENCES = Path(__file__).parents[1] / "data" / "licenses"  # with the texts that two of the packages lack
+LICENCES = Path(__file__).parents[1] / "data" / "licenses"
+NOT_IN_PACKAGES = ("Apache-2.0.txt", "CC-BY-4.0.txt", "fluent-emoji.txt")  # of LICENCES
 
 
 @dataclass(frozen=True)
@@ -317,11 +318,11 @@ def _write_json(path: Path, value: object) -> None:
 def write_attribution(folder: Path, plan: Plan, tarballs: dict[sources.Package, Path]) -> None:
     licences = folder / "licenses"
     licences.mkdir(parents=True, exist_ok=True)
-    for name in ("Apache-2.0.txt", "fluent-emoji.txt"):
+    for name in NOT_IN_PACKAGES:
         shutil.copyfile(LICENCES / name, licences / name)
-    for package in (sources.NOTO, sources.TWEMOJI, sources.EMOJIBASE):
-        (_, text), *_ = sources.members(tarballs[package], "package/LICENSE", "")
-        (licences / f"{package.name}.txt").write_bytes(text)
+    for package, name in ((sources.NOTO, "emoji-datasource"), (sources.EMOJIBASE, "emojibase-data")):
+        (_, text), *_ = sources.members(tarballs[package], "package/LICENSE", "")  # Twemoji's is Noto's
+        (licences / f"{name}.txt").write_bytes(text)
     lines = [_ATTRIBUTION, *(_credit(package) for package in sources.PACKAGES)]
     lines.append(f"\nBuilt with seed {plan.seed}.\n")
     (folder / "ATTRIBUTION.md").write_text("\n".join(lines), encoding="utf-8")
