@@ -231,9 +231,10 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores"
 
 
-def commit() -> str:
+def commit(folder: str | os.PathLike = ".") -> str:
+    command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
     try:
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:
         return "unknown"
 
