@@ -6,7 +6,7 @@ import torch
 
 from bench.common import Case, Work, backward_work, compiled, entry, upcast
 from bench.shapes import FF, VF, decoder_rows, dtype_of, randn, tower_rows
-from minivlm2vec_kernels import ops, reference
+from minivlm2vec_kernels import ops, torch_ops
 
 
 def cases(device: torch.device, sweep: bool = False) -> Iterator[Case]:
@@ -28,7 +28,7 @@ def case(kernel, rows, features, moved, device, sweep, shape) -> Case:
 def work(kernel: str, shape: tuple[int, int], device: torch.device, sweep: bool) -> Work:
     x = randn(*shape, device=device)
     tensors = (x,) if kernel == "silu_mul" else (x, randn(shape[1], device=device))
-    op, plain = getattr(ops, kernel), getattr(reference, kernel)
+    op, plain = getattr(ops, kernel), getattr(torch_ops, kernel)
     providers = {"torch": lambda: plain(*tensors)}
     if device.type == "cuda":
         providers["triton"] = lambda: op(*tensors, backend="triton")
@@ -48,10 +48,10 @@ def backward_case(rows: int, device: torch.device, sweep: bool) -> Case:
 
 
 def work_backward(x: torch.Tensor, sweep: bool) -> Work:
-    found = {"torch": reference.silu_mul}
+    found = {"torch": torch_ops.silu_mul}
     if x.is_cuda:
         found["triton"] = lambda x: ops.silu_mul(x, backend="triton")
-        found |= {} if sweep else {"torch.compile": compiled(reference.silu_mul)}
+        found |= {} if sweep else {"torch.compile": compiled(torch_ops.silu_mul)}
     work = backward_work(found, (x,))
     if sweep:
         work.providers.update(candidates("silu_mul_backward", work.providers["triton"]))

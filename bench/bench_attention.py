@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from bench.common import Case, Provider, Work, compiled, when_called
 from bench.shapes import CROP, H, N, dtype_of
-from minivlm2vec_kernels import attention, reference
+from minivlm2vec_kernels import attention, torch_ops
 
 
 class Problem(NamedTuple):
@@ -87,7 +87,7 @@ def sweep(device: torch.device) -> Iterator[Case]:
 def build(p: Problem, device: torch.device, providers: Callable) -> Work:
     x = make_inputs(p, device)
     exact = x._replace(q=x.q.float(), k=x.k.float(), v=x.v.float())
-    return Work(providers(p, x), partial(by_reference, p, exact))
+    return Work(providers(p, x), partial(by_torch, p, exact))
 
 
 # ------------------------------------------------------------------------------------------------- the inputs
@@ -130,7 +130,7 @@ def moved_elements(p: Problem) -> int:
 
 
 def all_providers(p: Problem, x: Inputs) -> dict[str, Provider]:
-    found = {"torch": partial(by_reference, p, x)}
+    found = {"torch": partial(by_torch, p, x)}
     if not x.q.is_cuda:
         return found
     found["triton"] = partial(by_triton, p, x)
@@ -150,10 +150,8 @@ def by_triton(p: Problem, x: Inputs) -> Tensor:
     )  # fmt: skip
 
 
-def by_reference(p: Problem, x: Inputs) -> Tensor:
-    return reference.attention(
-        x.q, x.k, x.v, x.cu_k, x.max_k, causal=p.causal, cu_seqlens_q=x.cu_q, max_seqlen_q=x.max_q
-    )
+def by_torch(p: Problem, x: Inputs) -> Tensor:
+    return torch_ops.attention(x.q, x.k, x.v, x.cu_k, causal=p.causal, cu_seqlens_q=x.cu_q)
 
 
 def sdpa_providers(p: Problem, x: Inputs) -> dict[str, Provider]:
@@ -254,7 +252,7 @@ def tile_providers(p: Problem, x: Inputs) -> dict[str, Provider]:
         for stages in (1, 2, 3, 4)
         for descriptors in ((False, True) if tma else (False,))
     ]
-    calls = {"torch": partial(by_reference, p, x), "triton": partial(by_triton, p, x)}
+    calls = {"torch": partial(by_torch, p, x), "triton": partial(by_triton, p, x)}
     for tile in tiles:
         name = f"{tile.BM}x{tile.BN} w{tile.warps} s{tile.stages} {'tma' if tile.tma else 'pointers'}"
         name += " (as triton)" if tile == chosen else ""

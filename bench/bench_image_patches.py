@@ -6,7 +6,7 @@ import torch
 
 from bench.common import Case, Work
 from bench.shapes import dtype_of
-from minivlm2vec_kernels import ops, reference
+from minivlm2vec_kernels import ops, torch_ops
 
 S, PATCH = 336, 14
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -24,7 +24,7 @@ def cases(device: torch.device) -> Iterator[Case]:
 def work(grids: list[tuple[int, int]], device: torch.device) -> Work:
     crops = torch.randint(0, 256, (sum(h * w for h, w in grids), S, S, 3), dtype=torch.uint8, device=device)
     mean, std, dtype = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device), dtype_of(device)
-    providers = {"torch": lambda: reference.image_patches(crops, grids, mean, std, PATCH, dtype)}
+    providers = {"torch": lambda: torch_ops.image_patches(crops, grids, mean, std, PATCH, dtype)}
     if device.type == "cuda":
         providers["triton"] = lambda: ops.image_patches(crops, grids, mean, std, PATCH, dtype, backend="triton")
-    return Work(providers, lambda: reference.image_patches(crops, grids, mean, std, PATCH, torch.float32))
+    return Work(providers, lambda: torch_ops.image_patches(crops, grids, mean, std, PATCH, torch.float32))

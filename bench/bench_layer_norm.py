@@ -1,4 +1,4 @@
-"""layer_norm, add_layer_norm and layer_norm_shift at the tower's width."""
+"""layer_norm, add_layer_norm and layer_norm_shift_ at the tower's width."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -7,7 +7,7 @@ import torch
 
 from bench.common import Case, Work, compiled, entry, upcast
 from bench.shapes import V, dtype_of, randn, tower_rows
-from minivlm2vec_kernels import ops, reference
+from minivlm2vec_kernels import ops, torch_ops
 
 EPS = 1e-5
 
@@ -15,11 +15,11 @@ EPS = 1e-5
 def cases(device: torch.device) -> Iterator[Case]:
     for rows in tower_rows(device):
         yield case("layer_norm", rows, device)
-        yield case("layer_norm_shift", rows, device)
+        yield case("layer_norm_shift_", rows, device)
         yield case("add_layer_norm", rows, device)
 
 
-PASSES = {"layer_norm": 2, "layer_norm_shift": 3, "add_layer_norm": 4}  # over the rows
+PASSES = {"layer_norm": 2, "layer_norm_shift_": 3, "add_layer_norm": 4}  # over the rows
 
 
 def case(kernel: str, rows: int, device: torch.device, sweep: bool = False) -> Case:
@@ -30,10 +30,10 @@ def case(kernel: str, rows: int, device: torch.device, sweep: bool = False) -> C
 
 def work(kernel: str, rows: int, device: torch.device, sweep: bool) -> Work:
     x, residual, weight, bias = (randn(n, V, device=device) for n in (rows, rows, 1, 1))
-    between = {"layer_norm": (), "layer_norm_shift": (bias[0],), "add_layer_norm": (residual,)}[kernel]
+    between = {"layer_norm": (), "layer_norm_shift_": (bias[0],), "add_layer_norm": (residual,)}[kernel]
     tensors = (x, *between, weight[0], bias[0])
-    op, plain = getattr(ops, kernel), getattr(reference, kernel)
-    own = iter([(x.clone(), *tensors[1:]) for _ in range(3)])  # layer_norm_shift writes over x
+    op, plain = getattr(ops, kernel), getattr(torch_ops, kernel)
+    own = iter([(x.clone(), *tensors[1:]) for _ in range(3)])  # layer_norm_shift_ writes over x
     providers = {"torch": partial(plain, *next(own), EPS)}
     if device.type == "cuda":
         providers["triton"] = partial(op, *next(own), EPS, backend="triton")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from bench.common import Case, Work, compiled, upcast
 from bench.shapes import FF, VF, D, V, dtype_of, gemm_rows, randn, tower_rows
-from minivlm2vec_kernels import ops, reference
+from minivlm2vec_kernels import ops, torch_ops
 
 PLAIN = {"decoder qkv": (3 * D, D), "decoder o": (D, D), "decoder down": (D, FF)}
 PLAIN |= {"tower qkv": (3 * V, V), "tower out": (V, V), "tower fc2": (V, VF)}  # N, K
@@ -43,25 +43,25 @@ def fc1(rows: int, n: int, k: int, device: torch.device) -> Work:
     x, weight = randn(rows, k, device=device), randn(n, k, device=device, scale=k**-0.5)
     bias = randn(n, device=device)
     op = lambda **kw: ops.linear_quick_gelu(x, weight, bias, backend="triton", **kw)  # noqa: E731
-    providers = {"torch": lambda: reference.linear_quick_gelu(x, weight, bias)}
+    providers = {"torch": lambda: torch_ops.linear_quick_gelu(x, weight, bias)}
     if device.type == "cuda":
-        function = compiled(reference.linear_quick_gelu)
+        function = compiled(torch_ops.linear_quick_gelu)
         providers["triton"] = lambda: op(fused=True)
         providers["cuBLAS + triton"] = lambda: op(fused=False)
         providers["torch.compile"] = lambda: function(x, weight, bias)
-    return Work(providers, lambda: reference.linear_quick_gelu(*upcast(x, weight, bias)))
+    return Work(providers, lambda: torch_ops.linear_quick_gelu(*upcast(x, weight, bias)))
 
 
 def gate_up(rows: int, n: int, k: int, device: torch.device) -> Work:
     x, weight = randn(rows, k, device=device), randn(n, k, device=device, scale=k**-0.5)
     op = lambda **kw: ops.linear_silu_mul(x, weight, backend="triton", **kw)  # noqa: E731
-    providers = {"torch": lambda: reference.linear_silu_mul(x, weight)}
+    providers = {"torch": lambda: torch_ops.linear_silu_mul(x, weight)}
     if device.type == "cuda":
-        function = compiled(reference.linear_silu_mul)
+        function = compiled(torch_ops.linear_silu_mul)
         providers["triton"] = lambda: op(fused=True)
         providers["cuBLAS + triton"] = lambda: op(fused=False)
         providers["torch.compile"] = lambda: function(x, weight)
-    return Work(providers, lambda: reference.linear_silu_mul(*upcast(x, weight)))
+    return Work(providers, lambda: torch_ops.linear_silu_mul(*upcast(x, weight)))
 
 
 def plain(rows: int, n: int, k: int, device: torch.device) -> Work:
@@ -76,11 +76,11 @@ def fc1_candidates(rows: int, n: int, k: int, device: torch.device) -> Work:
     x, weight = randn(rows, k, device=device), randn(n, k, device=device, scale=k**-0.5)
     bias, out = randn(n, device=device), torch.empty(rows, n, device=device, dtype=x.dtype)
     providers = {
-        "torch": lambda: reference.linear_quick_gelu(x, weight, bias),
+        "torch": lambda: torch_ops.linear_quick_gelu(x, weight, bias),
         "cuBLAS + triton": lambda: ops.linear_quick_gelu(x, weight, bias, fused=False, backend="triton"),
     }
     providers |= tiles("quick_gelu", lambda *t: run_quick_gelu(x, weight, out, bias, *t), x, out)
-    return Work(providers, lambda: reference.linear_quick_gelu(*upcast(x, weight, bias)))
+    return Work(providers, lambda: torch_ops.linear_quick_gelu(*upcast(x, weight, bias)))
 
 
 def gate_up_candidates(rows: int, n: int, k: int, device: torch.device) -> Work:
@@ -89,11 +89,11 @@ def gate_up_candidates(rows: int, n: int, k: int, device: torch.device) -> Work:
     x, weight = randn(rows, k, device=device), randn(n, k, device=device, scale=k**-0.5)
     out = torch.empty(rows, n // 2, device=device, dtype=x.dtype)
     providers = {
-        "torch": lambda: reference.linear_silu_mul(x, weight),
+        "torch": lambda: torch_ops.linear_silu_mul(x, weight),
         "cuBLAS + triton": lambda: ops.linear_silu_mul(x, weight, fused=False, backend="triton"),
     }
     providers |= tiles("silu_mul", lambda *t: run_silu_mul(x, weight, out, *t), x, out)
-    return Work(providers, lambda: reference.linear_silu_mul(*upcast(x, weight)))
+    return Work(providers, lambda: torch_ops.linear_silu_mul(*upcast(x, weight)))
 
 
 def tiles(kernel: str, run: Callable, x: torch.Tensor, out: torch.Tensor) -> dict:

@@ -6,7 +6,7 @@ import torch
 
 from bench.common import Case, Work, compiled, upcast
 from bench.shapes import CROP, V, dtype_of, randn
-from minivlm2vec_kernels import ops, reference
+from minivlm2vec_kernels import ops, torch_ops
 
 P = 24
 MIXED = [(2, 2), (1, 3), (2, 1), (1, 1), (4, 1), (1, 2), (3, 1), (1, 4)]
@@ -30,15 +30,15 @@ def work(grids: list[tuple[int, int]], device: torch.device) -> Work:
     crops = sum(1 + h * w for h, w in grids)
     features = randn(crops, CROP, V, device=device)[:, 1:]
     sub_GN, glb_GN = randn(1, 1, 1, 4 * V, device=device), randn(1, 1, 4 * V, device=device)
-    providers = {"torch": lambda: reference.merge_crops(features, grids, sub_GN, glb_GN)}
+    providers = {"torch": lambda: torch_ops.merge_crops(features, grids, sub_GN, glb_GN)}
     if device.type == "cuda":
-        function = compiled(reference.merge_crops)
+        function = compiled(torch_ops.merge_crops)
         providers["triton"] = lambda: ops.merge_crops(features, grids, sub_GN, glb_GN, backend="triton")
         if len(set(grids)) == 1:  # unrolled over many different images it takes minutes to compile
             providers["torch.compile"] = lambda: function(features, grids, sub_GN, glb_GN)
 
     def exact():
         wide, sub, glb = upcast(features, sub_GN, glb_GN)
-        return reference.merge_crops(wide, grids, sub, glb)
+        return torch_ops.merge_crops(wide, grids, sub, glb)
 
     return Work(providers, exact)

@@ -6,7 +6,7 @@ import torch
 
 from bench.common import Case, Work, compiled, upcast
 from bench.shapes import D, dtype_of, randn
-from minivlm2vec_kernels import ops, reference
+from minivlm2vec_kernels import ops, torch_ops
 
 EPS = 1e-5
 
@@ -22,9 +22,9 @@ def cases(device: torch.device) -> Iterator[Case]:
 def work(sequences: int, length: int, device: torch.device) -> Work:
     x, weight = randn(sequences * length, D, device=device), randn(D, device=device)
     cu_seqlens = torch.arange(sequences + 1, device=device, dtype=torch.int32) * length
-    providers = {"torch": lambda: reference.pool_last_token(x, cu_seqlens, weight, EPS)}
+    providers = {"torch": lambda: torch_ops.pool_last_token(x, cu_seqlens, weight, EPS)}
     if device.type == "cuda":
-        function = compiled(reference.pool_last_token)
+        function = compiled(torch_ops.pool_last_token)
         providers["triton"] = lambda: ops.pool_last_token(x, cu_seqlens, weight, EPS, backend="triton")
         providers["torch.compile"] = lambda: function(x, cu_seqlens, weight, EPS)
-    return Work(providers, lambda: reference.pool_last_token(*upcast(x, cu_seqlens, weight), EPS))
+    return Work(providers, lambda: torch_ops.pool_last_token(*upcast(x, cu_seqlens, weight), EPS))

@@ -6,7 +6,7 @@ import torch
 
 from bench.common import Case, Work, compiled
 from bench.shapes import FF, D, decoder_rows, dtype_of, randn
-from minivlm2vec_kernels import ops, reference
+from minivlm2vec_kernels import ops, torch_ops
 
 
 def cases(device: torch.device) -> Iterator[Case]:
@@ -19,9 +19,9 @@ def cases(device: torch.device) -> Iterator[Case]:
 
 def work(rows: int, width: int, device: torch.device) -> Work:
     x = randn(rows, width, device=device)
-    providers = {"torch": lambda: reference.quantize_rows(x)}
+    providers = {"torch": lambda: torch_ops.quantize_rows(x)}
     if device.type == "cuda":
-        function = compiled(reference.quantize_rows)
+        function = compiled(torch_ops.quantize_rows)
         providers["triton"] = lambda: ops.quantize_rows(x, backend="triton")
         providers["torch.compile"] = lambda: function(x)
-    return Work(providers, lambda: reference.quantize_rows(x.float()))
+    return Work(providers, lambda: torch_ops.quantize_rows(x.float()))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from bench.common import Case, Work, backward_work, compiled, entry, upcast
 from bench.shapes import D, decoder_rows, dtype_of, randn
-from minivlm2vec_kernels import ops, reference
+from minivlm2vec_kernels import ops, torch_ops
 
 EPS = 1e-5
 
@@ -30,7 +30,7 @@ def case(kernel: str, rows: int, device: torch.device, sweep: bool = False) -> C
 def work(kernel: str, rows: int, device: torch.device, sweep: bool) -> Work:
     x, residual, weight = (randn(n, D, device=device) for n in (rows, rows, 1))
     tensors = (x, weight[0]) if kernel == "rms_norm" else (x, residual, weight[0])
-    op, plain = getattr(ops, kernel), getattr(reference, kernel)
+    op, plain = getattr(ops, kernel), getattr(torch_ops, kernel)
     providers = {"torch": lambda: plain(*tensors, EPS)}
     if device.type == "cuda":
         providers["triton"] = lambda: op(*tensors, EPS, backend="triton")
@@ -56,7 +56,7 @@ def backward_case(kernel: str, rows: int, device: torch.device, sweep: bool = Fa
 def work_backward(kernel: str, rows: int, device: torch.device, sweep: bool) -> Work:
     x, residual, weight = (randn(n, D, device=device) for n in (rows, rows, 1))
     tensors = (x, weight[0]) if kernel == "rms_norm" else (x, residual, weight[0])
-    op, plain = getattr(ops, kernel), getattr(reference, kernel)
+    op, plain = getattr(ops, kernel), getattr(torch_ops, kernel)
     found = {"torch": lambda *tensors: plain(*tensors, EPS)}
     if device.type == "cuda":
         found["triton"] = lambda *tensors: op(*tensors, EPS, backend="triton")

@@ -1,13 +1,14 @@
-"""rope on q and k, views of the decoder's qkv buffer; and its gradient."""
+"""rope and rope_ on q and k, views of the decoder's qkv buffer; and the gradient of rope."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bench.common import Case, Work, backward_work, compiled, upcast
 from bench.shapes import H, N, decoder_rows, dtype_of, randn
-from minivlm2vec_kernels import ops, reference
+from minivlm2vec_kernels import ops, torch_ops
 
 
 def cases(device: torch.device) -> Iterator[Case]:
@@ -15,7 +16,8 @@ def cases(device: torch.device) -> Iterator[Case]:
         dtype = dtype_of(device)
         moved = rows * (4 * N * H * dtype.itemsize + 2 * (H // 2) * 4)  # q, k in and out; cos, sin float32
         name = f"{rows} x (32+32) x 96"
-        yield Case("rope", name, dtype, 0, moved, lambda rows=rows: work(rows, device))
+        for kernel in ("rope", "rope_"):
+            yield Case(kernel, name, dtype, 0, moved, lambda k=kernel, rows=rows: work(k, rows, device))
         yield Case("rope_backward", name, dtype, 0, moved, lambda rows=rows: work_backward(rows, device))
 
 
@@ -27,23 +29,21 @@ def inputs(rows: int, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]
     return qkv, (q, k, angles.cos(), angles.sin())
 
 
-def work(rows: int, device: torch.device) -> Work:
-    qkv, tensors = inputs(rows, device)
-    q, k, *_ = tensors
-    providers = {"torch": lambda: reference.rope(*tensors)}
+def work(kernel: str, rows: int, device: torch.device) -> Work:
+    qkv, (q, k, cos, sin) = inputs(rows, device)
+    op, plain = getattr(ops, kernel), getattr(torch_ops, kernel)
+    own = iter([qkv.clone().unflatten(1, (3, N, H)).unbind(1)[:2] for _ in range(3)])  # rope_ turns them at every run
+    providers = {"torch": partial(plain, *next(own), cos, sin)}
     if device.type == "cuda":
-        own_q, own_k, _ = qkv.clone().unflatten(1, (3, N, H)).unbind(1)  # rotated further at every run
-        function = compiled(reference.rope)
-        providers["triton"] = lambda: ops.rope(own_q, own_k, *tensors[2:], backend="triton")
-        providers["torch.compile"] = lambda: function(*tensors)
-    cos, sin = (t.to(q.dtype) for t in tensors[2:])
-    return Work(providers, lambda: reference.rope(*upcast(q, k, cos, sin)))
+        providers["triton"] = partial(op, *next(own), cos, sin, backend="triton")
+        providers["torch.compile"] = partial(compiled(plain), *next(own), cos, sin)
+    return Work(providers, lambda: torch_ops.rope(*upcast(q, k, cos.to(q.dtype), sin.to(q.dtype))))
 
 
 def work_backward(rows: int, device: torch.device) -> Work:
     _, (q, k, cos, sin) = inputs(rows, device)
     cos, sin = cos.to(q.dtype), sin.to(q.dtype)
-    found = {"torch": lambda q, k: reference.rope(q, k, cos, sin)}
+    found = {"torch": lambda q, k: torch_ops.rope(q, k, cos, sin)}
     if device.type == "cuda":
         found["triton"] = lambda q, k: ops.rope(q, k, cos, sin, backend="triton")
         found["torch.compile"] = compiled(found["torch"])

@@ -1,4 +1,4 @@
-"""The ops of VLM2Vec on packed sequences: plain torch as the specification, Triton kernels as the fast path."""
+"""The ops of VLM2Vec on packed sequences: Triton kernels, and plain torch where they do not run (see ops.py)."""
 
 from .ops import (
     add_layer_norm,
@@ -7,8 +7,8 @@ from .ops import (
     choose_backend,
     image_patches,
     layer_norm,
-    layer_norm_shift,
-    linear_add,
+    layer_norm_shift_,
+    linear_add_,
     linear_quick_gelu,
     linear_silu_mul,
     merge_crops,
@@ -17,6 +17,7 @@ from .ops import (
     quick_gelu,
     rms_norm,
     rope,
+    rope_,
     silu_mul,
 )
 
@@ -27,8 +28,8 @@ __all__ = [
     "choose_backend",
     "image_patches",
     "layer_norm",
-    "layer_norm_shift",
-    "linear_add",
+    "layer_norm_shift_",
+    "linear_add_",
     "linear_quick_gelu",
     "linear_silu_mul",
     "merge_crops",
@@ -37,5 +38,6 @@ __all__ = [
     "quick_gelu",
     "rms_norm",
     "rope",
+    "rope_",
     "silu_mul",
 ]

@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .launch import as_rows, check_shape, compiled_as_op, dense_rows, on_device_of
+from .custom_op import compiled_as_op
+from .launch import as_rows, check_shape, dense_rows, on_device_of
 
 # kernel -> (largest BF, warps): 16 elements a thread for each operand, two 16-byte loads of bf16
 SETTINGS = {"silu_mul": (2048, 4), "quick_gelu": (2048, 4), "silu_mul_backward": (2048, 4)}

@@ -33,7 +33,8 @@ from .attention_triton import (
     store_rows,
     supports_tma,
 )
-from .launch import compiled_as_op, on_device_of
+from .custom_op import compiled_as_op
+from .launch import on_device_of
 
 # ------------------------------------------------------------------------------------------------ queries' gradient
 
@@ -265,7 +266,7 @@ def _fake_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     causal: bool, scale: float | None, cu_seqlens_q: Tensor | None, max_seqlen_q: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 @compiled_as_op(_fake_attention_backward)
@@ -332,9 +333,9 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, cu_seqlens, cu_seqlens_q = ctx.saved_tensors
+        q, k, v, out, lse, cu_seqlens, cu_seqlens_q = ctx.saved_tensors
         max_seqlen, causal, scale, max_seqlen_q = ctx.options
         dq, dk, dv = attention_backward(
-            dout, *tensors, cu_seqlens, max_seqlen, causal, scale, cu_seqlens_q, max_seqlen_q
+            dout, q, k, v, out, lse, cu_seqlens, max_seqlen, causal, scale, cu_seqlens_q, max_seqlen_q
         )
         return dq, dk, dv, None, None, None, None, None, None

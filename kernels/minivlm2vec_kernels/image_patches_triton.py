@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .custom_op import compiled_as_op
 from .image_grids import Grid, launches, pack, unflatten
-from .launch import check_shape, compiled_as_op, on_device_of
+from .launch import check_shape, on_device_of
 
 SETTINGS = (512, 4)  # BO, warps
 
@@ -74,13 +75,13 @@ def image_patches_kernel(
         y = patch_y * p + o // p % p
         x = o // (3 * p * p) * p + o % p
         if view > 0:
-            pixels = crops + (before + view - 1).to(tl.int64) * (S * S * 3)
+            pixels = crops + tl.cast(before + view - 1, tl.int64) * (S * S * 3)
             value = tl.load(pixels + (y * S + x) * 3 + channel, mask=inside, other=0).to(tl.float32)
         else:
-            value = _global_view(crops + before.to(tl.int64) * (S * S * 3), y, x, channel, inside, h, w, S, BO)
+            value = _global_view(crops + tl.cast(before, tl.int64) * (S * S * 3), y, x, channel, inside, h, w, S, BO)
         m = tl.load(mean + channel, mask=inside, other=0.0)
         s = tl.load(std + channel, mask=inside, other=1.0)
-        place = ((first_view + view).to(tl.int64) * P + patch_y) * line + o
+        place = (tl.cast(first_view + view, tl.int64) * P + patch_y) * line + o
         tl.store(out + place, ((value / 255.0 - m) / s).to(out.dtype.element_ty), mask=inside)
 
 

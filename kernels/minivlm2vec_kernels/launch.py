@@ -1,35 +1,13 @@
-"""What every launcher shares: the op it becomes under torch.compile, its device, its view of rows."""
+"""What launchers share: checks of their arguments, their view of rows, and how programs share rows out."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 from torch import Tensor
 
 on_device_of = torch.cuda.device_of  # Triton launches on the current device, which need not be the tensor's
-
-
-def compiled_as_op(fake: Callable, mutates_args: Sequence[str] = ()) -> Callable:
-    """Decorator: the launcher as it is when called eagerly, an opaque custom op under torch.compile.
-
-    The op keeps the compiler out of the launcher (no graph break, nothing specialised on sizes) and declares
-    which arguments are written; `fake` gives the outputs' shapes. Eager calls skip the dispatcher, whose
-    12 us of Python are more than a launch takes. Arguments are positional.
-    """
-
-    def decorate(launcher: Callable) -> Callable:
-        op = torch.library.custom_op(f"minivlm2vec::{launcher.__name__}", launcher, mutates_args=tuple(mutates_args))
-        op.register_fake(fake)
-
-        @functools.wraps(launcher)
-        def call(*args):
-            return op(*args) if torch.compiler.is_compiling() else launcher(*args)
-
-        call.op = op
-        return call
-
-    return decorate
 
 
 def as_rows(x: Tensor, name: str) -> Tensor:

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import as_rows, check_shape, compiled_as_op, on_device_of, whole_rows
+from .custom_op import compiled_as_op
+from .launch import as_rows, check_shape, on_device_of, whole_rows
 
 # BD -> (BM, warps). 32 elements a thread, so four 16-byte loads of bf16 in flight for each, up to BD = 8192.
 SETTINGS = {

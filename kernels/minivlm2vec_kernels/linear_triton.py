@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import as_rows, check_shape, compiled_as_op, multiprocessors, on_device_of
+from .custom_op import compiled_as_op
+from .launch import as_rows, check_shape, multiprocessors, on_device_of
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .custom_op import compiled_as_op
 from .image_grids import Grid, launches, pack, unflatten
-from .launch import check_shape, compiled_as_op, on_device_of
+from .launch import check_shape, on_device_of
 
 # BD up to this -> (BR, warps): 64 elements a thread at most
 SETTINGS = {1024: (8, 4), 2048: (4, 4), 4096: (2, 4), 8192: (1, 4), 32768: (1, 16)}

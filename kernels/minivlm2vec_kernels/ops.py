@@ -4,50 +4,62 @@ Shapes: T packed tokens, B sequences, N query heads, Nkv key-value heads, H head
         P patches per side of a crop, p pixels per side of a patch, I image tokens, S pixels per side of a crop.
 
 Sequences lie end to end, without padding; `cu_seqlens` [B + 1] int32 holds where each begins, and where the
-last ends. Every op takes `backend=`: None (the environment's choice), "auto", "triton" or "torch". Gradients flow
-through Triton kernels where "triton" is asked for, in attention, rms_norm, add_rms_norm, silu_mul, rope and the
-unfused linear_silu_mul; the other ops refuse.
+last ends. Every op takes `backend=`: None (the environment's choice), "auto", "triton" or "torch"; another one is a
+ValueError. Gradients flow through Triton kernels where "triton" is asked for, in attention, rms_norm, add_rms_norm,
+silu_mul, rope and the unfused linear_silu_mul; the other ops refuse.
+
+As in torch, an op whose name ends in an underscore writes over an argument, and no other does: what they return is
+theirs alone. Every op can be traced by torch.compile without a graph break.
 """
 
 import os
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import torch_ops
 from .image_grids import Grid, flatten
 
 BACKENDS = ("auto", "triton", "torch")
 BACKEND = os.environ.get("MINIVLM2VEC_BACKEND", "auto")
 
 
-def choose_backend(backend: str | None, *tensors: Tensor, backward: bool = False) -> str:
+def choose_backend(backend: str | None, *tensors: Tensor, backward: bool = False) -> Literal["triton", "torch"]:
     """Returns "triton" or "torch" for an op on `tensors`; `backward`: whether its kernels carry gradients.
 
     The argument beats the variable MINIVLM2VEC_BACKEND, which beats auto. Auto takes Triton on a CUDA device
     when no gradient is needed and torch otherwise: no backward kernel has been timed against torch's yet. An
     explicit "triton" that cannot run raises.
     """
-    choice = backend or BACKEND
+    choice = BACKEND if backend is None else backend
     if choice not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {choice!r}")
     if choice == "auto":
         return "triton" if tensors[0].is_cuda and not needs_grad(*tensors) else "torch"
-    if choice == "triton" and not backward and needs_grad(*tensors):
+    if choice == "torch":
+        return "torch"
+    if not backward and needs_grad(*tensors):
         raise RuntimeError(
             "backend='triton': this op's kernels have no backward pass; use torch.no_grad(), or backend='torch'"
         )
-    if choice == "triton" and not tensors[0].is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if not tensors[0].is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
             f"backend='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got one on {tensors[0].device}"
         )
-    return choice
+    return "triton"
 
 
 def needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def refuse_gradient(op: str, *tensors: Tensor) -> None:
+    """Raises RuntimeError where a gradient is needed by an op that writes over what autograd would have kept."""
+    if needs_grad(*tensors):
+        raise RuntimeError(f"{op} writes over its argument and has no gradient; use torch.no_grad()")
 
 
 def attention(
@@ -86,16 +98,13 @@ def attention(
 
         op = attention_backward_triton.Attention.apply if needs_grad(q, k, v) else attention_triton.attention
         return op(q, k, v, cu_seqlens, max_seqlen, causal, scale, cu_seqlens_q, max_seqlen_q)
-    return reference.attention(
-        q, k, v, cu_seqlens, max_seqlen,
-        causal=causal, scale=scale, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
-    )  # fmt: skip
+    return torch_ops.attention(q, k, v, cu_seqlens, causal=causal, scale=scale, cu_seqlens_q=cu_seqlens_q)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps), statistic in float32, cast to x's dtype, then times weight. x [..., D]."""
     if choose_backend(backend, x, weight, backward=True) == "torch":
-        return reference.rms_norm(x, weight, eps)
+        return torch_ops.rms_norm(x, weight, eps)
     from . import rms_norm_triton
 
     if needs_grad(x, weight):
@@ -108,7 +117,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """residual + x, and the RMSNorm of it. x, residual [..., D]. Returns (normed, residual + x)."""
     if choose_backend(backend, x, residual, weight, backward=True) == "torch":
-        return reference.add_rms_norm(x, residual, weight, eps)
+        return torch_ops.add_rms_norm(x, residual, weight, eps)
     from . import rms_norm_triton
 
     if needs_grad(x, residual, weight):
@@ -119,7 +128,7 @@ def add_rms_norm(
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: str | None = None) -> Tensor:
     """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias, in float32. x [..., D]."""
     if choose_backend(backend, x, weight, bias) == "torch":
-        return reference.layer_norm(x, weight, bias, eps)
+        return torch_ops.layer_norm(x, weight, bias, eps)
     from . import layer_norm_triton
 
     return layer_norm_triton.layer_norm(x, weight, bias, eps)
@@ -130,42 +139,48 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """residual + x, and the LayerNorm of it. x, residual [..., D]. Returns (normed, residual + x)."""
     if choose_backend(backend, x, residual, weight, bias) == "torch":
-        return reference.add_layer_norm(x, residual, weight, bias, eps)
+        return torch_ops.add_layer_norm(x, residual, weight, bias, eps)
     from . import layer_norm_triton
 
     return layer_norm_triton.add_layer_norm(x, residual, weight, bias, eps)
 
 
-def layer_norm_shift(
+def layer_norm_shift_(
     x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """LayerNorm of x, and x + shift: the bias of the product that is going to be added to x (see `linear_add`), for
-    which x would otherwise be read and written once more. x [..., D], shift, weight, bias [D].
+    """LayerNorm of x, and x + shift, which is written over x: the bias of the product that is going to be added to x
+    (see `linear_add_`), for which x would otherwise be read and written once more. x [..., D], contiguous for Triton;
+    shift, weight, bias [D].
 
-    Returns (normed, x + shift); x is written over where gradients are disabled.
+    Returns (normed, x). Raises RuntimeError where a gradient is needed.
     """
-    if choose_backend(backend, x, shift, weight, bias) == "torch":
-        return reference.layer_norm_shift(x, shift, weight, bias, eps)
+    taken = choose_backend(backend, x, shift, weight, bias)
+    refuse_gradient("layer_norm_shift_", x, shift, weight, bias)
+    if taken == "torch":
+        return torch_ops.layer_norm_shift_(x, shift, weight, bias, eps)
     from . import layer_norm_triton
 
-    x = x.clone() if torch.is_grad_enabled() else x.contiguous()
     return layer_norm_triton.layer_norm_shift_(x, shift, weight, bias, eps), x
 
 
-def linear_add(
-    x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None, *, backend: str | None = None
+def linear_add_(
+    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
 ) -> Tensor:
-    """residual + x W^T (+ bias): the end of an attention or MLP block. x [T, K], weight [D, K], residual [T, D].
+    """residual + x W^T (+ bias), written over `residual`, which is returned: the end of an attention or MLP block.
 
-    Under `torch.no_grad()` or inference mode the result is written over `residual`, which is returned.
+    residual [T, D], x [T, K], weight [D, K], bias [D]. torch's own product on every backend.
+    Raises RuntimeError where a gradient is needed.
     """
-    return reference.linear_add(x, weight, residual, bias)
+    tensors = (residual, x, weight) if bias is None else (residual, x, weight, bias)
+    choose_backend(backend, *tensors)
+    refuse_gradient("linear_add_", *tensors)
+    return torch_ops.linear_add_(residual, x, weight, bias)
 
 
 def silu_mul(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     """silu(gate) * up, where gate is the first half of the last dimension. [..., 2F] -> [..., F]."""
     if choose_backend(backend, gate_up, backward=True) == "torch":
-        return reference.silu_mul(gate_up)
+        return torch_ops.silu_mul(gate_up)
     from . import activation_triton
 
     if needs_grad(gate_up):
@@ -176,7 +191,7 @@ def silu_mul(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
 def quick_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """y * sigmoid(1.702 y) with y = x + bias (CLIP's activation). x [..., F], bias [F]."""
     if choose_backend(backend, x, *([] if bias is None else [bias])) == "torch":
-        return reference.quick_gelu(x, bias)
+        return torch_ops.quick_gelu(x, bias)
     from . import activation_triton
 
     return activation_triton.quick_gelu(x, bias)
@@ -192,7 +207,7 @@ def linear_quick_gelu(
     only reach 68 % of cuBLAS's speed to win.
     """
     if choose_backend(backend, x, weight, bias) == "torch":
-        return reference.linear_quick_gelu(x, weight, bias)
+        return torch_ops.linear_quick_gelu(x, weight, bias)
     from . import linear_triton
 
     if linear_triton.fuses_quick_gelu(x) if fused is None else fused:
@@ -212,7 +227,7 @@ def linear_silu_mul(
     It has no gradient.
     """
     if choose_backend(backend, x, gate_up_weight, backward=not fused) == "torch":
-        return reference.linear_silu_mul(x, gate_up_weight)
+        return torch_ops.linear_silu_mul(x, gate_up_weight)
     if not fused:
         return silu_mul(F.linear(x, gate_up_weight), backend="triton")
     from . import linear_triton
@@ -227,7 +242,7 @@ def quantize_rows(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Ten
     Returns (q [..., K] float8_e4m3fn, scale [...] float32), contiguous. Triton needs capability 8.9 for it.
     """
     if choose_backend(backend, x) == "torch":
-        return reference.quantize_rows(x)
+        return torch_ops.quantize_rows(x)
     from . import quantize_rows_triton
 
     return quantize_rows_triton.quantize_rows(x)
@@ -237,16 +252,29 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None 
     """Rotary position embedding, halves rotated against each other: (a cos - b sin, b cos + a sin).
 
     q [T, N, H], k [T, Nkv, H], either of them without heads where only the other is to be turned; cos, sin
-    [T, H / 2], already scaled, one row a token; cast to q's dtype first.
-    When no gradient is needed q and k may be written over; use what is returned. The kernel carries no gradient
-    by cos and sin.
+    [T, H / 2], already scaled, one row a token; cast to q's dtype first. Returns q and k turned, contiguous.
+    The kernel carries no gradient by cos and sin.
     """
     if choose_backend(backend, q, k, cos, sin, backward=not needs_grad(cos, sin)) == "torch":
-        return reference.rope(q, k, cos, sin)
+        return torch_ops.rope(q, k, cos, sin)
     from . import rope_triton
 
     if needs_grad(q, k):
         return rope_triton.Rope.apply(q, k, cos, sin)
+    return rope_triton.rope(q, k, cos, sin, False)
+
+
+def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """`rope` written over q and k, which may be views of one buffer, and are returned.
+
+    Raises RuntimeError where a gradient is needed.
+    """
+    taken = choose_backend(backend, q, k, cos, sin)
+    refuse_gradient("rope_", q, k, cos, sin)
+    if taken == "torch":
+        return torch_ops.rope_(q, k, cos, sin)
+    from . import rope_triton
+
     rope_triton.rope_(q, k, cos, sin)
     return q, k
 
@@ -270,7 +298,7 @@ def image_patches(
     image; pixels of a patch in the order channel, row, column (that of the convolution's weight).
     """
     if choose_backend(backend, crops) == "torch":
-        return reference.image_patches(crops, grids, mean, std, patch_size, dtype)
+        return torch_ops.image_patches(crops, grids, mean, std, patch_size, dtype)
     from . import image_patches_triton
 
     return image_patches_triton.image_patches(crops, flatten(grids), mean, std, patch_size, dtype)
@@ -287,7 +315,7 @@ def merge_crops(
     Returns [I, 4D], I = sum (h * w + 1) * m^2 + 1 + (h + 1) * m.
     """
     if choose_backend(backend, features, sub_GN, glb_GN) == "torch":
-        return reference.merge_crops(features, grids, sub_GN, glb_GN)
+        return torch_ops.merge_crops(features, grids, sub_GN, glb_GN)
     from . import merge_crops_triton
 
     return merge_crops_triton.merge_crops(features, flatten(grids), sub_GN, glb_GN)
@@ -307,18 +335,7 @@ def pool_last_token(
     x [T, D]; cu_seqlens [B + 1]. Returns [B, D] float32.
     """
     if choose_backend(backend, x, norm_weight) == "torch":
-        return reference.pool_last_token(x, cu_seqlens, norm_weight, eps, normalize=normalize)
+        return torch_ops.pool_last_token(x, cu_seqlens, norm_weight, eps, normalize=normalize)
     from . import pooling_triton
 
     return pooling_triton.pool_last_token(x, cu_seqlens, norm_weight, eps, normalize)
-
-
-def linear_add_(residual, x, weight, bias=None, *, backend=None):  # SHIM
-    return linear_add(x, weight, residual, bias, backend=backend)
-
-
-def layer_norm_shift_(x, shift, weight, bias, eps, *, backend=None):  # SHIM
-    return layer_norm_shift(x, shift, weight, bias, eps, backend=backend)
-
-
-rope_ = rope

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import as_rows, check_shape, compiled_as_op, on_device_of
+from .custom_op import compiled_as_op
+from .launch import as_rows, check_shape, on_device_of
 
 SETTINGS = {2048: 4, 8192: 8, 32768: 16}  # BD up to this -> warps
 

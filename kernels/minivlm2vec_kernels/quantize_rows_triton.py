@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import as_rows, compiled_as_op, on_device_of, whole_rows
+from .custom_op import compiled_as_op
+from .launch import as_rows, on_device_of, whole_rows
 
 # BK -> (BM, warps). 32 elements a thread, so four 16-byte loads of bf16 in flight for each, up to BK = 8192.
 SETTINGS = {

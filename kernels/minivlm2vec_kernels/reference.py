@@ -1,5 +1,9 @@
-"""Every op in plain torch: the specification that the kernels are tested against, and the path that runs on CPUs
-and, unless Triton is asked for, carries gradients. It imports nothing but torch.
+"""The specification: each op as its formula in plain torch, and nothing clever.
+
+Kernels (`*_triton.py`) and what runs without Triton (`torch_ops.py`) are tested against these functions. Their
+arguments are those of `ops.py`, where shapes are explained, without `backend` and the lengths of the longest sequence.
+Nothing here writes over an argument: `rope` specifies `ops.rope_` too, `linear_add` and `layer_norm_shift` those with
+an underscore behind.
 
 Shapes: T packed tokens, B sequences, N query heads, Nkv key-value heads, H head dim, D width, C crops,
         P patches per side of a crop, I image tokens, S pixels per side of a crop.
@@ -11,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Grid = tuple[int, int]  # rows and columns of crops that an image was cut into
+from .image_grids import Grid
 
 
 def attention(
@@ -19,126 +23,77 @@ def attention(
     k: Tensor,  # [Tk, Nkv, H]
     v: Tensor,  # [Tk, Nkv, H]
     cu_seqlens: Tensor,  # [B + 1]
-    max_seqlen: int,
     *,
     causal: bool,
     scale: float | None = None,
     cu_seqlens_q: Tensor | None = None,  # [B + 1]
-    max_seqlen_q: int | None = None,
 ) -> Tensor:  # [Tq, N, H]
-    k_len = cu_seqlens.diff().tolist()
-    q_len = k_len if cu_seqlens_q is None else cu_seqlens_q.diff().tolist()
-    padding = q.new_zeros(q.shape[0] - sum(q_len), *q.shape[1:])  # rows that belong to no sequence
-    q, k, v = q[: sum(q_len)], k[: sum(k_len)], v[: sum(k_len)]
-    same: dict[tuple[int, int], list[int]] = {}  # sequences of the same lengths are one batched call
-    for i, lengths in enumerate(zip(q_len, k_len, strict=True)):
-        same.setdefault(lengths, []).append(i)
-    if len(same) == 1:
-        out = _equal_lengths(q, k, v, len(k_len), causal, scale)
-        return torch.cat([out, padding]) if len(padding) else out
-    split, parts = (q.split(q_len), k.split(k_len), v.split(k_len)), [padding] * len(q_len)
-    for (n, _), members in same.items():
-        group = (torch.cat([x[i] for i in members]) if len(members) > 1 else x[members[0]] for x in split)
-        out = _equal_lengths(*group, len(members), causal, scale)
-        for i, y in zip(members, out.split([n] * len(members)), strict=True):
-            parts[i] = y
-    return torch.cat([*parts, padding])
+    """softmax(scale * q k^T) v of each sequence (Vaswani et al., arXiv 1706.03762); query head n reads key
+    head n // (N / Nkv).
 
-
-def _equal_lengths(q: Tensor, k: Tensor, v: Tensor, batch: int, causal: bool, scale: float | None) -> Tensor:
-    if q.shape[0] == 0 or k.shape[0] == 0:
-        return torch.zeros_like(q)  # a query that sees no key
-    qs, ks, vs = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))  # [B, N, L, H]
-    mask, lq, lk = None, qs.shape[2], ks.shape[2]
-    if causal and lq == 1:
-        causal = False  # one query, aligned to the end, sees every key
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[1] == k.shape[1] and (not causal or lk <= 128):
-        return _by_products(qs, ks, vs, scale, causal)
-    if causal and lq != lk:  # the last query sees the last key
-        mask = torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq)
-    y = F.scaled_dot_product_attention(
-        qs,
-        ks,
-        vs,
-        mask,
-        is_causal=causal and mask is None,
-        scale=scale,
-        enable_gqa=ks.shape[1] != qs.shape[1],
-    )
-    return y.transpose(1, 2).flatten(0, 1)
-
-
-def _by_products(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool
-) -> Tensor:  # [B, N, L, H] -> [B L, N, H]
-    """Attention as two products: on a CPU in bfloat16 a quarter faster than the fused function at 577 keys, and with
-    its gradient three to five times as fast at 15 to 60."""
+    Scores and sums are float32 at least; probabilities are rounded to v's dtype, as tensor cores want them.
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    n = max(1, (1 << 20) // (q.shape[1] * q.shape[2] * k.shape[2]))  # sequences whose scores stay in the cache
-    hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1 + k.shape[2] - q.shape[2]) if causal else None
-    parts = []
-    for a, b, c in zip(q.split(n), k.split(n), v.split(n), strict=True):
-        scores = torch.matmul(a * scale, b.mT)
-        if hidden is not None:
-            scores = scores.masked_fill(hidden, float("-inf"))
-        parts.append(torch.matmul(scores.softmax(-1), c))
-    return torch.cat(parts).transpose(1, 2).flatten(0, 1)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # [Tk, N, H]
+    k_starts = cu_seqlens.tolist()
+    q_starts = k_starts if cu_seqlens_q is None else cu_seqlens_q.tolist()
+    outs = []
+    for q0, q1, k0, k1 in zip(q_starts[:-1], q_starts[1:], k_starts[:-1], k_starts[1:], strict=True):
+        scores = scale * torch.einsum("qnh,knh->nqk", wide(q[q0:q1]), wide(k[k0:k1]))
+        above = torch.ones_like(scores, dtype=torch.bool).triu(1 + (k1 - k0) - (q1 - q0))  # the last sees the last
+        hidden = above & causal
+        p = scores.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden, 0)  # no key: zeros, not NaN
+        outs.append(torch.einsum("nqk,knh->qnh", wide(p.to(v.dtype)), wide(v[k0:k1])).to(q.dtype))
+    return torch.cat([*outs, torch.zeros_like(q[q_starts[-1] :])])  # rows beyond the last sequence
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x32 = x.float()
-    x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
-    return x32.to(x.dtype) * weight
+    """x / sqrt(mean(x^2) + eps), rounded to x's dtype, times weight (Zhang and Sennrich, arXiv 1910.07467)."""
+    y = wide(x)
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+    return y.to(x.dtype) * weight
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    residual = residual + x
-    return rms_norm(residual, weight, eps), residual
+    total = residual + x
+    return rms_norm(total, weight, eps), total
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias (Ba et al., arXiv 1607.06450)."""
+    y = wide(x)
+    y = y - y.mean(-1, keepdim=True)
+    y = y / (y.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+    return (y * wide(weight) + wide(bias)).to(x.dtype)
 
 
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    residual = residual + x
-    return layer_norm(residual, weight, bias, eps), residual
+    total = residual + x
+    return layer_norm(total, weight, bias, eps), total
 
 
 def layer_norm_shift(x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    normed = layer_norm(x, weight, bias, eps)
-    return normed, x + shift if torch.is_grad_enabled() else x.add_(shift)
+    return layer_norm(x, weight, bias, eps), x + shift
 
 
-def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-    """residual + x W^T (+ bias); writes over `residual` where gradients are disabled.
-
-    Where they are enabled it does not, even if none of the tensors needs one: activations that are computed again
-    in the backward pass (checkpointing) start from a residual that needs no gradient but must still be there.
-    """
-    if torch.is_grad_enabled():
-        return residual + F.linear(x, weight, bias)
-    if bias is not None:
-        residual.add_(bias)
-    return residual.addmm_(x, weight.t())
+def linear_add(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return residual + F.linear(x, weight, bias)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
+    """SwiGLU's silu(gate) * up (Shazeer, arXiv 2002.05202)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def quick_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    if bias is not None:
-        x = x + bias
-    return x * torch.sigmoid(1.702 * x)
+    """The approximation x * sigmoid(1.702 x) of GELU (Hendrycks and Gimpel, arXiv 1606.08415), which CLIP takes."""
+    y = x if bias is None else x + bias
+    return y * torch.sigmoid(1.702 * y)
 
 
 def linear_quick_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    y = F.linear(x, weight, bias)
-    if y.requires_grad:
-        return quick_gelu(y)
-    return F.silu(y.mul_(1.702), inplace=True).mul_(1 / 1.702)  # the same without a temporary: silu(1.702 y) / 1.702
+    return quick_gelu(F.linear(x, weight, bias))
 
 
 def linear_silu_mul(x: Tensor, gate_up_weight: Tensor) -> Tensor:
@@ -151,6 +106,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary embedding (Su et al., arXiv 2104.09864) of the halves a, b of a head, as in GPT-NeoX and Llama."""
     cos, sin = cos.to(q.dtype)[:, None], sin.to(q.dtype)[:, None]  # [T, 1, H / 2]
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
@@ -198,3 +154,8 @@ def pool_last_token(
 ) -> Tensor:
     last = rms_norm(x[cu_seqlens[1:].long() - 1], norm_weight, eps).float()
     return F.normalize(last, dim=-1) if normalize else last
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .launch import as_rows, check_shape, compiled_as_op, dense_rows, on_device_of, whole_rows
+from .custom_op import compiled_as_op
+from .launch import as_rows, check_shape, dense_rows, on_device_of, whole_rows
 
 # BD -> (BM, warps). 32 elements a thread, so four 16-byte loads of bf16 in flight for each, up to BD = 8192.
 SETTINGS = {

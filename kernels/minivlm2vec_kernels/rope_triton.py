@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .launch import check_shape, compiled_as_op, on_device_of
+from .custom_op import compiled_as_op
+from .launch import check_shape, on_device_of
 
 # elements of a token's two tiles (query and key heads, both halves, padded to powers of two) -> warps
 SETTINGS = {1024: 1, 2048: 2, 4096: 4, 16384: 8}
@@ -97,7 +98,8 @@ class Rope(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         dq, dk = [x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk)]  # autograd hands out expanded ones
-        return *rope(dq, dk, *ctx.saved_tensors, True), None, None
+        cos, sin = ctx.saved_tensors
+        return *rope(dq, dk, cos, sin, True), None, None
 
 
 def _launch(q: Tensor, k: Tensor, out_q: Tensor, out_k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> None:

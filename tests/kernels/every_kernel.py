@@ -61,7 +61,8 @@ def of_rows(make: Maker, capability: tuple[int, int] | None) -> Iterator[Launch]
     yield "rms_norm", lambda: ops.rms_norm(x, weight, 1e-5, **options)
     yield "add_rms_norm", lambda: ops.add_rms_norm(x, residual, weight, 1e-5, **options)
     yield "layer_norm", lambda: ops.layer_norm(x, weight, bias, 1e-5, **options)
-    yield "layer_norm_shift", lambda: ops.layer_norm_shift(x, weight, weight, bias, 1e-5, **options)
+    shifted = make(R, D)
+    yield "layer_norm_shift_", lambda: ops.layer_norm_shift_(shifted, weight, weight, bias, 1e-5, **options)
     yield "add_layer_norm", lambda: ops.add_layer_norm(x, residual, weight, bias, 1e-5, **options)
     yield "silu_mul", lambda: ops.silu_mul(x, **options)
     yield "quick_gelu", lambda: ops.quick_gelu(x, **options)
@@ -76,6 +77,7 @@ def of_rows(make: Maker, capability: tuple[int, int] | None) -> Iterator[Launch]
     cos, sin = make(R, 24), make(R, 24)
     yield "rope", lambda: ops.rope(q, k, cos, sin, **options)
     yield "rope of q alone", lambda: ops.rope(q, q[:, :0], cos, sin, **options)
+    yield "rope_", lambda: ops.rope_(q, k, cos, sin, **options)
 
 
 def of_images(make: Maker) -> Iterator[Launch]:

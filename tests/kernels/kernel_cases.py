@@ -39,7 +39,7 @@ def gradients(op, tensors, seeds):
 
 
 def check_gradients(op, same_dtype, exact, tensors, generator, atol=0.0):
-    """Each gradient of `op` against autograd's through the reference at the tensors' dtype, and through `exact` in
+    """Each gradient of `op` against autograd's through the same maths at the tensors' dtype, and through `exact` in
     float64; see `check_error`. The outputs' gradients are random."""
     with torch.no_grad():
         outs = same_dtype(*tensors)
