@@ -51,11 +51,11 @@ def sweep(device: torch.device) -> Iterator[Case]:
 
 
 def candidates(op) -> dict:
-    from minivlm2vec_kernels import layer_norm_triton
+    from minivlm2vec_kernels.launch import ROW_SETTINGS
 
     def with_settings(setting):
         def call():
-            with entry(layer_norm_triton.SETTINGS, 1024, setting):
+            with entry(ROW_SETTINGS, 1024, setting):
                 return op()
 
         return call

@@ -65,7 +65,7 @@ def work_backward(kernel: str, rows: int, device: torch.device, sweep: bool) -> 
             found["F.rms_norm"] = lambda x, weight: F.rms_norm(x, (D,), weight, EPS)
     work = backward_work(found, tensors)
     if sweep:
-        work.providers.update(candidates(work.providers["triton"], "BACKWARD_SETTINGS"))
+        work.providers.update(candidates(work.providers["triton"], backward=True))
     return work
 
 
@@ -75,12 +75,13 @@ def sweep(device: torch.device) -> Iterator[Case]:
         yield backward_case("add_rms_norm", rows, device, sweep=True)
 
 
-def candidates(op, table: str = "SETTINGS") -> dict:
-    from minivlm2vec_kernels import rms_norm_triton
+def candidates(op, backward: bool = False) -> dict:
+    from minivlm2vec_kernels.launch import ROW_SETTINGS
+    from minivlm2vec_kernels.rms_norm_triton import BACKWARD_SETTINGS
 
     def with_settings(setting):
         def call():
-            with entry(getattr(rms_norm_triton, table), 4096, setting):
+            with entry(BACKWARD_SETTINGS if backward else ROW_SETTINGS, 4096, setting):
                 return op()
 
         return call

@@ -35,8 +35,24 @@ def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def whole_rows(D: int, settings: dict[int, tuple[int, int]]) -> tuple[int, int, int]:
-    """(BD, BM, warps) of a kernel whose programs take whole rows of D elements; settings: BD -> (BM, warps)."""
+# BD -> (BM, warps) of rms_norm, layer_norm and quantize_rows: programs that read BM whole rows of up to BD elements
+# once. 32 elements a thread, so four 16-byte loads of bf16 in flight for each, up to BD = 8192.
+ROW_SETTINGS = {
+    64: (32, 4),
+    128: (16, 4),
+    256: (16, 4),
+    512: (8, 4),
+    1024: (4, 4),
+    2048: (2, 4),
+    4096: (1, 4),
+    8192: (1, 8),
+    16384: (1, 16),
+    32768: (1, 16),
+}
+
+
+def whole_rows(D: int, settings: dict[int, tuple[int, int]] = ROW_SETTINGS) -> tuple[int, int, int]:
+    """(BD, BM, warps) for rows of D elements. Raises ValueError where they are wider than the table."""
     BD = max(triton.next_power_of_2(D), min(settings))
     if BD not in settings:
         raise ValueError(f"rows of {D} elements are wider than the {max(settings)} that fit in one program")

@@ -10,20 +10,6 @@ from torch import Tensor
 from .custom_op import compiled_as_op
 from .launch import as_rows, check_shape, on_device_of, whole_rows
 
-# BD -> (BM, warps). 32 elements a thread, so four 16-byte loads of bf16 in flight for each, up to BD = 8192.
-SETTINGS = {
-    64: (32, 4),
-    128: (16, 4),
-    256: (16, 4),
-    512: (8, 4),
-    1024: (4, 4),
-    2048: (2, 4),
-    4096: (1, 4),
-    8192: (1, 8),
-    16384: (1, 16),
-    32768: (1, 16),
-}
-
 
 @triton.jit
 def layer_norm_kernel(
@@ -123,7 +109,7 @@ def _launch(
     check_shape(bias, (D,), "bias")
     if R == 0:
         return
-    BD, BM, warps = settings(D)
+    BD, BM, warps = whole_rows(D)
     with on_device_of(x):
         layer_norm_kernel[(triton.cdiv(R, BM),)](
             x, residual, None if shift is None else shift.contiguous(), weight.contiguous(), bias.contiguous(),
@@ -131,8 +117,3 @@ def _launch(
             R, D, x.stride(0), 0 if residual is None else residual.stride(0), eps,
             ADD=residual is not None, SHIFT=shift is not None, BM=BM, BD=BD, num_warps=warps,
         )  # fmt: skip
-
-
-def settings(D: int) -> tuple[int, int, int]:
-    """(BD, BM, warps) for rows of D elements."""
-    return whole_rows(D, SETTINGS)

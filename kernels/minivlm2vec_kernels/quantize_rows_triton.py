@@ -11,19 +11,6 @@ from torch import Tensor
 from .custom_op import compiled_as_op
 from .launch import as_rows, on_device_of, whole_rows
 
-# BK -> (BM, warps). 32 elements a thread, so four 16-byte loads of bf16 in flight for each, up to BK = 8192.
-SETTINGS = {
-    64: (32, 4),
-    128: (16, 4),
-    256: (16, 4),
-    512: (8, 4),
-    1024: (4, 4),
-    2048: (2, 4),
-    4096: (1, 4),
-    8192: (1, 8),
-    16384: (1, 16),
-    32768: (1, 16),
-}
 E4M3_MAX = tl.constexpr(448.0)
 
 
@@ -50,7 +37,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     out, scale = _fake_quantize_rows(x)
     x = as_rows(x, "x")
     R, K = x.shape
-    BK, BM, warps = settings(K)
+    BK, BM, warps = whole_rows(K)
     if R == 0:
         return out, scale
     with on_device_of(x):
@@ -58,8 +45,3 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
             x, out, scale, R, K, x.stride(0), BM=BM, BK=BK, num_warps=warps
         )  # fmt: skip
     return out, scale
-
-
-def settings(K: int) -> tuple[int, int, int]:
-    """(BK, BM, warps) for rows of K elements."""
-    return whole_rows(K, SETTINGS)

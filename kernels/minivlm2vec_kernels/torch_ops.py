@@ -80,7 +80,7 @@ def _attention(
         same.setdefault(lengths, []).append(i)
     if len(same) == 1:
         out = _equal_lengths(q, k, v, len(k_len), causal, scale)
-        return torch.cat([out, padding]) if len(padding) else out
+        return torch.cat([out, padding]) if len(padding) else out.contiguous()
     split, parts = (q.split(q_len), k.split(k_len), v.split(k_len)), [padding] * len(q_len)
     for (n, _), members in same.items():
         a, b, c = (torch.cat([x[i] for i in members]) if len(members) > 1 else x[members[0]] for x in split)
@@ -95,6 +95,9 @@ def _equal_lengths(q: Tensor, k: Tensor, v: Tensor, batch: int, causal: bool, sc
         return torch.zeros_like(q)  # a query that sees no key
     qs, ks, vs = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))  # [B, N, L, H]
     mask, lq, lk = None, qs.shape[2], ks.shape[2]
+    if causal and lq > lk:  # the first queries see no key
+        seen = _equal_lengths(qs[:, :, lq - lk :].transpose(1, 2).flatten(0, 1), k, v, batch, causal, scale)
+        return F.pad(seen.unflatten(0, (batch, -1)), (0, 0, 0, 0, lq - lk, 0)).flatten(0, 1)
     if causal and lq == 1:
         causal = False  # one query, aligned to the end, sees every key
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[1] == k.shape[1] and (not causal or lk <= 128):
@@ -110,7 +113,7 @@ def _equal_lengths(q: Tensor, k: Tensor, v: Tensor, batch: int, causal: bool, sc
         scale=scale,
         enable_gqa=ks.shape[1] != qs.shape[1],
     )
-    return y.transpose(1, 2).flatten(0, 1).contiguous()
+    return y.transpose(1, 2).flatten(0, 1)
 
 
 def _by_products(

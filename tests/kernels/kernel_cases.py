@@ -11,6 +11,11 @@ ROWS = [0, 1, 2, 17, 63, 577, 1000]
 WIDTHS = [1, 96, 100, 384, 1000, 1024, 3072, 8192]
 
 
+def cumulated(lengths, device=None):
+    """cu_seqlens [B + 1] int32 of sequences of these lengths."""
+    return torch.tensor([0, *lengths], device=device).cumsum(0).int()
+
+
 def compiled(op):
     """`op()` under torch.compile without a graph break, kernels and all."""
     torch._dynamo.reset()

@@ -5,6 +5,7 @@ import torch
 
 from minivlm2vec_kernels import attention, attention_triton, reference
 from minivlm2vec_kernels.attention_triton import FP32_TILE, TILES, Tile
+from tests.kernels.kernel_cases import cumulated
 
 HEAD_DIMS = (32, 48, 64, 80, 96, 128)
 LOOPS = Tile(64, 64, 4, 2)  # one that walks over several blocks of keys
@@ -23,10 +24,6 @@ def packed(lengths, N, Nkv, H, dtype, generator, q_lengths=None):
     if q_lengths != lengths:
         q = torch.randn(sum(q_lengths), N, H, **width).to(dtype)
     return q, k, v, cumulated(q_lengths, device), cumulated(lengths, device)
-
-
-def cumulated(lengths, device):
-    return torch.tensor([0, *lengths], device=device).cumsum(0).int()
 
 
 def kernel(q, k, v, cu_q, cu_k, causal, tile=None, scale=None):
@@ -62,39 +59,6 @@ def check(assert_error_at_most, q, k, v, cu_q, cu_k, causal, tile=None, scale=No
     assert out.is_contiguous()
     assert_error_at_most(out, same, exact)
     return out
-
-
-def by_definition(q, k, v, cu_q, cu_k, causal):
-    """Query by query, as the formula says."""
-    group, rows = q.shape[1] // k.shape[1], []
-    for q0, q1, k0, k1 in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
-        for i in range(q0, q1):
-            end = k1 - (q1 - 1 - i) if causal else k1
-            keys, values = (x[k0:end].repeat_interleave(group, dim=1) for x in (k, v))
-            p = torch.softmax(torch.einsum("nh,knh->nk", q[i], keys) * q.shape[-1] ** -0.5, dim=-1)
-            rows.append(torch.einsum("nk,knh->nh", p, values))
-    return torch.stack(rows)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("Nkv", [4, 2])
-@pytest.mark.parametrize("causal", [True, False])
-def test_reference_is_the_definition(causal, Nkv, dtype):
-    """Sequences of equal lengths are one call each, whatever lies between them: values and gradients."""
-    generator = torch.Generator().manual_seed(1)
-    lengths, q_lengths = [5, 1, 3, 5, 140, 3, 7], [5, 1, 3, 2, 140, 1, 2]
-    for queries in (lengths, q_lengths):
-        q, k, v, cu_q, cu_k = packed(lengths, 4, Nkv, 16, dtype, generator, queries)
-        weight = torch.randn(q.shape, generator=generator)
-        gradients = []
-        for function, kind in ((torch_reference, dtype), (by_definition, torch.float64)):
-            inputs = [x.detach().to(kind).requires_grad_() for x in (q, k, v)]
-            more = (dtype,) if function is torch_reference else ()
-            out = function(*inputs, cu_q, cu_k, causal, *more)
-            (out.double() * weight).sum().backward()
-            gradients.append((out.detach(), *(x.grad for x in inputs)))
-        for ours, exact in zip(*gradients, strict=True):
-            assert (ours.double() - exact).norm() / exact.norm() < (1e-6 if dtype == torch.float32 else 2e-2)
 
 
 # ---------------------------------------------------------------------------- correctness, in the interpreter

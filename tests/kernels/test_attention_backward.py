@@ -7,8 +7,14 @@ import torch
 
 from minivlm2vec_kernels import attention, attention_backward_triton
 from minivlm2vec_kernels.attention_triton import Tile
-from tests.kernels.kernel_cases import check_finite_differences, check_gradients, compiled_gradients, gradients
-from tests.kernels.test_attention import HEAD_DIMS, cumulated, packed
+from tests.kernels.kernel_cases import (
+    check_finite_differences,
+    check_gradients,
+    compiled_gradients,
+    cumulated,
+    gradients,
+)
+from tests.kernels.test_attention import HEAD_DIMS, packed
 
 BLOCKS = {"even": (32, 32), "narrow": (32, 16), "wide": (16, 32)}  # rows of a tile, and of a block that it meets
 

@@ -1,6 +1,7 @@
 """rms_norm_triton.py: the decoder's width, a narrow one, and a width that is no power of two."""
 
-from minivlm2vec_kernels import rms_norm_triton
+from minivlm2vec_kernels.launch import whole_rows
+from minivlm2vec_kernels.rms_norm_triton import BACKWARD_SETTINGS
 from tests.kernels.aot import Spec
 
 TYPES = dict.fromkeys(("x", "weight", "out"), "*bf16") | {
@@ -14,7 +15,7 @@ def specs() -> list[Spec]:
 
 
 def _spec(D: int, add: bool) -> Spec:
-    BD, BM, warps = rms_norm_triton.settings(D)
+    BD, BM, warps = whole_rows(D)
     optional = ("residual", "total")
     types = TYPES | (dict.fromkeys(optional, "*bf16") if add else {})
     constants = {"ADD": add, "BM": BM, "BD": BD} | ({} if add else dict.fromkeys(optional))
@@ -27,7 +28,7 @@ def _spec(D: int, add: bool) -> Spec:
 
 def _backward(D: int, weight: bool) -> Spec:
     """Of add_rms_norm with all gradients, or of rms_norm with a frozen weight."""
-    BD, BM, warps = rms_norm_triton.whole_rows(D, rms_norm_triton.BACKWARD_SETTINGS)
+    BD, BM, warps = whole_rows(D, BACKWARD_SETTINGS)
     pointers = dict.fromkeys(("dout", "s", "weight", "ds") + (("dtotal",) if weight else ()), "*bf16")
     numbers = dict.fromkeys(("R", "D", "stride_dout", "stride_dtotal", "stride_s"), "i32")
     types = pointers | numbers | {"dweight": "*fp32", "eps": "fp32"}
