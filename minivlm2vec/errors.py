@@ -28,3 +28,26 @@ class InputError(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint is incomplete, damaged, or not of this architecture. The message names the file or tensor."""
+
+
+class Option(str):
+    """The name of an option in a message: `max_length` in Python; a command writes --max-length."""
+
+
+class OptionError(ValueError):
+    """Options that cannot be used as they are given, or not together.
+
+    Attributes:
+        parts: the message in pieces, in which names of options are of the class Option.
+    """
+
+    def __init__(self, *parts: str):
+        self.parts = parts
+        super().__init__("".join(parts))
+
+
+def at_least_one(**values: int | None) -> None:
+    """Raises OptionError for the first value below 1; None is none."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise OptionError(Option(name), f" is {value}; at least 1 is needed")
