@@ -6,7 +6,7 @@
 `pipeline` embeds JPEGs made for the purpose, once for each number of threads, after a warm-up run. `search` looks for
 the 10 nearest of N random vectors [N, 3072] float16, the same vectors and query for everyone, best of several runs:
   floor      reading the same bytes once (a sum)                      what memory allows
-  ours       minivlm2vec.files.search.top_k, vectors in memory
+  ours       minivlm2vec.files.retrieval.top_k, vectors in memory
   ours-file  the same over the .npy, mapped; it is in the page cache by then
   numpy      chunks to float32, a matrix product, argpartition
   faiss      IndexScalarQuantizer, fp16, inner product (faiss-cpu, where installed)
@@ -28,11 +28,10 @@ import torch
 from PIL import Image
 
 from minivlm2vec import Embedder, prompts
-from minivlm2vec.files.inputs import Fields
+from minivlm2vec.files import open_vectors
 from minivlm2vec.files.pipeline import Pipeline
-from minivlm2vec.files.search import top_k
-from minivlm2vec.files.sources import Row
-from minivlm2vec.files.vectors import open_vectors
+from minivlm2vec.files.retrieval import top_k
+from minivlm2vec.files.rows import Columns, Row
 
 DIMENSION, TOP, CHUNK = 3072, 10, 8192
 
@@ -74,8 +73,8 @@ def bench_pipeline(args: argparse.Namespace, folder: Path) -> list[dict]:
 
 
 def run_pipeline(embedder: Embedder, rows: list[Row], folder: Path, workers: int):
-    fields = Fields(None, "image", folder)
-    pipeline = Pipeline(embedder, fields, prompt=prompts.IMAGE, num_workers=workers)
+    columns = Columns(None, "image", folder)
+    pipeline = Pipeline(embedder, columns, prompt=prompts.IMAGE, num_workers=workers)
     parts = ((n, rows[start : start + 512]) for n, start in enumerate(range(0, len(rows), 512)))
     for result in pipeline.run(parts):
         assert not result.errors

@@ -35,3 +35,26 @@ class CheckpointError(ValueError):
 def some(names: Sequence[str], n: int = 3) -> str:
     """The first n names, and how many more there are: "a, b, c and 4 more"."""
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+
+
+class Option(str):
+    """The name of an option in a message: `max_length` in Python; a command writes --max-length."""
+
+
+class OptionError(ValueError):
+    """Options that cannot be used as they are given, or not together.
+
+    Attributes:
+        parts: the message in pieces, in which names of options are of the class Option.
+    """
+
+    def __init__(self, *parts: str):
+        self.parts = parts
+        super().__init__("".join(parts))
+
+
+def at_least_one(**values: int | None) -> None:
+    """Raises OptionError for the first value below 1; None is none."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise OptionError(Option(name), f" is {value}; at least 1 is needed")

@@ -67,8 +67,6 @@ def test_core_files_import_their_row(name):
 
 def test_core_never_imports_optional_parts():
     for file in PACKAGE.glob("*.py"):
-        if file.stem == "ray":
-            continue
         for name in imports(file):
             optional = name.startswith(".") and name.split(".")[1] in ("serve", "mmeb", "train", "files", "mini")
             assert not optional, (file, name)

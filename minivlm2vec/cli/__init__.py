@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
+from ..errors import Option, OptionError
 from . import demo, embed, info, mmeb, new_checkpoint, search, serve, similarity, train
 
 COMMANDS = {
@@ -29,11 +30,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except (ValueError, OSError, ImportError, RuntimeError) as e:
-        print(f"minivlm2vec {args.command}: {e}", file=sys.stderr)
+        print(f"minivlm2vec {args.command}: {_message(e)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _message(e: Exception) -> str:
+    """What an error says, with options spelled as flags: --max-length for max_length."""
+    if not isinstance(e, OptionError):
+        return str(e)
+    return "".join(_flag(part) if isinstance(part, Option) else part for part in e.parts)
+
+
+def _flag(option: str) -> str:
+    return "-o" if option == "out" else "--" + option.replace("_", "-")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,7 +1,10 @@
 """What commands that load a model share: its arguments, and how it is loaded."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..files import ModelSpec
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, positional: bool = False) -> None:
@@ -38,3 +41,11 @@ def load_embedder(args: argparse.Namespace, **options: Any):
         backend=args.backend,
         **options,
     )
+
+
+def model_spec(args: argparse.Namespace, *, show_progress: bool) -> "ModelSpec":
+    """What `add_model_arguments` describes, for the commands that load it only when it is needed."""
+    from ..files import ModelSpec
+
+    names = ("adapter", "revision", "dtype", "num_crops", "local_files_only", "device", "backend")
+    return ModelSpec(args.model, **{name: getattr(args, name) for name in names}, show_progress=show_progress)

@@ -1,8 +1,18 @@
-"""`minivlm2vec embed`: the arguments. Nothing heavy is imported before they are parsed."""
+"""`minivlm2vec embed`: a source of any size to one file of vectors."""
 
 import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .arguments import add_model_arguments
+from ..files.progress import Progress
+from .arguments import add_model_arguments, model_spec
+
+if TYPE_CHECKING:
+    from ..files import BadRow, EmbedOptions, Job, Summary, Timing
+
+DONE, USER_ERROR, BAD_ROWS, STRICT = 0, 1, 3, 4
+SHOWN_BAD_ROWS = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +66,96 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..files.embed import embed
+    """Returns 0 where all rows have a vector, 3 where some have none, 4 where --strict met one, and 1 after an error of
+    the user's or the system's."""
+    from .. import files
 
-    return embed(args)
+    try:
+        with Bar(args) as progress:
+            summary = files.embed(args.source, args.out, None, _options(args), progress)
+    except files.BadRowError as e:
+        print(f"minivlm2vec embed: stopped (--strict) at {e}", file=sys.stderr)
+        return STRICT
+    except OSError as e:
+        print(f"minivlm2vec embed: {e}. What is finished is kept: the same command goes on from there", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("\nThe same command goes on from here.", file=sys.stderr)
+        raise
+    if summary is None:  # the first process of torchrun tells
+        return DONE
+    _report(summary, args)
+    return BAD_ROWS if summary.bad_rows else DONE
+
+
+def _options(args: argparse.Namespace) -> "EmbedOptions":
+    from ..files import EmbedOptions
+
+    names = ("text_column", "image_column", "image_root", "instruction", "task", "max_length", "store", "vector_column",
+             "strict", "overwrite", "append", "workers", "batch_tokens", "part_rows")  # fmt: skip
+    model = model_spec(args, show_progress=not args.quiet)
+    return EmbedOptions(model, **{name: getattr(args, name) for name in names})
+
+
+def _report(summary: "Summary", args: argparse.Namespace) -> None:
+    out, rows, bad = summary.out, f"{summary.rows:,}", f"{summary.bad_rows:,}"
+    if summary.already_finished:
+        print(f"{out} is finished already: {rows} rows, {bad} of them bad", file=sys.stderr)
+        return
+    if len(summary.computed_with) > 1:
+        print(f"computed in part with {' and in part with '.join(summary.computed_with)}: vectors differ by rounding "
+              "from those of one of them alone", file=sys.stderr)  # fmt: skip
+    verb = "appended to" if args.append else "wrote"
+    print(f"{verb} {out}: {rows} vectors of {summary.dimension} {args.store}", file=sys.stderr)
+    if summary.errors:
+        print(f"{bad} of them are empty: {summary.errors} says why", file=sys.stderr)
+
+
+class Bar(Progress):
+    """A `files.Progress` for a terminal: a bar, the first bad rows, how long it took."""
+
+    def __init__(self, args: argparse.Namespace):
+        from huggingface_hub.utils import tqdm
+
+        from ..files.ranks import Ranks
+
+        ranks = Ranks()
+        self.quiet = args.quiet or not ranks.first
+        self.label = "Embedding" if ranks.world == 1 else f"Embedding (rank 0 of {ranks.world})"
+        self.tqdm, self.num_bad = tqdm, 0
+        self.bar: Any = None
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def planned(self, job: "Job") -> None:
+        if job.listed is not None:
+            images, others = job.listed
+            print(f"{Path(job.source)}: {images:,} images; {others:,} other files left out", file=sys.stderr)
+        kept = len(job.numbers) - len(job.todo)
+        if (kept or job.changed) and not job.complete:
+            again = f"; {job.changed} are done again, as their image files changed" if job.changed else ""
+            print(f"going on: {kept} of {len(job.numbers)} parts are finished{again}", file=sys.stderr)
+
+    def begun(self, rows: int) -> None:
+        self.bar = self.tqdm(total=rows, desc=self.label, unit="row", disable=self.quiet)
+
+    def advanced(self, rows: int) -> None:
+        self.bar.update(rows)
+
+    def bad_row(self, bad: "BadRow") -> None:
+        self.num_bad += 1
+        if self.num_bad <= SHOWN_BAD_ROWS:
+            more = "; further ones are not shown here" if self.num_bad == SHOWN_BAD_ROWS else ""
+            self.bar.write(f"no vector for {bad}{more}", file=sys.stderr)
+
+    def computed(self, timing: "Timing") -> None:
+        self.bar.close()
+        if not self.quiet:
+            speed, waited = timing.rows / timing.elapsed, timing.waited / timing.elapsed
+            print(f"{timing.rows:,} rows in {timing.elapsed:.1f} s ({speed:.1f} rows/s); the model waited for input "
+                  f"{waited:.0%} of the time", file=sys.stderr)  # fmt: skip

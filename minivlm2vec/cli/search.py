@@ -1,8 +1,17 @@
-"""`minivlm2vec search`: the arguments. Nothing heavy is imported before they are parsed."""
+"""`minivlm2vec search`: the rows of a file of vectors that are nearest to a query; a table, JSON, or a page."""
 
 import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .arguments import add_model_arguments
+from .arguments import add_model_arguments, model_spec
+
+if TYPE_CHECKING:
+    from ..files import Hit, Query, SearchOptions
 
 THAT_OF_VECTORS = "the one that made VECTORS"
 
@@ -42,6 +51,86 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..files.search import search
+    if args.build_index:
+        return _build_index(args)
+    if args.text is None and args.image is None and args.like is None:
+        return _write_gallery(args)
+    return _search(args)
 
-    return search(args)
+
+def _search(args: argparse.Namespace) -> int:
+    from .. import files
+
+    query, options = files.Query(args.text, args.image, args.like, args.instruction, args.task), _options(args)
+    vectors = files.open_vectors(args.vectors)
+    query = query.resolved(images=vectors.has_images)
+    hits = files.search(vectors, query, None, options)
+    if args.html:
+        files.write_hits(args.html, vectors, query, hits, image_root=args.image_root)
+        print(f"wrote {args.html}", file=sys.stderr)
+    if args.json:
+        print(_as_json(args.vectors, query, hits))
+    elif not args.html:
+        print(_as_table(query, hits))
+    return 0
+
+
+def _options(args: argparse.Namespace) -> "SearchOptions":
+    from ..files import SearchOptions
+
+    spec = model_spec(args, show_progress=sys.stderr.isatty() and not args.json)
+    if args.model == THAT_OF_VECTORS:
+        spec = replace(spec, name=None)
+    names = ("top", "device", "force", "where", "exact", "nprobes")
+    return SearchOptions(spec, **{name: getattr(args, name) for name in names})
+
+
+def _build_index(args: argparse.Namespace) -> int:
+    from ..files import build_index
+
+    report = build_index(args.vectors, args.build_index, nprobes=args.nprobes, k=args.top)
+    print(f"{args.vectors}: index {report.kind} over {report.rows:,} rows; recall@{report.k} against exact search "
+          f"{report.recall:.3f} ({report.queries} of its own vectors, {report.nprobes} probes)",
+          file=sys.stderr)  # fmt: skip
+    return 0
+
+
+def _write_gallery(args: argparse.Namespace) -> int:
+    from .. import files
+
+    if not args.html:
+        raise ValueError(
+            "nothing is asked: give --text, --image or --like; or --html alone, for a gallery of everything"
+        )
+    if args.where or args.exact:
+        raise ValueError("--where and --exact are for a search: give --text, --image or --like")
+    vectors = files.open_vectors(args.vectors)
+    shown = files.write_gallery(
+        args.html, vectors, top=args.top, limit=args.limit, image_root=args.image_root, device=args.device or "cpu"
+    )
+    size = Path(args.html).stat().st_size / 1e6
+    print(f"wrote {args.html}: {shown:,} of {vectors.shape[0]:,} rows, {size:,.1f} MB", file=sys.stderr)
+    return 0
+
+
+def _as_json(vectors: str, query: "Query", hits: "Sequence[Hit]") -> str:
+    from ..files.rows import as_text
+
+    found = {"vectors": vectors, "query": query.as_json(), "hits": [vars(hit) for hit in hits]}
+    return json.dumps(found, indent=2, ensure_ascii=False, default=as_text)
+
+
+def _as_table(query: "Query", hits: "Sequence[Hit]") -> str:
+    from ..files.rows import printable
+
+    names = list(hits[0].columns) if hits else []
+    table = [["rank", "score", "row", *names]]
+    table += [[str(h.rank), f"{h.score:.4f}", str(h.row), *(printable(h.columns.get(c)) for c in names)] for h in hits]
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    lines = [f"instruction: {printable(query.instruction, 100)}"] if query.instruction else []
+    for line in table:
+        cells = [
+            cell.rjust(w) if i < 3 else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

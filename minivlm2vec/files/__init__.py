@@ -1,15 +1,79 @@
-"""From files to vectors to answers: the `embed` and `search` commands.
+"""From files to vectors to answers: embed a folder or a table, search in what came out. docs/files.md shows it.
 
+options.py     what a caller says: model, embedding, query, search
 sources.py     folders and tables: rows, and where each part of them begins
-inputs.py      a row -> what the Embedder takes
+rows.py        a row -> what the Embedder takes
 pipeline.py    rows -> vectors, images decoded ahead of the model
 parts.py       OUT.parts: what is finished, so that a killed run goes on
-writers.py     parts -> .npy, .safetensors, .parquet
-lance.py       parts -> a Lance dataset, and search in it
-ranks.py       several processes of torchrun
-embed.py       the run: all of the above
-vectors.py     reads what was written
-search.py      exact search
+writers.py     parts -> .npy, .safetensors, .parquet, .lance
+progress.py    what it tells meanwhile
+embedding.py   plan, compute, assemble, publish: all of the above in a row
+vectors.py     reads back what was written
+retrieval.py   exact search, and Lance's index
 page.py        hits and galleries as a web page
-cli.py         the arguments
+ranks.py       several processes of torchrun
+ray.py         the same in a Ray Data pipeline
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .embedding import Job, Summary, assemble, compute, embed, plan, publish
+    from .options import EmbedOptions, ModelSpec, Query, SearchOptions
+    from .page import write_gallery, write_hits
+    from .progress import Progress, Timing
+    from .retrieval import Hit, IndexReport, build_index, search
+    from .rows import BadRow, BadRowError
+    from .vectors import LanceDataset, VectorFile, open_vectors
+
+__all__ = [
+    "BadRow",
+    "BadRowError",
+    "EmbedOptions",
+    "Hit",
+    "IndexReport",
+    "Job",
+    "LanceDataset",
+    "ModelSpec",
+    "Progress",
+    "Query",
+    "SearchOptions",
+    "Summary",
+    "Timing",
+    "VectorFile",
+    "assemble",
+    "build_index",
+    "compute",
+    "embed",
+    "open_vectors",
+    "plan",
+    "publish",
+    "search",
+    "write_gallery",
+    "write_hits",
+]
+_NAMES = {
+    "embedding": ("Job", "Summary", "assemble", "compute", "embed", "plan", "publish"),
+    "options": ("EmbedOptions", "ModelSpec", "Query", "SearchOptions"),
+    "page": ("write_gallery", "write_hits"),
+    "progress": ("Progress", "Timing"),
+    "retrieval": ("Hit", "IndexReport", "build_index", "search"),
+    "rows": ("BadRow", "BadRowError"),
+    "vectors": ("LanceDataset", "VectorFile", "open_vectors"),
+}
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the public names when they are first used: `import minivlm2vec.files` imports neither torch nor
+    pyarrow."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,10 +1,9 @@
 """OUT.parts: the finished parts of a run, so that it can be killed at any moment and go on.
 
-Every file here appears whole or not at all: it is written under another name, flushed to the disk, and renamed.
+Every file here appears whole or not at all, see `atomic`.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,18 +15,25 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from .inputs import BadRow
+from ..atomic import remove, write_bytes
 from .pipeline import Result
+from .rows import BadRow
 
 try:
     import fcntl
 except ImportError:  # not on Windows, where two runs into one OUT go unnoticed
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
 class PartHead:
-    """What a part file says besides its vectors; `computed_with`: see embed.py."""
+    """What a part file says besides its vectors.
+
+    Fields:
+        errors: rows without a vector, ascending.
+        images: digest of the image files' sizes and times of change.
+        computed_with: see `embedding.computed_with`.
+    """
 
     errors: list[BadRow]
     images: str
@@ -41,6 +47,7 @@ class Parts:
         manifest.json: what the run is: settings and source. Written once.
         part-00000000.safetensors, …: [n, D] vectors in OUT's dtype, with the errors of these rows.
         source.jsonl: a folder's listing, or what came through stdin.
+        todo.json: the parts that the processes of one torchrun share.
         lock: held by the process that runs.
     """
 
@@ -70,12 +77,21 @@ class Parts:
     def manifest(self) -> dict[str, Any] | None:
         """What the run is, or None where none has begun."""
         try:
-            return json.loads(self.manifest_path.read_text(encoding="utf-8"))
+            manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
+        manifest["settings"].setdefault("adapter", None)  # runs begun before there were adapters
+        return manifest
 
     def begin(self, manifest: dict[str, Any]) -> None:
-        write_durably(self.manifest_path, json.dumps(manifest, indent=1).encode())
+        write_bytes(self.manifest_path, json.dumps(manifest, indent=1).encode())
+
+    def write_todo(self, numbers: list[int]) -> None:
+        (self.folder / "todo.json").write_text(json.dumps(numbers), encoding="utf-8")
+
+    def todo(self) -> list[int]:
+        """What `write_todo` wrote, in whichever process."""
+        return json.loads((self.folder / "todo.json").read_text(encoding="utf-8"))
 
     def finished(self) -> list[int]:
         """Numbers of the finished parts, ascending."""
@@ -84,18 +100,27 @@ class Parts:
     def write(self, result: Result, dtype: np.dtype, computed_with: str) -> None:
         errors = json.dumps([vars(bad) for bad in result.errors])
         head = {"errors": errors, "images": result.images, "computed_with": computed_with}
-        write_durably(self._path(result.number), save({"vectors": result.vectors.astype(dtype)}, head))
+        write_bytes(self._path(result.number), save({"vectors": result.vectors.astype(dtype)}, head))
 
     def head(self, number: int) -> PartHead:
         with self._open(number) as f:
             meta = f.metadata()
         errors = [BadRow(**bad) for bad in json.loads(meta["errors"])]
-        return PartHead(errors, meta["images"], meta["computed_with"])
+        return PartHead(errors, meta["images"], meta.get("computed_with", "not recorded"))
 
     def vectors(self, number: int) -> np.ndarray:
         """[n, D] in the dtype that they were written in."""
         with self._open(number) as f:
             return f.get_tensor("vectors")
+
+    def assembled(self, suffix: str) -> Path:
+        """Where OUT is put together."""
+        return self.folder / f"out{suffix}"
+
+    def remove_assembled(self) -> None:
+        """What an interrupted `assemble` left."""
+        for path in self.folder.glob("out*"):
+            remove(path)
 
     def discard(self, number: int) -> None:
         self._path(number).unlink()
@@ -108,33 +133,8 @@ class Parts:
     def _path(self, number: int) -> Path:
         return self.folder / f"part-{number:08d}.safetensors"
 
-    def _open(self, number: int):
+    def _open(self, number: int) -> Any:
         try:
             return safe_open(self._path(number), framework="numpy")
         except SafetensorError as e:
             raise ValueError(f"{self._path(number)} is damaged ({e}); remove it and run the command again") from None
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Writes a file that is whole or absent, whatever happens."""
-    new = path.with_name(path.name + ".new")
-    with open(new, "wb") as f:
-        f.write(data)
-        flush(f)
-    rename(new, path)
-
-
-def flush(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def rename(old: Path, new: Path) -> None:
-    """Renames, and has the folder remember it after a power cut too."""
-    os.replace(old, new)
-    if os.name == "posix":
-        folder = os.open(new.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

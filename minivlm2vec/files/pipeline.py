@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +19,8 @@ from ..embedder import Embedder, pack_by_length
 from ..errors import InputError
 from ..processor import Loaded, Planned
 from ..transfer import HostCopy
-from .inputs import BadRow, Fields, digest_of
-from .sources import Part, Row
+from .rows import BadRow, Columns, Row, digest_of
+from .sources import Part
 
 _Planning = tuple[int, list[Row], list[Future]]  # a part's number, its rows, their plans
 
@@ -59,7 +60,7 @@ class Pipeline:
 
     Args:
         embedder: the model.
-        fields: where a row keeps its text and images.
+        columns: where a row keeps its text and images.
         prompt, max_length: as for `Embedder.encode`.
         batch_tokens: tokens of a pack.
         num_workers: threads; default the embedder's.
@@ -70,7 +71,7 @@ class Pipeline:
     def __init__(
         self,
         embedder: Embedder,
-        fields: Fields,
+        columns: Columns,
         *,
         prompt: str | None = None,
         max_length: int | None = None,
@@ -80,8 +81,8 @@ class Pipeline:
         on_rows: Callable[[int], object] = lambda n: None,
     ):
         self.embedder = embedder
-        self.fields = fields
-        self.options = {"prompt": prompt, "max_length": max_length}
+        self.columns = columns
+        self.options: dict[str, Any] = {"prompt": prompt, "max_length": max_length}
         self.batch_tokens = batch_tokens
         self.num_workers = num_workers or embedder.num_workers
         self.on_bad_row = on_bad_row
@@ -118,9 +119,9 @@ class Pipeline:
         yield from coming
 
     def _plan(self, row: Row) -> tuple[str, Planned | BadRow]:
-        stamp = self.fields.stamp(row)  # before the file is opened: what is replaced later has another one
+        stamp = self.columns.stamp(row)  # before the file is opened: what is replaced later has another one
         try:
-            return stamp, self.embedder.plan(self.fields.item(row), **self.options)
+            return stamp, self.embedder.plan(self.columns.item(row), **self.options)
         except InputError as e:
             return stamp, _bad(row, e)
 

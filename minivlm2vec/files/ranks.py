@@ -13,7 +13,7 @@ NO_TIMEOUT = datetime.timedelta(days=365)  # one rank may well need a day longer
 class Ranks:
     """Rank and number of processes, as torchrun set them in the environment. A context manager."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
 

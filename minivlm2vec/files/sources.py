@@ -16,23 +16,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..extras import import_pyarrow
+from .rows import Row
+
 IMAGE_SUFFIXES = frozenset(
     ("avif", "bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "ppm", "tif", "tiff", "webp")
 )  # what Pillow reads and people keep in folders
 MAX_CSV_FIELD = 1 << 24  # characters; bounds what an unclosed quote can swallow
 
-Part = tuple[int, "list[Row]"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row: its number (from 0), the line where it begins (from 1, None where there are no lines), its columns,
-    and, where it cannot be read at all, the reason (it then has no columns)."""
-
-    number: int
-    line: int | None
-    columns: dict[str, Any]
-    error: str | None = None
+Part = tuple[int, list[Row]]  # its number, and its rows
+Record = tuple[int, dict[str, Any], str | None]  # where it begins (a line from 1), its columns, why it cannot be read
 
 
 @dataclass(frozen=True)
@@ -53,17 +46,43 @@ class Index:
     starts: list[list[int]]
 
 
-class LineTable:
-    """A table whose rows are one after the other in a text file. Subclasses say how a record is parsed."""
+class Table:
+    """A file of rows. It is never held in memory: every method reads it anew, `parts` and `arrow_tables` no more than
+    what is asked for. `numbers`, of the wanted parts, ascend."""
 
-    has_lines = True
+    has_lines = False
 
     def __init__(self, path: Path):
         self.path = path
 
     def index(self, part_rows: int) -> Index:
-        """One pass over the file. Raises OSError, or ValueError for a table without a usable header."""
-        digest, columns, starts, n = hashlib.sha256(), {}, [], 0
+        """One pass over the file. Raises OSError, or ValueError for a table that cannot be read."""
+        raise NotImplementedError
+
+    def parts(
+        self, index: Index, numbers: Iterable[int], part_rows: int, columns: list[str] | None = None
+    ) -> Iterator[Part]:
+        """The wanted parts, of the named columns where reading only these saves work."""
+        raise NotImplementedError
+
+    def arrow_schema(self, index: Index) -> Any:
+        """The pyarrow.Schema of `arrow_tables`."""
+        raise NotImplementedError
+
+    def arrow_tables(self, index: Index, numbers: Iterable[int], part_rows: int) -> Iterator[Any]:
+        """A pyarrow.Table of each wanted part, with all columns."""
+        raise NotImplementedError
+
+
+class LineTable(Table):
+    """A table whose rows are one after the other in a text file. Subclasses say how a record is parsed."""
+
+    has_lines = True
+
+    def index(self, part_rows: int) -> Index:
+        digest, n = hashlib.sha256(), 0
+        columns: dict[str, str] = {}
+        starts: list[list[int]] = []
         with open(self.path, "rb") as f:
             lines = _Lines(f, digest=digest)
             self._header(lines, columns)
@@ -82,26 +101,38 @@ class LineTable:
     def parts(
         self, index: Index, numbers: Iterable[int], part_rows: int, columns: list[str] | None = None
     ) -> Iterator[Part]:
-        """(number, rows) of the wanted parts."""
         with open(self.path, "rb") as f:
             self._header(_Lines(f), {})
             for number in numbers:
                 offset, line = index.starts[number]
                 f.seek(offset)
-                records = self._records(_Lines(f, offset, line))
-                first = number * part_rows
-                yield (
-                    number,
-                    [
-                        Row(first + i, line if self.has_lines else None, values, error)
-                        for i, (line, values, error) in enumerate(islice(records, part_rows))
-                    ],
-                )
+                records = islice(self._records(_Lines(f, offset, line)), part_rows)
+                yield number, list(self._rows(records, number * part_rows))
+
+    def arrow_schema(self, index: Index) -> Any:
+        pa = import_pyarrow("for columns of Arrow")
+        types = {"null": pa.null(), "bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(),
+                 "string": pa.string(), "strings": pa.list_(pa.string()), "json": pa.string()}  # fmt: skip
+        return pa.schema([(name, types[kind]) for name, kind in index.columns.items()])
+
+    def arrow_tables(self, index: Index, numbers: Iterable[int], part_rows: int) -> Iterator[Any]:
+        """A value of a mixed or nested column becomes JSON text."""
+        pa, schema = import_pyarrow("for columns of Arrow"), self.arrow_schema(index)
+        for _, rows in self.parts(index, numbers, part_rows):
+            arrays = [
+                pa.array([_as_kind(row.columns.get(name), kind) for row in rows], field.type)
+                for (name, kind), field in zip(index.columns.items(), schema, strict=True)
+            ]
+            yield pa.table(arrays, schema=schema)
+
+    def _rows(self, records: Iterable[Record], first: int) -> Iterator[Row]:
+        for number, (line, values, error) in enumerate(records, first):
+            yield Row(number, line if self.has_lines else None, values, error)
 
     def _header(self, lines: "_Lines", columns: dict[str, str]) -> None:
         """Reads what precedes the rows, and enters the columns that it names."""
 
-    def _records(self, lines: "_Lines") -> Iterator[tuple[int, dict[str, Any], str | None]]:
+    def _records(self, lines: "_Lines") -> Iterator[Record]:
         """Yields (line, columns, error) from where `lines` stands."""
         raise NotImplementedError
 
@@ -113,7 +144,7 @@ class JsonLines(LineTable):
         super().__init__(path)
         self.has_lines = has_lines
 
-    def _records(self, lines: "_Lines") -> Iterator[tuple[int, dict[str, Any], str | None]]:
+    def _records(self, lines: "_Lines") -> Iterator[Record]:
         for line in lines:
             if line.strip():
                 number = lines.number - 1
@@ -139,7 +170,7 @@ class Csv(LineTable):
             raise ValueError(f"{self.path}: the header names a column twice: {', '.join(twice)}")
         columns |= dict.fromkeys(names, "string")
 
-    def _records(self, lines: "_Lines") -> Iterator[tuple[int, dict[str, Any], str | None]]:
+    def _records(self, lines: "_Lines") -> Iterator[Record]:
         for line, fields, error in self._fields(lines):
             if error is None and len(fields) != len(self.names):
                 error = f"{len(fields)} fields where the header has {len(self.names)}"
@@ -164,13 +195,11 @@ class Csv(LineTable):
                 yield line, fields, None
 
 
-class Parquet:
+class Parquet(Table):
     """A Parquet file. Memory is bounded by one of its row groups."""
 
-    has_lines = False
-
     def __init__(self, path: Path):
-        self.path = path
+        super().__init__(path)
         self.pq = import_pyarrow("to read Parquet").parquet
 
     def index(self, part_rows: int) -> Index:
@@ -181,21 +210,23 @@ class Parquet:
                 file.metadata.num_rows, digest.hexdigest(), dict.fromkeys(file.schema_arrow.names, "arrow"), []
             )
 
-    def schema(self):
-        """Its Arrow schema."""
-        with self._open() as file:
-            return file.schema_arrow
-
     def parts(
         self, index: Index, numbers: Iterable[int], part_rows: int, columns: list[str] | None = None
     ) -> Iterator[Part]:
-        """(number, rows) of the wanted parts, of the named columns."""
-        for number, table in self.tables(index, numbers, part_rows, columns):
-            first = number * part_rows
-            yield number, [Row(first + i, None, values) for i, values in enumerate(table.to_pylist())]
+        for number, table in self._tables(index, numbers, part_rows, columns):
+            rows = enumerate(table.to_pylist(), number * part_rows)
+            yield number, [Row(i, None, values) for i, values in rows]
 
-    def tables(self, index: Index, numbers: Iterable[int], part_rows: int, columns: list[str] | None = None):
-        """(number, Arrow table) of the wanted parts, ascending."""
+    def arrow_schema(self, index: Index) -> Any:
+        with self._open() as file:
+            return file.schema_arrow
+
+    def arrow_tables(self, index: Index, numbers: Iterable[int], part_rows: int) -> Iterator[Any]:
+        return (table for _, table in self._tables(index, numbers, part_rows, None))
+
+    def _tables(
+        self, index: Index, numbers: Iterable[int], part_rows: int, columns: list[str] | None
+    ) -> Iterator[tuple[int, Any]]:
         with self._open() as file:
             reader = _RowReader(file, columns)
             for number in numbers:
@@ -221,7 +252,7 @@ class _RowReader:
         self.group = -1
         self.at = 0
         self.batches: Iterator = iter(())
-        self.rest = None
+        self.rest: Any = None
 
     def read(self, start: int, stop: int):
         import pyarrow
@@ -252,7 +283,7 @@ class _RowReader:
         return self.rest.slice(first, stop - start)
 
 
-def open_table(path: Path) -> JsonLines | Csv | Parquet:
+def open_table(path: Path) -> Table:
     """The table at a path, by its ending. Raises ValueError for one that is not known."""
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
@@ -287,14 +318,6 @@ def spool_folder(folder: Path, target: Path) -> tuple[int, int]:
             else:
                 others += 1
     return images, others
-
-
-def import_pyarrow(why: str):
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ImportError(f"pyarrow is needed {why}: pip install 'minivlm2vec[files]'") from None
-    return pyarrow
 
 
 def _walk(root: Path) -> Iterator[str]:
@@ -382,6 +405,15 @@ def _wider(a: str, b: str) -> str:
     if "null" in (a, b):
         return b if a == "null" else a
     return "float" if {a, b} == {"int", "float"} else "json"
+
+
+def _as_kind(value: Any, kind: str) -> Any:
+    """A value as its column's type in Arrow takes it."""
+    if value is None:
+        return None
+    if kind == "json":
+        return json.dumps(value, ensure_ascii=False)
+    return float(value) if kind == "float" else value
 
 
 def _digest(file: BinaryIO):

@@ -1,58 +1,73 @@
-"""Reads vectors back from .npy, .safetensors and .parquet, in chunks, and the columns of single rows."""
+"""OUT -> rows and vectors: reads back what `embed` wrote, in chunks, and the columns of single rows."""
 
 import json
-import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .sources import import_pyarrow
-from .writers import KEY, META, ROWS
+from ..extras import import_lancedb, import_pyarrow
+from .writers import KEY, META, ROW_NUMBER, ROWS
 
 CHUNK_BYTES = 64 << 20
+REFINE = 10  # an index brings so many times as many rows as asked, which are then scored exactly
 
 
-class VectorFile:
-    """A file of vectors [rows, dimension]; a NaN row has none.
+class Vectors:
+    """Vectors [rows, dimension] with the columns of their rows; some rows may have none.
 
     Attributes:
-        path: where it is.
+        path: where they are.
         shape: (rows, dimension).
-        meta: what `embed` recorded, or None for a file of other origin.
+        meta: what `embed` recorded, or None for a file of other origin: {"model": where it is found again,
+            "settings": {…}, "source", "images", "rows", "bad_rows", "computed_with"}.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int], meta: dict[str, Any] | None):
         self.path, self.shape, self.meta = path, shape, meta
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was decided about the vectors, such as "instruction"; {} for a file of other origin."""
+        return self.meta["settings"] if self.meta else {}
+
+    @property
+    def has_images(self) -> bool:
+        """True where rows have a column for images, and for a file of other origin."""
+        return self.meta is None or self.settings["image_column"] is not None
+
+    def vectors(self, numbers: Iterable[int]) -> Tensor:
+        """[n, D] float32 of these rows; NaN where there is none."""
+        raise NotImplementedError
+
+
+class VectorFile(Vectors):
+    """A file that is scanned from its first vector to its last; a row without a vector is NaN."""
+
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yields (first row, vectors [n, D]) through the file, some 64 MiB at a time."""
+        """Yields (first row, vectors [n, D] float32 or float16) through the file, some 64 MiB at a time."""
         raise NotImplementedError
 
     def rows(self, numbers: Iterable[int]) -> dict[int, dict[str, Any]]:
         """The columns of these rows; {} where none are recorded."""
         raise NotImplementedError
 
-    def vectors(self, numbers: list[int]) -> Tensor:
-        """[len(numbers), D] float32 of these rows."""
-        raise NotImplementedError
-
 
 class FlatFile(VectorFile):
-    """.npy or .safetensors: the numbers lie in the file as in memory, and are mapped (copy-on-write, as torch wants
-    memory that may be written; nothing is)."""
+    """.npy or .safetensors: the numbers lie in the file as in memory, and are mapped."""
 
-    def __init__(self, path: Path, array: np.ndarray, meta: dict[str, Any] | None):
-        super().__init__(path, array.shape, meta)
-        self.array = array
+    def __init__(self, path: Path, tensor: Tensor, meta: dict[str, Any] | None):
+        super().__init__(path, (tensor.shape[0], tensor.shape[1]), meta)
+        self.tensor = tensor
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        step = max(1, CHUNK_BYTES // max(1, self.shape[1] * self.array.itemsize))
+        step = max(1, CHUNK_BYTES // max(1, self.shape[1] * self.tensor.itemsize))
         for start in range(0, self.shape[0], step):
-            yield start, torch.from_numpy(self.array[start : start + step])
+            yield start, self.tensor[start : start + step]
 
     def rows(self, numbers: Iterable[int]) -> dict[int, dict[str, Any]]:
         wanted = set(numbers)
@@ -62,18 +77,17 @@ class FlatFile(VectorFile):
         with open(path, "rb") as f:
             return {i: json.loads(line) for i, line in enumerate(f) if i in wanted}
 
-    def vectors(self, numbers: list[int]) -> Tensor:
-        return torch.from_numpy(self.array[numbers].astype(np.float32))
+    def vectors(self, numbers: Iterable[int]) -> Tensor:
+        return self.tensor[torch.tensor(list(numbers), dtype=torch.int64)].float()
 
 
 class ParquetFile(VectorFile):
     """.parquet with a column of fixed-size lists; read a row group at a time."""
 
     def __init__(self, path: Path):
-        pq = import_pyarrow("to read Parquet").parquet
-        self.file = pq.ParquetFile(path)
+        self.file = import_pyarrow("to read Parquet").parquet.ParquetFile(path)
         schema = self.file.schema_arrow
-        meta = json.loads((schema.metadata or {}).get(KEY.encode(), b"null"))
+        meta = _meta(schema.metadata)
         self.column = meta["settings"]["vector_column"] if meta else "embedding"
         if self.column not in schema.names or not hasattr(schema.field(self.column).type, "list_size"):
             raise ValueError(f"{path} has no column {self.column!r} of fixed-size lists")
@@ -90,7 +104,8 @@ class ParquetFile(VectorFile):
         columns = [c for c in self.file.schema_arrow.names if c != self.column]
         return {n: table.to_pylist()[0] for n, table in self._take(sorted(set(numbers)), columns)}
 
-    def vectors(self, numbers: list[int]) -> Tensor:
+    def vectors(self, numbers: Iterable[int]) -> Tensor:
+        numbers = list(numbers)
         found = dict(self._take(sorted(set(numbers)), [self.column]))
         return torch.cat([self._vectors(found[n].column(0).combine_chunks()).float() for n in numbers])
 
@@ -100,11 +115,12 @@ class ParquetFile(VectorFile):
         for group in range(self.file.num_row_groups):
             stop = start + self.file.metadata.row_group(group).num_rows
             wanted = [n for n in numbers if start <= n < stop]
-            table = self.file.read_row_group(group, columns=columns) if wanted else None
-            yield from ((n, table.slice(n - start, 1)) for n in wanted)
+            if wanted:
+                table = self.file.read_row_group(group, columns=columns)
+                yield from ((n, table.slice(n - start, 1)) for n in wanted)
             start = stop
 
-    def _vectors(self, column) -> Tensor:
+    def _vectors(self, column: Any) -> Tensor:
         n, D = len(column), self.shape[1]
         flat = column.values.to_numpy(zero_copy_only=False)[column.offset * D : (column.offset + n) * D]
         vectors = np.array(flat).reshape(n, D)
@@ -113,49 +129,92 @@ class ParquetFile(VectorFile):
         return torch.from_numpy(vectors)
 
 
-def open_vectors(path: Path) -> VectorFile:
-    """Opens a file of vectors. Raises ValueError for one that is not."""
+class LanceDataset(Vectors):
+    """.lance: a table of LanceDB, see writers.py; a row without a vector is null. Needs the extra `lance`.
+
+    Raises ValueError for a folder that `embed` did not write.
+    """
+
+    def __init__(self, path: Path):
+        if not path.is_dir():
+            raise ValueError(f"{path} does not exist" if not path.exists() else f"{path} is no Lance dataset")
+        self.table = import_lancedb().connect(path.parent).open_table(path.stem)
+        meta = _meta(self.table.schema.metadata)
+        if meta is None:
+            raise ValueError(f"{path} does not say what made it; it was not written by minivlm2vec embed")
+        self.column = meta["settings"]["vector_column"]
+        super().__init__(path, (self.table.count_rows(), meta["settings"]["dimension"]), meta)
+
+    def nearest(
+        self, vector: Tensor, k: int, *, where: str | None = None, exact: bool = False, nprobes: int = 20
+    ) -> list[tuple[int, float, dict[str, Any]]]:
+        """(row, cosine similarity, columns) of the k rows nearest to a vector [D] that fulfil an SQL condition:
+        through the index where there is one, unless `exact`."""
+        query = self.table.search(vector.numpy().astype(np.float32), vector_column_name=self.column)
+        query = query.distance_type("cosine").limit(k)
+        if where:
+            query = query.where(where, prefilter=True)
+        if exact:
+            query = query.bypass_vector_index()
+        elif self.table.list_indices():
+            query = query.nprobes(nprobes).refine_factor(REFINE)
+        return [(row[ROW_NUMBER], 1 - row["_distance"], self._columns(row)) for row in query.to_arrow().to_pylist()]
+
+    def vectors(self, numbers: Iterable[int]) -> Tensor:
+        numbers = list(numbers)
+        where = f"{ROW_NUMBER} IN ({', '.join(map(str, numbers))})"
+        query = self.table.search().where(where).select([ROW_NUMBER, self.column]).limit(len(numbers))
+        by_row = {row[ROW_NUMBER]: row[self.column] for row in query.to_arrow().to_pylist()}
+        missing = [float("nan")] * self.shape[1]
+        return torch.tensor([by_row[n] or missing for n in numbers], dtype=torch.float32)
+
+    def _columns(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {c: v for c, v in row.items() if not c.startswith("_") and c not in (self.column, ROW_NUMBER)}
+
+
+def open_vectors(path: str | Path) -> VectorFile | LanceDataset:
+    """Opens what `embed` wrote, or another file of vectors. Raises ValueError for one that holds none, ImportError
+    where an extra is needed."""
+    path = Path(path)
+    if path.suffix == ".lance":
+        return LanceDataset(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     try:
-        if path.suffix == ".npy":
-            array, meta = np.load(path, mmap_mode="c", allow_pickle=False), _npy_meta(path)
-        elif path.suffix == ".safetensors":
-            array, meta = _map_safetensors(path)
-        elif path.suffix == ".parquet":
+        if path.suffix == ".parquet":
             return ParquetFile(path)
+        if path.suffix == ".npy":
+            tensor, meta = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False)), _npy_meta(path)
+        elif path.suffix == ".safetensors":
+            tensor, meta = _map_safetensors(path)
         else:
             raise ValueError("vectors are in .npy, .safetensors, .parquet or .lance")
-    except (ValueError, KeyError, TypeError, EOFError, struct.error) as e:
+    except (ValueError, KeyError, TypeError, EOFError, SafetensorError) as e:
         raise ValueError(f"{path} holds no vectors: {e}") from None
-    if array.ndim != 2 or array.dtype not in (np.float32, np.float16):
-        raise ValueError(f"{path} holds {array.dtype} {list(array.shape)}; vectors are float32 or float16 [N, D]")
-    return FlatFile(path, array, meta)
-
-
-def read_meta(path: Path) -> dict[str, Any] | None:
-    """What `embed` recorded of a file that it wrote, or None."""
-    if path.suffix == ".lance":
-        from .lance import Dataset
-
-        return Dataset(path).meta
-    return open_vectors(path).meta
+    if tensor.ndim != 2 or tensor.dtype not in (torch.float32, torch.float16):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{path} holds {dtype} {list(tensor.shape)}; vectors are float32 or float16 [N, D]")
+    return FlatFile(path, tensor, meta)
 
 
 def _npy_meta(path: Path) -> dict[str, Any] | None:
     meta = path.with_name(path.name + META)
-    return json.loads(meta.read_text(encoding="utf-8")) if meta.is_file() else None
+    return _known(json.loads(meta.read_text(encoding="utf-8"))) if meta.is_file() else None
 
 
-def _map_safetensors(path: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
-    with open(path, "rb") as f:
-        length = struct.unpack("<Q", f.read(8))[0]
-        if length > path.stat().st_size:
-            raise ValueError("it is truncated, or no safetensors file")
-        header = json.loads(f.read(length))
-    tensor = header["vectors"]
-    dtype, shape, start = np.dtype({"F32": "<f4", "F16": "<f2"}[tensor["dtype"]]), tensor["shape"], 8 + length
-    meta = json.loads(header.get("__metadata__", {}).get(KEY, "null"))
-    if 0 in shape:
-        return np.empty(shape, dtype), meta
-    return np.memmap(path, dtype, "c", start, tuple(shape)), meta
+def _map_safetensors(path: Path) -> tuple[Tensor, dict[str, Any] | None]:
+    with safe_open(path, framework="pt") as f:  # which maps the file, privately
+        return f.get_tensor("vectors"), _known(json.loads((f.metadata() or {}).get(KEY, "null")))
+
+
+def _meta(metadata: dict[bytes, bytes] | None) -> dict[str, Any] | None:
+    """What `embed` recorded, from the metadata of an Arrow schema."""
+    return _known(json.loads((metadata or {}).get(KEY.encode(), b"null")))
+
+
+def _known(meta: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The record of an earlier version, completed: there were no adapters, and at first the model had no name."""
+    if meta is not None:
+        meta["settings"].setdefault("adapter", None)
+        meta["model"] = {"name": None, "revision": None, "adapter": None} | meta.get("model", {})
+    return meta

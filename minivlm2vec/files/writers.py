@@ -1,31 +1,36 @@
-"""Parts -> one file: .npy, .safetensors or .parquet. Row i of the file is row i of the source, always.
+"""Parts -> OUT: .npy, .safetensors, .parquet or .lance. Row i of OUT is row i of the source, always.
 
-A row without a vector is NaN. Each writer takes (vectors [n, D], content)
-part by part, where content is a list of {column: value} or, for .parquet, an Arrow table; the bytes it writes depend
-on these alone. Nothing is left where a writer fails: OUT appears by `publish`, after everything is on the disk.
+A row without a vector is NaN; in .lance it is null. Each writer takes (vectors [n, D], content) part by part, where
+content is a list of {column: value}, or an Arrow table for the formats of `ARROW`; the bytes that it writes depend on
+these alone. It writes elsewhere: OUT appears by `move`, after everything is on the disk.
 """
 
 import json
+import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from .parts import flush, rename
-from .sources import Row, import_pyarrow
+from ..atomic import flush, flush_tree, remove, rename, write_bytes
+from ..extras import import_lancedb, import_pyarrow
+from .rows import as_text
 
 ROWS = ".rows.jsonl"  # beside .npy and .safetensors: line i has the columns of row i
 META = ".json"  # beside .npy: what made it
-KEY = "minivlm2vec"  # of the metadata in .safetensors and .parquet
+ERRORS = ".errors.jsonl"  # beside all: the rows without a vector, and why
+KEY = "minivlm2vec"  # of the metadata in .safetensors, .parquet and .lance
+ROW_NUMBER = "row_number"  # a column of .lance
+ARROW = (".parquet", ".lance")
 
 
 @dataclass(frozen=True)
 class Head:
-    """What is known before the first vector: [rows, dimension], the dtype, the metadata, and for Parquet the Arrow
-    schema of the columns and the name of the vectors' column."""
+    """What is known before the first vector: [rows, dimension], the dtype, the metadata, and for the formats of
+    `ARROW` the pyarrow.Schema of the columns and the name of the vectors' column."""
 
     rows: int
     dimension: int
@@ -40,7 +45,9 @@ Pieces = Iterator[tuple[np.ndarray, Any]]
 
 def write_npy(path: Path, head: Head, pieces: Pieces) -> list[str]:
     """Writes `path` and its companions; returns the suffixes of the files, the vectors' own last."""
-    _write_text(path, META, json.dumps(head.meta, indent=1, ensure_ascii=False) + "\n")
+    with open(beside(path, META), "w", encoding="utf-8", newline="\n") as meta:
+        meta.write(json.dumps(head.meta, indent=1, ensure_ascii=False) + "\n")
+        flush(meta)
     with open(path, "wb") as f:
         shape = {"descr": head.dtype.str, "fortran_order": False, "shape": (head.rows, head.dimension)}
         np.lib.format.write_array_header_1_0(f, shape)
@@ -49,7 +56,7 @@ def write_npy(path: Path, head: Head, pieces: Pieces) -> list[str]:
 
 
 def write_safetensors(path: Path, head: Head, pieces: Pieces) -> list[str]:
-    """One tensor, "vectors". Returns as `write_npy`."""
+    """One tensor, "vectors", written piece by piece, which safetensors itself does not do. Returns as `write_npy`."""
     size = head.rows * head.dimension * head.dtype.itemsize
     header = {
         "__metadata__": {KEY: json.dumps(head.meta, ensure_ascii=False)},
@@ -70,110 +77,146 @@ def write_safetensors(path: Path, head: Head, pieces: Pieces) -> list[str]:
 def write_parquet(path: Path, head: Head, pieces: Pieces) -> list[str]:
     """The source's columns, then the vectors as a fixed-size list; a row group per part. Returns as `write_npy`."""
     pa = import_pyarrow("to write Parquet")
-    schema = with_vectors(head)
-    element = f"{head.vector_column}.list.element"
-    compression = dict.fromkeys(leaf_columns(schema), "zstd") | {element: "none"}  # vectors hardly shrink
+    schema = _with_vectors(head)
+    vectors_leaf = f"{head.vector_column}.list.element"
+    others = [name for name in _leaf_columns(schema) if name != vectors_leaf]
+    compression = dict.fromkeys(others, "zstd") | {vectors_leaf: "none"}  # vectors hardly shrink
+    options = {"compression": compression, "use_dictionary": others, "write_statistics": others}
     with open(path, "wb") as f:
-        with pa.parquet.ParquetWriter(
-            f, schema, compression=compression, use_dictionary=[c for c in leaf_columns(schema) if c != element],
-            write_statistics=[c for c in leaf_columns(schema) if c != element],
-        ) as writer:  # fmt: skip
+        with pa.parquet.ParquetWriter(f, schema, **options) as writer:
             for vectors, table in pieces:
-                writer.write_table(append_vectors(table, vectors, schema), row_group_size=max(1, len(vectors)))
+                writer.write_table(_append_vectors(table, vectors, schema), row_group_size=max(1, len(vectors)))
         flush(f)
     return [""]
 
 
-def publish(written: Path, out: Path, suffixes: list[str]) -> None:
+def write_lance(path: Path, head: Head, pieces: Pieces) -> list[str]:
+    """A table of LanceDB: the source's columns with absolute paths of images, so that folders can be appended to one
+    another, the row's number, and the vectors. Returns as `write_npy`."""
+    remove(path)
+    reader = _numbered(head, pieces, 0)
+    database = import_lancedb().connect(path.parent)
+    database.create_table(path.stem, data=reader, schema=reader.schema, on_bad_vectors="null")
+    flush_tree(path)
+    return [""]
+
+
+def append_lance(out: Path, note: Path, head: Head, pieces: Pieces) -> None:
+    """Adds the rows to a .lance in one commit, unless an earlier, killed attempt did so: the number of rows before
+    the first attempt, kept in the file `note`, tells."""
+    table = import_lancedb().connect(out.parent).open_table(out.stem)
+    rows = table.count_rows()
+    if not note.exists():
+        write_bytes(note, json.dumps(rows).encode())
+    before = json.loads(note.read_text())
+    if rows == before and head.rows:
+        table.add(_numbered(head, pieces, before), on_bad_vectors="null")
+    elif rows != before + head.rows:
+        raise ValueError(f"{out} had {before:,} rows when appending began and has {rows:,} now: something else is "
+                         "writing to it")  # fmt: skip
+    table.optimize()  # takes the new rows into an index
+
+
+WRITERS: dict[str, Callable[[Path, Head, Pieces], list[str]]] = {
+    ".npy": write_npy,
+    ".safetensors": write_safetensors,
+    ".parquet": write_parquet,
+    ".lance": write_lance,
+}
+
+
+def require_packages(suffix: str) -> None:
+    """Raises ImportError where the extra that a format needs is missing."""
+    if suffix == ".parquet":
+        import_pyarrow("to write Parquet")
+    if suffix == ".lance":
+        import_lancedb()
+
+
+def write_errors(path: Path, bad_rows: list[dict[str, Any]]) -> list[str]:
+    """A line of JSON for each row without a vector; no such file where every row has one. Returns as `write_npy`."""
+    if not bad_rows:
+        return []
+    with open(beside(path, ERRORS), "w", encoding="utf-8", newline="\n") as f:
+        f.writelines(json.dumps(bad, ensure_ascii=False) + "\n" for bad in bad_rows)
+        flush(f)
+    return [ERRORS]
+
+
+def move(written: Path, out: Path, suffixes: list[str]) -> None:
     """Moves the files in place. OUT itself vanishes first and appears last: where it is, all is."""
-    out.unlink(missing_ok=True)
+    if "" in suffixes:
+        remove(out)
+    remove(beside(out, ERRORS))
     for suffix in suffixes:
-        rename(_beside(written, suffix), _beside(out, suffix))
+        rename(beside(written, suffix), beside(out, suffix))
 
 
-def leaf_columns(schema) -> list[str]:
+def beside(path: Path, suffix: str) -> Path:
+    """OUT.npy -> OUT.npy.json."""
+    return path.with_name(path.name + suffix)
+
+
+def _write_vectors(f: IO[bytes], path: Path, pieces: Pieces) -> None:
+    with open(beside(path, ROWS), "w", encoding="utf-8", newline="\n") as rows:
+        for vectors, content in pieces:
+            f.write(np.ascontiguousarray(vectors).data)
+            rows.writelines(json.dumps(c, ensure_ascii=False, default=as_text) + "\n" for c in content)
+        flush(rows)
+    flush(f)
+
+
+def _leaf_columns(schema: Any) -> list[str]:
     """The names that Parquet gives the columns' leaves: "a", "b.list.element"."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    pa = import_pyarrow("to write Parquet")
     sink = pa.BufferOutputStream()
-    pq.write_table(schema.empty_table(), sink)
-    leaves = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
+    pa.parquet.write_table(schema.empty_table(), sink)
+    leaves = pa.parquet.ParquetFile(pa.BufferReader(sink.getvalue())).schema
     return [leaves.column(i).path for i in range(len(leaves))]
 
 
-def with_vectors(head: Head):
+def _with_vectors(head: Head) -> Any:
     """The Arrow schema of OUT: the source's columns, the vectors, the metadata."""
-    import pyarrow as pa
-
-    if head.vector_column in head.schema.names:
-        raise ValueError(
-            f"the table has a column {head.vector_column!r} already; --vector-column gives the vectors another name"
-        )
+    pa = import_pyarrow("for columns of Arrow")
     element = pa.float16() if head.dtype == np.float16 else pa.float32()
     schema = head.schema.append(pa.field(head.vector_column, pa.list_(element, head.dimension)))
     meta = {k: v for k, v in (head.schema.metadata or {}).items() if k != b"pandas"}
     return schema.with_metadata(meta | {KEY: json.dumps(head.meta, ensure_ascii=False)})
 
 
-def append_vectors(table, vectors: np.ndarray, schema, *, null: bool = False):
+def _append_vectors(table: Any, vectors: np.ndarray, schema: Any, *, null: bool = False) -> Any:
     """The table with its vectors. null: not NaN but null where there is none, which pyarrow before 26 reads from no
     Parquet file (apache/arrow#35692)."""
-    import pyarrow as pa
-
+    pa = import_pyarrow("for columns of Arrow")
     bad = np.isnan(vectors).any(axis=1)
     values = pa.array(np.where(bad[:, None], vectors.dtype.type(0 if null else np.nan), vectors).ravel())
     column = pa.FixedSizeListArray.from_arrays(values, vectors.shape[1], mask=pa.array(bad) if null else None)
     return pa.table([*table.columns, column], schema=schema)
 
 
-def arrow_schema(columns: dict[str, str]):
-    """The Arrow schema of a JSONL's or CSV's columns."""
-    import pyarrow as pa
+def _numbered(head: Head, pieces: Pieces, first: int) -> Any:
+    """A stream of Arrow batches for .lance: the columns, the row's number from `first` on, the vector."""
+    pa = import_pyarrow("for columns of Arrow")
+    columns = head.schema.append(pa.field(ROW_NUMBER, pa.int64()))
+    schema = _with_vectors(Head(**{**vars(head), "schema": columns}))
+    settings = head.meta["settings"]
 
-    types = {"null": pa.null(), "bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "string": pa.string(),
-             "strings": pa.list_(pa.string()), "json": pa.string()}  # fmt: skip
-    return pa.schema([(name, types[kind]) for name, kind in columns.items()])
+    def batches() -> Iterator[Any]:
+        start = first
+        for vectors, table in pieces:
+            table = _with_absolute_paths(table, settings["image_column"], settings["image_root"])
+            numbers = pa.array(np.arange(start, start + len(vectors)))
+            table = table.append_column(ROW_NUMBER, numbers)
+            yield from _append_vectors(table, vectors, schema, null=True).to_batches()
+            start += len(vectors)
 
-
-def arrow_table(rows: list[Row], columns: dict[str, str]):
-    """Rows of a JSONL or CSV as an Arrow table; a value of a mixed or nested column becomes JSON text."""
-    import pyarrow as pa
-
-    schema = arrow_schema(columns)
-    arrays = []
-    for (name, kind), column in zip(columns.items(), schema, strict=True):
-        values = [row.columns.get(name) for row in rows]
-        if kind == "json":
-            values = [None if v is None else json.dumps(v, ensure_ascii=False) for v in values]
-        elif kind == "float":
-            values = [None if v is None else float(v) for v in values]
-        arrays.append(pa.array(values, column.type))
-    return pa.table(arrays, schema=schema)
+    return pa.RecordBatchReader.from_batches(schema, batches())
 
 
-def _write_vectors(f, path: Path, pieces: Pieces) -> None:
-    with open(_beside(path, ROWS), "w", encoding="utf-8", newline="\n") as rows:
-        for vectors, content in pieces:
-            f.write(np.ascontiguousarray(vectors).data)
-            rows.writelines(json.dumps(c, ensure_ascii=False, default=_plain) + "\n" for c in content)
-        flush(rows)
-    flush(f)
-
-
-def _write_text(path: Path, suffix: str, text: str) -> None:
-    with open(_beside(path, suffix), "w", encoding="utf-8", newline="\n") as f:
-        f.write(text)
-        flush(f)
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name + suffix)
-
-
-def _plain(value: Any) -> Any:
-    """What JSON has no type for, as text: a date, a decimal; bytes by their number."""
-    return f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value)
-
-
-WRITERS = {".npy": write_npy, ".safetensors": write_safetensors, ".parquet": write_parquet}
+def _with_absolute_paths(table: Any, column: str | None, root: str) -> Any:
+    """The table with absolute paths in its image column."""
+    pa = import_pyarrow("for columns of Arrow")
+    if column not in table.column_names or table.schema.field(column).type != pa.string():
+        return table
+    paths = [os.path.join(root, v) if v and ":" not in v[:6] else v for v in table[column].to_pylist()]
+    return table.set_column(table.column_names.index(column), table.schema.field(column), pa.array(paths, pa.string()))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch._dynamo  # noqa: F401  (building a model imports it: once here, not in every child)
 
 from minivlm2vec.cli import main
-from minivlm2vec.files import embed  # noqa: F401  (imported before the forks, which then start at once)
+from minivlm2vec.files import embedding  # noqa: F401  (imported before the forks, which then start at once)
 
 with contextlib.suppress(ImportError):
     import pyarrow.parquet  # noqa: F401

@@ -4,10 +4,12 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +18,14 @@ import torch
 from safetensors.numpy import load_file
 
 from minivlm2vec import Embedder, prompts
-from minivlm2vec.files import embed as embed_module
-from minivlm2vec.files.vectors import open_vectors, read_meta
+from minivlm2vec.files import open_vectors
+from minivlm2vec.files.parts import Parts
 from tests.support.files_data import checkpoint, left_behind, make_adapter, read_jsonl, run, save_pictures, write_jsonl
 
 __all__ = ["checkpoint"]
 TESTS = Path(__file__).parent
 ROOT = TESTS.parents[1]
+Disk = namedtuple("Disk", "total used free")
 TOLERANCE = 2e-6  # float32 sums in another order: the vectors are of length 1
 
 
@@ -269,7 +272,7 @@ class Stop(Exception):
 @pytest.fixture
 def stop_after(monkeypatch):
     """stop_after(n): the next runs end after their n-th part was written; stop_after(None): no more."""
-    write = embed_module.Parts.write
+    write = Parts.write
 
     def set_limit(limit):
         written = []
@@ -280,7 +283,7 @@ def stop_after(monkeypatch):
             if limit is not None and len(written) >= limit:
                 raise Stop
 
-        monkeypatch.setattr(embed_module.Parts, "write", limited)
+        monkeypatch.setattr(Parts, "write", limited)
         return written
 
     return set_limit
@@ -312,12 +315,12 @@ def test_refuses_to_go_on_with_other_settings(pictures, checkpoint, tmp_path, st
     code, err = embed(pictures, out, checkpoint, option, value)
     assert code == 1 and word in err and "--overwrite" in err  # an unfinished run
     assert embed(pictures, out, checkpoint)[0] == 3
-    before, settings = out.read_bytes(), read_meta(out)["settings"]
+    before, settings = out.read_bytes(), open_vectors(out).meta["settings"]
     code, err = embed(pictures, out, checkpoint, option, value)
     assert code == 1 and word in err and out.read_bytes() == before  # a finished file
     assert not left_behind(tmp_path)
     code, err = embed(pictures, out, checkpoint, option, value, "--overwrite")
-    assert code == 3 and read_meta(out)["settings"] != settings and not left_behind(tmp_path)
+    assert code == 3 and open_vectors(out).meta["settings"] != settings and not left_behind(tmp_path)
 
 
 def test_adapters_are_told_apart(checkpoint, tmp_path, stop_after):
@@ -336,7 +339,7 @@ def test_adapters_are_told_apart(checkpoint, tmp_path, stop_after):
     assert np.abs(got - adapted.encode(texts)).max() < TOLERANCE
     embed(source, tmp_path / "plain.npy", checkpoint)
     assert np.abs(got - np.load(tmp_path / "plain.npy")).max() > 100 * TOLERANCE
-    assert read_meta(out)["model"]["adapter"] == str(one)
+    assert open_vectors(out).meta["model"]["adapter"] == str(one)
     code, err = embed(source, tmp_path / "none.npy", checkpoint, "--adapter", checkpoint)
     assert code == 1 and "adapter_model.safetensors does not exist" in err
 
@@ -347,7 +350,7 @@ def test_a_run_goes_on_with_another_number_of_threads_and_says_so(checkpoint, tm
     torch.set_num_threads(2)
     code, err = embed(source, out, checkpoint)
     assert code == 0 and "2 of 3 parts are finished" in err and "computed in part with" in err
-    told = read_meta(out)["computed_with"]
+    told = open_vectors(out).meta["computed_with"]
     assert [f"{n} threads, torch kernels" in t for n, t in enumerate(told, 1)] == [True, True]
     assert embed(source, out, checkpoint)[0] == 0  # it is finished, whoever asks
 
@@ -437,11 +440,31 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk(checkpoint, tmp_path, small_disk):
+def test_a_disk_that_is_too_small_is_refused_before_the_work(checkpoint, tmp_path, monkeypatch):
+    """Parts and OUT take 2 * 60 * 64 * 4 bytes at least; what is finished counts no more."""
+    source = write_jsonl(tmp_path / "items.jsonl", [{"text": f"row {i}"} for i in range(60)])
+    out, free = tmp_path / "out.npy", 2 * 60 * 64 * 4
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: Disk(10**9, 10**9, free - 1))
+        patch.setattr("minivlm2vec.files.embedding.compute", None)  # no model is loaded, nothing is computed
+        code, err = embed(source, out, checkpoint)
+    assert code == 1 and "No space left" in err and "goes on from there" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["items.jsonl"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(10**9, 10**9, free))
+    assert embed(source, out, checkpoint)[0] == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(10**9, 10**9, 0))
+    code, err = embed(source, out, checkpoint)
+    assert code == 0 and "finished already" in err
+
+
+def test_a_full_disk(checkpoint, tmp_path, small_disk, monkeypatch):
+    """Something else fills it meanwhile, or the file system does not tell how much is free."""
     source = write_jsonl(tmp_path / "items.jsonl", [{"text": f"row {i}"} for i in range(60)])
     filler = small_disk / "filler"
     filler.write_bytes(b"x" * 36_864)
-    code, err = embed(source, small_disk / "out.npy", checkpoint)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: Disk(0, 0, 0))
+        code, err = embed(source, small_disk / "out.npy", checkpoint)
     assert code == 1 and "No space left" in err and not (small_disk / "out.npy").exists()
     filler.unlink()
     subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)

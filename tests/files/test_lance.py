@@ -6,9 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from minivlm2vec.files import lance as lance_module
-from minivlm2vec.files.search import top_k
-from minivlm2vec.files.vectors import open_vectors
+from minivlm2vec.files import LanceDataset, open_vectors
+from minivlm2vec.files.retrieval import top_k
 from tests.support.files_data import checkpoint, left_behind, run, save_pictures, write_jsonl
 
 pytest.importorskip("lancedb")
@@ -71,7 +70,7 @@ def test_append_once_and_only_the_same_model(source, checkpoint, tmp_path):
     assert code == 1 and "num_crops is 4 there and 2 now" in err
     code, err = embed(more, out, checkpoint, "--append")
     assert code == 0, err
-    dataset = lance_module.Dataset(out)
+    dataset = LanceDataset(out)
     assert dataset.shape == (31, 64)
     hit = search(out, "--text", "caption", "--image", more.parent / "new.png", "--instruction", "", "--top", 1)[0]
     assert hit["row"] == 30 and hit["score"] == pytest.approx(1, abs=1e-5) and hit["columns"]["price"] == 99
@@ -93,11 +92,11 @@ def test_an_append_that_was_killed_after_its_commit_is_not_repeated(source, chec
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr("minivlm2vec.files.parts.Parts.remove", killed)
         embed(more, out, checkpoint, "--append")
-    assert lance_module.Dataset(out).shape[0] == 32
+    assert LanceDataset(out).shape[0] == 32
     assert embed(more, out, checkpoint, "--append")[0] == 0
-    assert lance_module.Dataset(out).shape[0] == 32
+    assert LanceDataset(out).shape[0] == 32
     assert embed(more, out, checkpoint, "--append")[0] == 0  # another command: appends again
-    assert lance_module.Dataset(out).shape[0] == 34
+    assert LanceDataset(out).shape[0] == 34
 
 
 def test_existing_dataset_is_left_alone_or_replaced(source, checkpoint, tmp_path):
@@ -108,7 +107,7 @@ def test_existing_dataset_is_left_alone_or_replaced(source, checkpoint, tmp_path
     code, err = embed(source, out, checkpoint, "--instruction", "x")
     assert code == 1 and "instruction" in err
     code, err = embed(source, out, checkpoint, "--instruction", "x", "--overwrite")
-    assert code == 3 and lance_module.Dataset(out).meta["settings"]["instruction"] == "x"
+    assert code == 3 and LanceDataset(out).meta["settings"]["instruction"] == "x"
 
 
 def test_index_and_its_recall(checkpoint, tmp_path):

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from minivlm2vec.files.inputs import Fields
 from minivlm2vec.files.pipeline import Pipeline
-from minivlm2vec.files.sources import Row
+from minivlm2vec.files.rows import Columns, Row
 from minivlm2vec.processor import Loaded, Planned
 from tests.support.two_cards import OnCard, two_cards
 
@@ -32,7 +31,7 @@ def test_vectors_are_waited_for_on_the_models_device(device):
     """Where torchrun or --device gave the model another card than the current one."""
     rows = [Row(n, None, {"text": str(n)}) for n in range(12)]
     with two_cards():
-        pipeline = Pipeline(embedder_on(device), Fields("text", None, Path()), batch_tokens=3)
+        pipeline = Pipeline(embedder_on(device), Columns("text", None, Path()), batch_tokens=3)
         (result,) = pipeline.run([(0, rows)])
     assert not result.errors
     assert (result.vectors == np.arange(12, dtype=np.float32)[:, None]).all()

@@ -1,4 +1,4 @@
-"""`minivlm2vec.ray.EmbedBatch`, by itself and on a local Ray with two workers."""
+"""`minivlm2vec.files.ray.EmbedBatch`, by itself and on a local Ray with two workers."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from minivlm2vec import Embedder
-from minivlm2vec.ray import EmbedBatch
+from minivlm2vec.files.ray import EmbedBatch
 from tests.support.files_data import checkpoint, save_pictures
 
 __all__ = ["checkpoint"]
@@ -20,7 +20,7 @@ TOLERANCE = 2e-6  # float32 sums in another order
 CLUSTER = """
 import json, os, signal, sys
 import numpy as np, ray
-from minivlm2vec.ray import EmbedBatch
+from minivlm2vec.files.ray import EmbedBatch
 
 folder, checkpoint = sys.argv[1:]
 

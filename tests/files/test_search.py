@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from minivlm2vec import Embedder
 from minivlm2vec.files import vectors as vectors_module
-from minivlm2vec.files.search import nearest, printable, rounding, top_k
+from minivlm2vec.files.retrieval import neighbours, rounding, top_k
+from minivlm2vec.files.rows import printable
 from minivlm2vec.files.vectors import open_vectors
 from tests.support.files_data import checkpoint, make_adapter, run, save_pictures, write_jsonl
 
@@ -250,7 +251,7 @@ def test_nearest_neighbours(collection):
     stored = vectors.vectors(list(range(14))).numpy()
     scores = stored @ stored.T
     np.fill_diagonal(scores, -np.inf)
-    ((first, found, rows),) = nearest(vectors, 3, 14)
+    ((first, found, rows),) = neighbours(vectors, 3, 14)
     assert first == 0 and rows.shape == (14, 3)
     for i in range(13):
         assert np.allclose(found[i], np.sort(np.nan_to_num(scores[i], nan=-np.inf))[::-1][:3], atol=1e-5)

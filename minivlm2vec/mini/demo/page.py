@@ -1,13 +1,11 @@
 """The answers as one self-contained web page, in the style of `minivlm2vec search --html`."""
 
-import base64
 from collections.abc import Sequence
-from html import escape
-from importlib import resources
 from pathlib import Path
 
 from ... import __version__
-from ...files.page import head_of, replacing
+from ...atomic import open_replacing
+from ...html import asset, data_uri, escape, head
 from ...mmeb.dataset import Images, Pair
 from ..world.sources import PACKAGES
 from .answers import Answer, Result, Times
@@ -29,9 +27,8 @@ def write(
     device: str,
 ) -> None:
     """Writes the page; it takes the place of an older one when it is complete."""
-    style = resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")
-    with replacing(path) as f:
-        f.write(head_of(f"{model}: a demonstration", style=style))
+    with open_replacing(path, "w") as f:
+        f.write(head(f"{model}: a demonstration", style=asset(__package__, "page.css")))
         f.write(_intro(results, times, material, images, model))
         for kind in dict.fromkeys(result.asked.kind for result in results):
             f.write(_section(kind, [r for r in results if r.asked.kind is kind], material, images))
@@ -116,8 +113,7 @@ def _arrow(text: str) -> str:
 def _img(pair: Pair, material: Material, images: Images) -> str:
     data = images.source(pair.image)
     data = data if isinstance(data, bytes) else data.read_bytes()
-    kind = TYPES[Path(pair.image).suffix]
-    uri = f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    uri = data_uri(data, TYPES[Path(pair.image).suffix])
     return f'<img src="{uri}" alt="{escape(material.names.get(pair.image, ""))}" decoding="async">'
 
 

@@ -1,4 +1,4 @@
-"""A row of a table -> what the Embedder takes, and what its image files looked like then."""
+"""A row of a table, what the Embedder takes of it, and what its image files looked like then."""
 
 import hashlib
 import json
@@ -8,11 +8,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from .sources import Row
+from ..errors import InputError, Option, OptionError
 
 TEXT_COLUMNS = ("text",)
 IMAGE_COLUMNS = ("image", "images", "image_path")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its number (from 0), the line where it begins (from 1, None where there are no lines), its columns,
+    and, where it cannot be read at all, the reason (it then has no columns)."""
+
+    number: int
+    line: int | None
+    columns: dict[str, Any]
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -33,8 +43,16 @@ class BadRow:
         return f"{where} ({self.name}): {self.reason}"
 
 
+class BadRowError(ValueError):
+    """A row has no vector, and `EmbedOptions.strict` asked to stop there. Attribute: bad, a BadRow."""
+
+    def __init__(self, bad: BadRow):
+        self.bad = bad
+        super().__init__(str(bad))
+
+
 @dataclass(frozen=True)
-class Fields:
+class Columns:
     """Which columns hold the text and the image(s), and what relative paths are relative to."""
 
     text: str | None
@@ -42,27 +60,27 @@ class Fields:
     root: Path
 
     @classmethod
-    def choose(cls, columns: Iterable[str], text: str | None, image: str | None, root: Path) -> "Fields":
-        """The named columns, or the usual ones where none is named. Raises ValueError where they do not exist."""
-        columns = list(columns)
-        for option, name in (("--text-column", text), ("--image-column", image)):
-            if name is not None and columns and name not in columns:
-                raise ValueError(f"{option} {name!r} is no column of the table; it has {', '.join(columns)}")
+    def choose(cls, names: Iterable[str], text: str | None, image: str | None, root: Path) -> "Columns":
+        """The named columns, or the usual ones where none is named. Raises OptionError where they do not exist."""
+        names = list(names)
+        for option, name in (("text_column", text), ("image_column", image)):
+            if name is not None and names and name not in names:
+                raise OptionError(Option(option), f" {name!r} is no column of the table; it has {', '.join(names)}")
         if text is None and image is None:
-            text = next((c for c in TEXT_COLUMNS if c in columns), None)
-            image = next((c for c in IMAGE_COLUMNS if c in columns), None)
-            if columns and text is None and image is None:
-                raise ValueError(
-                    f"which column holds the texts or images? Name it (--text-column, --image-column); the table has "
-                    f"{', '.join(columns)}"
-                )
+            text = next((c for c in TEXT_COLUMNS if c in names), None)
+            image = next((c for c in IMAGE_COLUMNS if c in names), None)
+            if names and text is None and image is None:
+                raise OptionError(
+                    "which column holds the texts or images? Name it (", Option("text_column"), ", ",
+                    Option("image_column"), f"); the table has {', '.join(names)}",
+                )  # fmt: skip
         return cls(text, image, root)
 
     def names(self) -> list[str]:
         return [c for c in (self.text, self.image) if c is not None]
 
     def images(self, row: Row) -> list[Any]:
-        """The images of a row: absolute paths, data URIs or bytes."""
+        """The images of a row: absolute paths, data URIs or bytes. Raises InputError."""
         value = row.columns.get(self.image) if self.image else None
         values = value if isinstance(value, list) else [value]
         found = [self._image(v) for v in values]
@@ -83,6 +101,10 @@ class Fields:
             return ""
         return json.dumps([(image, *_size_and_time(image)) for image in images if _is_path(image)])
 
+    def stamps(self, rows: Iterable[Row]) -> str:
+        """The digest of the stamps of some rows."""
+        return digest_of(map(self.stamp, rows))
+
     def _image(self, value: Any) -> Any:
         if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:  # as Hugging Face datasets keep them
             value = value.get("bytes") or value.get("path")
@@ -102,6 +124,19 @@ def digest_of(stamps: Iterable[str]) -> str:
     for stamp in stamps:
         digest.update(stamp.encode("utf-8", "surrogateescape") + b"\n")
     return digest.hexdigest()
+
+
+def as_text(value: Any) -> str:
+    """What JSON has no type for, as text: a date, a decimal; bytes by their number."""
+    return f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value)
+
+
+def printable(value: Any, width: int = 60) -> str:
+    """A value on one line, without characters that would steer a terminal."""
+    if not isinstance(value, str):
+        value = "" if value is None else json.dumps(value, ensure_ascii=False, default=as_text)
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in value)
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _is_path(image: Any) -> bool:

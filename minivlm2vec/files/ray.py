@@ -1,7 +1,7 @@
 """A recipe for clusters: `EmbedBatch`, an actor class for Ray Data. Needs the extra `ray`.
 
     import ray
-    from minivlm2vec.ray import EmbedBatch
+    from minivlm2vec.files.ray import EmbedBatch
 
     items = ray.data.read_parquet("s3://bucket/items/")
     items.map_batches(
@@ -21,10 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .embedder import Embedder
-from .files.inputs import Fields
-from .files.pipeline import Pipeline
-from .files.sources import Row
+from ..embedder import Embedder
+from .pipeline import Pipeline
+from .rows import Columns, Row
 
 
 class EmbedBatch:
@@ -59,18 +58,19 @@ class EmbedBatch:
             model, dtype=getattr(torch, dtype) if dtype else None, show_progress=False, **options
         )
         self.columns = (text_column, image_column, Path(image_root))
-        self.options = {"prompt": instruction or None, "max_length": max_length, "batch_tokens": batch_tokens}
+        self.options: dict[str, Any] = {"prompt": instruction or None, "max_length": max_length}
+        self.options["batch_tokens"] = batch_tokens
         self.vector_column = vector_column
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The batch with two columns more: the vectors [n, D] float32, and `<vector_column>_error`, which says why a
         row has none (its vector is NaN then) and is empty otherwise."""
         names = list(batch)
-        fields = Fields.choose(names, *self.columns)
+        columns = Columns.choose(names, *self.columns)
         n = len(batch[names[0]])
-        rows = [Row(i, None, {c: _plain(batch[c][i]) for c in fields.names()}) for i in range(n)]
+        rows = [Row(i, None, {c: _plain(batch[c][i]) for c in columns.names()}) for i in range(n)]
         vectors, errors = np.empty((0, self.embedder.dimension), np.float32), [""] * n
-        for result in Pipeline(self.embedder, fields, **self.options).run([(0, rows)] if rows else []):
+        for result in Pipeline(self.embedder, columns, **self.options).run([(0, rows)] if rows else []):
             vectors = result.vectors
             for bad in result.errors:
                 errors[bad.row] = f"{bad.name}: {bad.reason}"
