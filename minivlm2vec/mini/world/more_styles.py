@@ -1,6 +1,6 @@
 """More styles for training: emoji sets that come as SVG and by name. mini-MMEB itself has none of them.
 
-They lack many concepts; `stream.Drawings` shows those in another style. Needs resvg-py (extra `mini`).
+They lack many concepts; `stream.VariedDrawings` shows those in another style. Needs resvg-py (extra `mini`).
 """
 
 import io
