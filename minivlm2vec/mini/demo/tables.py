@@ -97,7 +97,7 @@ def _cells(result: Result, index: int, data: DemoData) -> tuple[str, str, str]:
 
 
 def _nearest(answer: Answer, data: DemoData, room: int) -> str:
-    """As many of the nearest answers as there is room for, at least one."""
+    """As many of the nearest answers as fit, at least one."""
     items = [
         f"{'*' if answer.is_right(i) else ''}{data.name(pair)} {answer.scores[i]:.2f}"
         for i, pair in enumerate(answer.candidates[:NEAREST])

@@ -15,7 +15,7 @@ from .concepts import Concept, World, fitted
 
 
 def add_styles(world: World, tarballs: dict[sources.Package, Path]) -> World:
-    """The world with these packages' drawings of its concepts. A style is called as its package."""
+    """The world with these packages' drawings of its concepts. A style has its package's name."""
     styles, drawings = world.styles, dict(world.drawings)
     for package, path in tarballs.items():
         icons = _read(path)

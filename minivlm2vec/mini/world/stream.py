@@ -22,7 +22,7 @@ GREY = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 
 @dataclass(frozen=True)
 class Variation:
-    """How far drawings are changed, all at random and evenly up to these bounds.
+    """How much drawings are changed: each change is drawn at random, uniformly up to these bounds.
 
     Fields:
         turn: degrees, either way.
@@ -52,8 +52,8 @@ class Variation:
 
 
 class VariedDrawings(Mapping[tuple[str, str], Image.Image]):
-    """The drawings of a world as one row shows them: varied, but a drawing that comes twice is twice the same. What
-    a style lacks is shown in one that mini-MMEB has."""
+    """The drawings of a world as one row shows them: varied, and the same whenever one is used again. A concept that a
+    style lacks is drawn in a style that mini-MMEB has."""
 
     def __init__(self, world: World, variation: Variation, seed: str):
         self.world, self.variation, self.seed = world, variation, seed

@@ -147,7 +147,7 @@ def image_to_text(world: World, rng: random.Random) -> Row:
 
 
 def tags_to_image(world: World, rng: random.Random) -> Row:
-    """Keywords that are not in the name; a tag may fit others too, several seldom do."""
+    """Keywords that are not in the name. One tag may fit other concepts too, several tags seldom do."""
     while True:
         concept, image = _single(world, rng)
         tags = [tag for tag in concept.tags if tag.lower() not in concept.label.lower()]
@@ -200,7 +200,7 @@ def isolate(world: World, rng: random.Random) -> Row:
 
 
 def point(world: World, rng: random.Random) -> Row:
-    """The thing is told by its class, which no other thing in the scene has."""
+    """The thing is named by its class, which no other thing in the scene has."""
     canvas, _ = _scene(world, rng)
     classes = [one.concept.subgroup for one in canvas.objects]
     single = [i for i, name in enumerate(classes) if classes.count(name) == 1]
