@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .bench_encode import commit, machine, mixed_inputs
+from .bench_encode import commit, machine
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("mixed", "text", "image", "plain")

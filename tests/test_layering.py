@@ -72,6 +72,19 @@ def test_core_never_imports_optional_parts():
             assert not optional, (file, name)
 
 
+def test_only_commands_import_the_toy_world():
+    for file in PACKAGE.rglob("*.py"):
+        if file.relative_to(PACKAGE).parts[0] not in ("mini", "cli"):
+            assert not any("mini" in name.split(".") for name in imports(file)), file
+
+
+def test_the_toy_world_neither_parses_arguments_nor_prints():
+    for file in (PACKAGE / "mini").rglob("*.py"):
+        assert "argparse" not in imports(file), file
+        called = [n.func for n in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
+        assert not any(isinstance(f, ast.Name) and f.id == "print" for f in called), file
+
+
 def test_nobody_imports_transformers_tests_or_bench():
     for file in [*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")]:
         roots = {n.split(".")[0] for n in imports(file)}

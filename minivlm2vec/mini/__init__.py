@@ -1,4 +1,4 @@
-"""The bundled toy world: everything of it is in this folder, and nothing outside of it imports it but the commands.
+"""The bundled toy world: emoji, a small benchmark made of them, a small model trained on them. Only `cli` imports it.
 
     world/        mini-MMEB: what is drawn, what is asked, and how its files are built
     data/         a trimmed copy of these files, with the licences of the pictures

@@ -58,7 +58,7 @@ class DrawnRows:
         if unknown:
             raise ValueError(f"data.sets: {', '.join(unknown)} is no training set; there are {', '.join(tasks.TRAIN)}")
         options: DrawOptions = build(DrawOptions, config.options, "data.options.")
-        variation = stream.Variation().times(options.variation)
+        variation = stream.Variation().scaled(options.variation)
         self.drawer = Drawer(world or _training_world(options), variation)
         self.draw = self.drawer if config.workers == 1 else DrawingProcesses(self.drawer, config.workers)
 
@@ -125,11 +125,11 @@ def _draw(task: Task) -> list[Row]:
 
 
 def _row(name: str, row: tasks.Row, number: int) -> Row:
-    """Wrong candidates of the row that are texts are all hard negatives, of pictures the first."""
-    near = [item for item in row.near if item.image is None] or list(row.near[:1])
+    """Hard negatives that are texts are all taken; of pictures only the first, since each costs a picture to encode."""
+    used = [item for item in row.hard_negatives if item.image is None] or row.hard_negatives[:1]
     drawings: dict[str, Image.Image] = {}
     query, positive, *wrong = (
-        _pair(item, f"{name}/{number}/{i}", drawings) for i, item in enumerate((row.query, row.positive, *near))
+        _pair(item, f"{name}/{number}/{i}", drawings) for i, item in enumerate((row.query, row.positive, *used))
     )
     negatives = tuple(pair for pair in dict.fromkeys(wrong) if pair != positive)
     return Row(f"{name}, row {number}", query, (positive,), negatives, DrawnPictures(drawings))

@@ -1,13 +1,12 @@
 """What a score is worth without a model: chance, and nearest neighbours in pixels.
 
-R rows, L training pictures that lend a text, S = 32 * 32 * 3 numbers of a small picture.
+R rows, L labelled pictures of training, S = 32 * 32 * 3 numbers of a small picture.
 
-Pictures are compared as 32 x 32 RGB by squared distance. Candidates that are pictures: the one nearest to the
-query's. Candidates that are texts: each is as near as the nearest training picture of the same task that has this
-text as its answer, so the training picture that is most like the query's lends its own. The query's text is ignored:
-what is asked about a picture the baseline cannot know, and without a picture in the query it has nothing to say.
-Only pictures of training are asked, in the styles of training; where the query is one of them, as with single emoji
-of seen concepts, the baseline looks the answer up.
+Pictures are compared as 32 x 32 RGB by squared distance. Where candidates are pictures, the answer is the one nearest
+to the query's. Where they are texts, the nearest training picture of the same task answers: its label, among labels
+that are candidates. The query's text is ignored, since this baseline cannot know what is asked about a picture; without
+a picture in the query it has no answer. It sees the training pictures alone, in the styles of training; where the query
+is one of them, as with single emoji of seen concepts, it looks the answer up.
 """
 
 import io
@@ -22,7 +21,6 @@ from ..mmeb.dataset import Images, Rows, read_jsonl, read_rows
 from .world.concepts import SEEN_STYLES
 
 SIDE = 32
-NEVER = np.inf  # the distance of a text that no training picture lends
 
 
 def small(source: Path | bytes) -> np.ndarray:
@@ -31,7 +29,7 @@ def small(source: Path | bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)).reshape(-1)
 
 
-class Small:
+class SmallPictures:
     """Small pictures by path, each read once."""
 
     def __init__(self, images: Images):
@@ -50,21 +48,21 @@ class Small:
 
 
 @dataclass(frozen=True)
-class Lenders:
-    """Training pictures uint8 [L, S] of one task, and the answer of each."""
+class LabelledPictures:
+    """Training pictures uint8 [L, S] of one task, and the right answer to each."""
 
     pictures: np.ndarray
     texts: np.ndarray  # [L] of str
 
 
-def read_lenders(data: Path) -> dict[str, Lenders]:
+def read_labelled(data: Path) -> dict[str, LabelledPictures]:
     """By task of `tasks.SETS`, every training picture of mini-MMEB whose answer is a text: rows of MMEB-train, and the
     single emoji of seen concepts with their names and classes. Tasks that are not trained have none."""
     pairs: dict[str, list[tuple[np.ndarray, str]]] = {}
     for task, picture, text in (*_training_rows(data / "MMEB-train"), *_seen_emoji(data / "MMEB-eval")):
         pairs.setdefault(task, []).append((picture, text))
     return {
-        task: Lenders(np.stack([picture for picture, _ in found]), np.array([text for _, text in found]))
+        task: LabelledPictures(np.stack([picture for picture, _ in found]), np.array([text for _, text in found]))
         for task, found in pairs.items()
     }
 
@@ -72,7 +70,7 @@ def read_lenders(data: Path) -> dict[str, Lenders]:
 def _training_rows(folder: Path) -> Iterator[tuple[str, np.ndarray, str]]:
     for one in sorted(path for path in folder.glob("*") if path.is_dir() and path.name != "images_zip"):
         place = folder / "images.zip"
-        read = Small(Images(place if place.exists() else folder / "images_zip" / f"{one.name}.zip"))
+        read = SmallPictures(Images(place if place.exists() else folder / "images_zip" / f"{one.name}.zip"))
         for path in sorted(one.glob("original*")):
             for row in read_rows(path):
                 if row["qry_image_path"] and not row["pos_image_path"]:
@@ -80,7 +78,7 @@ def _training_rows(folder: Path) -> Iterator[tuple[str, np.ndarray, str]]:
 
 
 def _seen_emoji(folder: Path) -> Iterator[tuple[str, np.ndarray, str]]:
-    read = Small(Images(folder / "images.zip"))
+    read = SmallPictures(Images(folder / "images.zip"))
     for one in read_jsonl(folder / "pictures_seen.jsonl"):
         if one["style"] in SEEN_STYLES:
             (picture,) = read([one["path"]])
@@ -96,9 +94,9 @@ def chance(rows: Rows) -> np.ndarray:
     return np.array([1 / len(_distinct(targets)) for _, targets in rows.numbered])
 
 
-def nearest(rows: Rows, read: Small, lenders: Lenders | None) -> np.ndarray | None:
+def nearest(rows: Rows, read: SmallPictures, labelled: LabelledPictures | None) -> np.ndarray | None:
     """[R]: how often the positive is the nearest candidate, where ties are broken at random. None where the baseline
-    cannot answer: queries without a picture, or positives that no training picture lends."""
+    cannot answer: queries without a picture, or positives that are no label of a training picture."""
     used = np.unique(np.concatenate([targets for _, targets in rows.numbered]))
     with_picture = {bool(rows.pairs[i].image) for i in used}
     if len(with_picture) > 1 or not all(rows.pairs[query].image for query, _ in rows.numbered):
@@ -109,9 +107,9 @@ def nearest(rows: Rows, read: Small, lenders: Lenders | None) -> np.ndarray | No
     else:
         texts = [rows.pairs[i].text for i in used]
         right = [rows.pairs[targets[0]].text for _, targets in rows.numbered]
-        if lenders is None or not np.isin(right, lenders.texts).any():
+        if labelled is None or not np.isin(right, labelled.texts).any():
             return None
-        distances = _to_texts(squared_distances(queries, lenders.pictures), lenders.texts, texts)
+        distances = _to_texts(squared_distances(queries, labelled.pictures), labelled.texts, texts)
     columns = [np.searchsorted(used, _distinct(targets)) for _, targets in rows.numbered]
     return np.array([first(row[of]) for row, of in zip(distances, columns, strict=True)])
 
@@ -128,11 +126,11 @@ def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * (a @ b.T)
 
 
-def _to_texts(distances: np.ndarray, lent: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-    """[R, L] -> [R, texts]: the least distance of each text."""
-    out = np.full((len(distances), len(texts)), NEVER)
+def _to_texts(distances: np.ndarray, labels: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+    """[R, L] -> [R, texts]: the least distance to a picture of this label; infinite where there is none."""
+    out = np.full((len(distances), len(texts)), np.inf)
     for i, text in enumerate(texts):
-        mine = lent == text
+        mine = labels == text
         if mine.any():
             out[:, i] = distances[:, mine].min(axis=1)
     return out

@@ -56,7 +56,7 @@ def measure(
         raise ValueError(f"{data / 'MMEB-eval'} holds {unknown[0]}, which is no set of mini-MMEB")
     embedder = Embedder.from_pretrained(checkpoint, show_progress=False)
     results = evaluate(
-        Remembering(embedder),
+        CachedEncoder(embedder),
         data / "MMEB-eval",
         out=work,
         batch_size=512,
@@ -83,7 +83,7 @@ def measure(
     }
 
 
-class Remembering:
+class CachedEncoder:
     """An encoder that computes the same text and picture once, whatever sets they are in."""
 
     def __init__(self, encoder: Encoder):
@@ -115,7 +115,7 @@ def _key(one: Any, options: dict[str, Any]) -> bytes:
 
 def baselines(dataset: Dataset, data: Path, limit: int | None = None) -> dict[str, dict[str, Any]]:
     """For each set what it is, how many candidates a row has, chance, and nearest neighbours in pixels."""
-    read, lenders = pixels.Small(dataset.images), pixels.read_lenders(data)
+    read, labelled = pixels.SmallPictures(dataset.images), pixels.read_labelled(data)
     found = {}
     for name, subset in dataset.subsets.items():
         rows = dataset.rows(subset, limit=limit)
@@ -128,7 +128,7 @@ def baselines(dataset: Dataset, data: Path, limit: int | None = None) -> dict[st
             "rows": len(rows),
             "candidates": [min(widths), max(widths)],
             "chance": round(100 * float(pixels.chance(rows).mean()), 4),
-            "pixels": _pixels(rows, read, lenders.get(SETS[name].set)),
+            "pixels": _pixels(rows, read, labelled.get(SETS[name].set)),
         }
     return found
 
@@ -139,8 +139,10 @@ def group(spec: tasks.EvalSet) -> str:
     return f"{'seen' if spec.concepts == 'seen' else 'held out'} / {styles}"
 
 
-def _pixels(rows: Rows, read: pixels.Small, lenders: pixels.Lenders | None) -> dict[str, float] | None:
-    hits = pixels.nearest(rows, read, lenders)
+def _pixels(
+    rows: Rows, read: pixels.SmallPictures, labelled: pixels.LabelledPictures | None
+) -> dict[str, float] | None:
+    hits = pixels.nearest(rows, read, labelled)
     if hits is None:
         return None
     values = 100 * hits[:, None]

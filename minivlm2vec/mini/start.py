@@ -81,7 +81,7 @@ def train_tokenizer(world: World, vocab_size: int) -> tokenizers.Tokenizer:
 
 
 def _words(world: World) -> Iterator[str]:
-    """Names count more than tags, and plurals are seen too."""
+    """Text that the tokenizer learns from: names twice, tags once, plurals too."""
     for concept in world.concepts:
         yield from (concept.phrase, concept.phrase, concept.subgroup, concept.group, *concept.tags)
     for thing in world.things:

@@ -38,12 +38,12 @@ def read(tmp_path):
     """Plain grey pictures: "40.png" has the value 40 everywhere."""
     for value in (0, 30, 40, 100, 110, 250):
         Image.new("RGB", (20, 12), (value,) * 3).save(tmp_path / f"{value}.png")
-    return pixels.Small(Images(tmp_path))
+    return pixels.SmallPictures(Images(tmp_path))
 
 
-def lenders(*pairs):
+def labelled(*pairs):
     pictures = np.stack([np.full(pixels.SIDE**2 * 3, value, np.uint8) for value, _ in pairs])
-    return pixels.Lenders(pictures, np.array([text for _, text in pairs]))
+    return pixels.LabelledPictures(pictures, np.array([text for _, text in pairs]))
 
 
 # --- baselines -------------------------------------------------------------------------------------------
@@ -64,24 +64,24 @@ def test_the_nearest_picture_is_chosen(read):
     np.testing.assert_array_equal(pixels.nearest(rows, read, None), [1, 0, 0.5])
 
 
-def test_the_nearest_training_picture_lends_its_answer(read):
+def test_the_nearest_training_picture_answers_with_its_label(read):
     ask = lambda value: ("what?", f"{value}.png")  # noqa: E731
-    known = lenders((30, "dog"), (100, "cat"), (250, "cat"), (5, "owl"))
+    known = labelled((30, "dog"), (100, "cat"), (250, "cat"), (5, "owl"))
     rows = rows_of(
         (ask(40), "dog", "cat"),  # 30 is nearest
         (ask(0), "dog", "cat"),  # 5 is nearer, but "owl" is no candidate
         (ask(110), "dog", "cat"),  # the nearest says "cat"
-        (ask(110), "ant", "dog", "cat"),  # nothing lends "ant", so it never wins
-        (ask(110), "ant", "bee"),  # nothing lends either: one in two
+        (ask(110), "ant", "dog", "cat"),  # "ant" is no label, so it never wins
+        (ask(110), "ant", "bee"),  # neither is a label: one in two
     )
     np.testing.assert_array_equal(pixels.nearest(rows, read, known), [1, 1, 0, 0, 0.5])
 
 
 def test_where_pixels_have_no_answer(read):
-    known = lenders((30, "dog"))
+    known = labelled((30, "dog"))
     picture = ("?", "30.png")
     assert pixels.nearest(rows_of(("a text", picture, ("?", "40.png"))), read, known) is None
-    assert pixels.nearest(rows_of((picture, "ant", "dog")), read, known) is None  # the right answer is never lent
+    assert pixels.nearest(rows_of((picture, "ant", "dog")), read, known) is None  # the right answer is no label
     assert pixels.nearest(rows_of((picture, "dog", "ant")), read, None) is None  # a task without training
     assert pixels.nearest(rows_of((picture, "dog", "ant")), read, known) is not None
 
@@ -93,15 +93,15 @@ def test_distances_are_exact():
     np.testing.assert_array_equal(pixels.squared_distances(a, b), expected)
 
 
-def test_lenders_are_training_pictures_in_the_styles_of_training():
-    found = pixels.read_lenders(bundled())
+def test_labelled_pictures_are_training_pictures_in_the_styles_of_training():
+    found = pixels.read_labelled(bundled())
     assert set(found) == {"Emoji-Subgroup", "Emoji-Group", "Emoji-i2t", "Grid-Where", "Grid-Count", "Grid-Color",
                           "Grid-Beside", "Scene-i2t"}  # fmt: skip
     catalogue = read_lines(EVAL / "pictures_seen.jsonl")
     held_out = {one["label"] for one in read_lines(EVAL / "pictures.jsonl")}
     names = found["Emoji-i2t"].texts
     assert len(names) == 32 + 2 * 120 and not set(names) & held_out
-    fluent = pixels.Small(Dataset(EVAL).images)([one["path"] for one in catalogue if one["style"] == "fluent"])
+    fluent = pixels.SmallPictures(Dataset(EVAL).images)([one["path"] for one in catalogue if one["style"] == "fluent"])
     assert not {one.tobytes() for one in fluent} & {one.tobytes() for one in found["Emoji-i2t"].pictures}
 
 
@@ -233,7 +233,7 @@ class Counting:
 
 def test_equal_inputs_are_encoded_once():
     inner = Counting()
-    outer = scores.Remembering(inner)
+    outer = scores.CachedEncoder(inner)
     pictures = [np.zeros((2, 3, 3), np.uint8), np.zeros((3, 2, 3), np.uint8)]
     inputs = ["a", {"text": "a", "image": b"x"}, "a", {"text": "a", "image": b"x"}, {"text": "a", "image": b"y"},
               {"text": "b", "image": b"x"}, *({"text": "a", "image": one} for one in pictures)]  # fmt: skip
@@ -260,7 +260,7 @@ def scored(tmp_path_factory):
 def test_the_card_says_what_was_measured(scored):
     found = json.loads((scored / "scores.json").read_text())
     text = (scored / "README.md").read_text()
-    assert set(found["sets"]) == {one.name for one in build.evaluated(build.TRIMMED)}
+    assert set(found["sets"]) == {one.name for one in build.eval_sets(build.TRIMMED)}
     for name, one in found["sets"].items():
         p = one["precision@1"]
         assert one["rows"] == 6 and 0 <= p["low"] <= p["mean"] <= p["high"] <= 100

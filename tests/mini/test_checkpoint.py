@@ -30,7 +30,7 @@ from minivlm2vec.weights import load_model
 from tests.mini.test_world import tarballs, worlds  # noqa: F401 (fixtures)
 
 SOURCE = "minivlm2vec.mini.drawn:DrawnRows"
-NOTHING = stream.Variation().times(0)
+NOTHING = stream.Variation().scaled(0)
 LEAST = 0.5  # P@1 in the style of training; the card has what was measured
 
 
@@ -138,7 +138,7 @@ def test_more_styles_are_found_by_name(world, more_styles):
 
 def test_what_a_style_lacks_is_drawn_in_one_of_mini_mmebs(world, more_styles):
     code, new = world.concepts[5].code, packages.FXEMOJI.name
-    shown = {stream.Drawings(more_styles, NOTHING, str(i))[new, code].tobytes() for i in range(20)}
+    shown = {stream.VariedDrawings(more_styles, NOTHING, str(i))[new, code].tobytes() for i in range(20)}
     assert shown <= {world.drawings[style, code].tobytes() for style in concepts.SEEN_STYLES} and len(shown) == 2
     for name in tasks.TRAIN:
         assert len(stream.rows(more_styles, name, range(8), stream.Variation(), "s")) == 8

@@ -30,7 +30,7 @@ from minivlm2vec.mini.demo.questions import (
     Picture,
     Question,
     about_pictures,
-    read_material,
+    read_data,
 )
 from minivlm2vec.mini.world.concepts import HELD_OUT_STYLE
 from minivlm2vec.mmeb.dataset import Dataset, Pair
@@ -191,22 +191,22 @@ def test_the_demonstration_from_python(tiny, demo, tmp_path):
 
 def test_scores_are_those_of_the_evaluator(tiny, dataset, tmp_path):
     e = Embedder.from_pretrained(tiny, device="cpu", show_progress=False)
-    material = read_material(dataset)
-    search = [a for a in material.asked if a.kind is SEARCH][-1]
-    asking = [a for a in material.asked if a.kind is ASKING]
-    material = replace(material, asked=(search, *asking), collection=search.questions[0].candidates)
-    (_, *results), times = answer_all(e, material, dataset.images)
+    data = read_data(dataset)
+    search = [a for a in data.question_sets if a.kind is SEARCH][-1]
+    asking = [a for a in data.question_sets if a.kind is ASKING]
+    data = replace(data, question_sets=(search, *asking), collection=search.questions[0].candidates)
+    (_, *results), times = answer_all(e, data, dataset.images)
     expected = evaluate(
         e, bundled() / "MMEB-eval", out=tmp_path, names=[a.name for a in asking], show_progress=False
     ).figures
-    assert [r.asked.name for r in results] == ["Seen-Grid-Where", "Seen-Fluent-Where", "Fluent-Where"]
+    assert [r.question_set.name for r in results] == ["Seen-Grid-Where", "Seen-Fluent-Where", "Fluent-Where"]
     for result in results:
-        low, high = expected[result.asked.name].interval()[:, 0]
-        mean = expected[result.asked.name].mean[0]
+        low, high = expected[result.question_set.name].interval()[:, 0]
+        mean = expected[result.question_set.name].mean[0]
         assert (result.precision, result.low, result.high) == pytest.approx((mean, low, high))
         assert result.chance == pytest.approx(100 / 24) and result.candidates == "24"
-        assert len(result.answers) == len(result.asked.questions)
-    assert times.pictures == 240 and times.pictures + times.others == len(material.pairs())
+        assert len(result.answers) == len(result.question_set.questions)
+    assert times.pictures == 240 and times.pictures + times.others == len(data.pairs())
 
 
 @pytest.fixture(scope="module")
@@ -230,8 +230,8 @@ def catalogue(dataset):
 )  # fmt: skip
 def test_questions_about_single_pictures(dataset, catalogue, kind, query, candidate, choices):
     """Each of a condition's 120 pictures or names once; all pictures, names or classes of its style as candidates."""
-    material = read_material(dataset)
-    asked = [a for a in material.asked if a.kind is kind]
+    data = read_data(dataset)
+    asked = [a for a in data.question_sets if a.kind is kind]
     assert [tuple(a.condition) for a in asked] == [("seen", "twemoji"), ("seen", "fluent"), ("new", "fluent")]
     for a in asked:
         concepts, style = a.condition
@@ -242,8 +242,8 @@ def test_questions_about_single_pictures(dataset, catalogue, kind, query, candid
         assert {q.query: q.right for q in a.questions} == expected
         for q in a.questions:
             assert len(q.candidates) == choices and set(q.candidates) == candidates
-        assert kind is not SEARCH or candidates < set(material.collection)
-        assert all(material.name(_pair(("", "{path}"), row)) == f"[{row['label']}]" for row in drawn[concepts])
+        assert kind is not SEARCH or candidates < set(data.collection)
+        assert all(data.name(_pair(("", "{path}"), row)) == f"[{row['label']}]" for row in drawn[concepts])
 
 
 def _pair(pattern, row):
@@ -270,7 +270,7 @@ def test_two_pictures_of_one_name_are_both_right():
 
 def test_sets_are_drawn_as_their_condition_says(dataset):
     about = json.loads((dataset.root / "subsets.json").read_text(encoding="utf-8"))
-    asked = [a for a in read_material(dataset).asked if a.kind.sets]
+    asked = [a for a in read_data(dataset).question_sets if a.kind.sets]
     assert len(asked) == 6 and [a.condition for a in asked] == [*CONDITIONS, *CONDITIONS]
     for a in asked:
         assert about[a.name]["concepts"] == {"seen": "seen", "new": "held-out"}[a.condition.concepts]
@@ -279,23 +279,23 @@ def test_sets_are_drawn_as_their_condition_says(dataset):
 
 
 def test_crops_are_called_what_questions_call_them(dataset):
-    material = read_material(dataset)
-    asked = [q for a in material.asked if a.kind is GROUNDING for q in a.questions]
+    data = read_data(dataset)
+    asked = [q for a in data.question_sets if a.kind is GROUNDING for q in a.questions]
     told = {pair: f"[{GROUNDING.own(q.query.text)}]" for q in asked for pair in q.right}
     crops = {pair for q in asked for pair in q.candidates}
     assert len(told) > 50 and len(crops) > len(told)
-    assert all(material.name(pair) == told.get(pair, "[another crop]") for pair in crops)
+    assert all(data.name(pair) == told.get(pair, "[another crop]") for pair in crops)
 
 
 def test_what_is_absent_is_not_asked(tmp_path):
     for name in ("images.zip", "pictures.jsonl", "Fluent-Where"):
         (tmp_path / name).symlink_to(bundled() / "MMEB-eval" / name)
-    asked = read_material(Dataset(tmp_path)).asked
+    asked = read_data(Dataset(tmp_path)).question_sets
     assert [a.kind for a in asked] == [SEARCH, NAMING, SORTING, ASKING]
     assert {a.condition for a in asked} == {CONDITIONS[2]} and asked[-1].name == "Fluent-Where"
     (tmp_path / "pictures.jsonl").unlink()
     with pytest.raises(ValueError, match=r"no picture to search: pictures_seen\.jsonl and pictures\.jsonl"):
-        read_material(Dataset(tmp_path))
+        read_data(Dataset(tmp_path))
 
 
 def test_ties_count_against_the_right_answer():

@@ -193,7 +193,7 @@ def test_where_position_and_beside_are_true(worlds):
     for row in sampled(world, "Grid-Where"):
         corner = row.query.text.removeprefix("what is in the ").removesuffix("?")
         assert seen_at(world, row.query.image, *QUARTERS[corner]) == row.positive.text
-        assert row.positive.text not in [item.text for item in row.near] and len(row.near) == 3
+        assert row.positive.text not in [item.text for item in row.hard_negatives] and len(row.hard_negatives) == 3
     for row in sampled(world, "Grid-Position"):
         name = row.query.text.removeprefix("where is the ").removesuffix("?")
         assert seen_at(world, row.query.image, *QUARTERS[row.positive.text]) == name
@@ -229,7 +229,7 @@ def test_crops_show_what_is_asked_for(worlds):
     for name in ("Scene-Isolate", "Scene-Point"):
         for row in sampled(world, name):
             shown, *others = (
-                seen_at(world, x.image, *(s / 2 for s in x.image.size)) for x in (row.positive, *row.near)
+                seen_at(world, x.image, *(s / 2 for s in x.image.size)) for x in (row.positive, *row.hard_negatives)
             )
             assert len(others) == 3 and shown not in others
             if name == "Scene-Isolate":
@@ -243,7 +243,7 @@ def test_the_left_one_is_on_the_left(worlds):
     """The two of a kind differ in their edges (they are drawn in two styles), so the crop can be told apart."""
     world = worlds[1]
     for row in sampled(world, "Scene-Refer"):
-        image, crop, twin = row.query.image, row.positive.image, row.near[0].image
+        image, crop, twin = row.query.image, row.positive.image, row.hard_negatives[0].image
         place, other = (next(found(image, part)) for part in (crop, twin))
         axis, sign = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}[row.query.text.split()[-1]]
         assert sign * (place[axis] - other[axis]) > 0
@@ -266,8 +266,8 @@ def test_changes_change_one_thing(worlds):
         new = new.removeprefix("n ").strip()
         before, after = (Counter(shown(world, x.image)) for x in (row.query, row.positive))
         assert before - after == Counter([old]) and after - before == Counter([new])
-        assert row.near[0].image.tobytes() == row.query.image.tobytes()
-        assert len({x.image.tobytes() for x in (row.positive, *row.near)}) == 4
+        assert row.hard_negatives[0].image.tobytes() == row.query.image.tobytes()
+        assert len({x.image.tobytes() for x in (row.positive, *row.hard_negatives)}) == 4
 
 
 def shown(world, image):
@@ -286,7 +286,7 @@ def test_captions_tell_what_is_shown(worlds):
         labels = {one.label for one in world.concepts for part in parts if part.split(" ", 1)[1] in
                   (one.label, words.plural(one.label))}  # fmt: skip
         assert labels == set(shown(world, row.query.image))
-        assert row.near[0].text != row.positive.text
+        assert row.hard_negatives[0].text != row.positive.text
 
 
 # --- what is written -------------------------------------------------------------------------------------
@@ -461,7 +461,7 @@ def test_the_shipped_copy_is_small_whole_and_licensed():
     assert "Apache License" in (bundled() / "licenses" / "Apache-2.0.txt").read_text()
     assert "Microsoft" in (bundled() / "licenses" / "fluent-emoji.txt").read_text()
     data = Dataset(bundled() / "MMEB-eval")
-    assert list(data.subsets) == [one.name for one in build.evaluated(build.TRIMMED)]
+    assert list(data.subsets) == [one.name for one in build.eval_sets(build.TRIMMED)]
     for one in data.subsets.values():
         rows = data.rows(one, skip_damaged=True)  # decodes every picture
         assert rows.damaged == [] and len(rows) == 24

@@ -527,7 +527,7 @@ def test_command_on_the_bundled_data_with_a_tiny_checkpoint(tmp_path, capsys):
     from minivlm2vec.new_checkpoint import new_checkpoint
 
     new_checkpoint(tmp_path / "tiny", preset="tiny")
-    names = [one.name for one in build.evaluated(build.TRIMMED)]
+    names = [one.name for one in build.eval_sets(build.TRIMMED)]
     arguments = ["mmeb", "--model", str(tmp_path / "tiny"), "--data", "mini", "-o", str(tmp_path / "out"), "--quiet",
                  "--limit", "6", "--device", "cpu", "--num-crops", "1"]  # fmt: skip
     assert main(arguments) == 0

@@ -19,20 +19,20 @@ from ...mmeb.dataset import Dataset
 from .. import bundled
 from . import page, tables
 from .answers import Result, Times, answer_all
-from .questions import Material, read_material
+from .questions import DemoData, read_data
 
 
 @dataclass(frozen=True)
 class Demonstration:
     """What was asked, what came out, how long it took."""
 
-    material: Material
+    data: DemoData
     results: list[Result]
     times: Times
 
     def text(self) -> str:
         """Tables of answers, the scores, the times; for 110 columns."""
-        return tables.render(self.results, self.times, self.material)
+        return tables.render(self.results, self.times, self.data)
 
 
 def run(
@@ -51,13 +51,11 @@ def run(
         load_seconds: how long loading took, to be told with the other times.
     """
     dataset = Dataset(bundled() / "MMEB-eval")
-    material = read_material(dataset)
-    results, times = answer_all(
-        embedder, material, dataset.images, load_seconds=load_seconds, show_progress=show_progress
-    )
+    data = read_data(dataset)
+    results, times = answer_all(embedder, data, dataset.images, load_seconds=load_seconds, show_progress=show_progress)
     if out is not None:
         page.write(
-            Path(out), results, times, material, dataset.images,
+            Path(out), results, times, data, dataset.images,
             model=name or embedder.name, device=str(embedder.device),
         )  # fmt: skip
-    return Demonstration(material, results, times)
+    return Demonstration(data, results, times)

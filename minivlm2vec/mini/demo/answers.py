@@ -14,7 +14,7 @@ from ...embedder import Embedder
 from ...mmeb.dataset import Images, Pair
 from ...mmeb.encode import as_input
 from ...mmeb.score import METRICS, Scored, figures, unit_rows
-from .questions import SEARCH, Asked, Material, Question
+from .questions import SEARCH, DemoData, Question, QuestionSet
 
 TIMED_QUERIES = 9
 
@@ -34,9 +34,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Result:
-    """One set. Percentages of questions whose nearest candidate is right, with a 95% bootstrap interval."""
+    """The answers to one set of questions, and the percentage of questions whose nearest candidate is right, with its
+    95% bootstrap interval."""
 
-    asked: Asked
+    question_set: QuestionSet
     answers: tuple[Answer, ...]
     precision: float
     low: float
@@ -44,15 +45,15 @@ class Result:
 
     @property
     def chance(self) -> float:
-        """Percentage that answers drawn blindly reach."""
-        questions = self.asked.questions
+        """Percentage that is right when answers are chosen at random."""
+        questions = self.question_set.questions
         shares = (sum(c in q.right for c in q.candidates) / len(q.candidates) for q in questions)
         return 100 * sum(shares) / len(questions)
 
     @property
     def candidates(self) -> str:
         """How many a question has to choose from."""
-        counts = {len(question.candidates) for question in self.asked.questions}
+        counts = {len(question.candidates) for question in self.question_set.questions}
         return str(*counts) if len(counts) == 1 else f"{min(counts)}-{max(counts)}"
 
 
@@ -70,31 +71,31 @@ class Times:
 
 def answer_all(
     embedder: Embedder,
-    material: Material,
+    data: DemoData,
     images: Images,
     *,
     load_seconds: float | None = None,
     show_progress: bool = False,
 ) -> tuple[list[Result], Times]:
     """Embeds every different input once and answers every question."""
-    pairs = material.pairs()
-    n = len(material.collection)  # they come first
+    pairs = data.pairs()
+    n = len(data.collection)  # they come first
     inputs = [as_input(pair, images) for pair in pairs]
     pictures, embed_pictures = _timed_encode(embedder, inputs[:n], show_progress)
     others, embed_others = _timed_encode(embedder, inputs[n:], show_progress)
     vectors = unit_rows(np.concatenate([pictures, others]))
     number = {pair: i for i, pair in enumerate(pairs)}
-    results = [_result(asked, vectors, number) for asked in material.asked]
-    query = _time_of_a_query(embedder, material, vectors[:n])
+    results = [_result(one, vectors, number) for one in data.question_sets]
+    query = _time_of_a_query(embedder, data, vectors[:n])
     return results, Times(load_seconds, n, embed_pictures, len(pairs) - n, embed_others, query)
 
 
-def _result(asked: Asked, vectors: np.ndarray, number: dict[Pair, int]) -> Result:
-    answered = [answer(question, vectors, number) for question in asked.questions]
-    counted = figures([scored for _, scored in answered], asked.name)
+def _result(question_set: QuestionSet, vectors: np.ndarray, number: dict[Pair, int]) -> Result:
+    answered = [answer(question, vectors, number) for question in question_set.questions]
+    counted = figures([scored for _, scored in answered], question_set.name)
     p1 = METRICS.index("precision@1")
     low, high = counted.interval()[:, p1]
-    return Result(asked, tuple(one for one, _ in answered), float(counted.mean[p1]), float(low), float(high))
+    return Result(question_set, tuple(one for one, _ in answered), float(counted.mean[p1]), float(low), float(high))
 
 
 def answer(question: Question, vectors: np.ndarray, number: dict[Pair, int]) -> tuple[Answer, Scored]:
@@ -115,9 +116,9 @@ def _timed_encode(embedder: Embedder, inputs: Sequence, show_progress: bool) -> 
     return vectors, time.perf_counter() - start
 
 
-def _time_of_a_query(embedder: Embedder, material: Material, pictures: np.ndarray) -> float:
+def _time_of_a_query(embedder: Embedder, data: DemoData, pictures: np.ndarray) -> float:
     """Median of a few."""
-    texts = [q.query.text for asked in material.asked if asked.kind is SEARCH for q in asked.questions]
+    texts = [q.query.text for one in data.question_sets if one.kind is SEARCH for q in one.questions]
     pictures = pictures.astype(np.float32)
     times = []
     for text in texts[:TIMED_QUERIES]:

@@ -9,8 +9,8 @@ from ...html import asset, data_uri, escape, head
 from ...mmeb.dataset import Images, Pair
 from ..world.sources import PACKAGES
 from .answers import Answer, Result, Times
-from .questions import Kind, Material, shown
-from .tables import WHAT_IS_SEEN, query_name, summary_cells, told
+from .questions import DemoData, Kind, shown
+from .tables import WHAT_IS_SEEN, query_name, summary_cells, times_text
 
 CARDS = 6  # answers of a question on the page
 TYPES = {".webp": "image/webp", ".png": "image/png"}
@@ -20,7 +20,7 @@ def write(
     path: Path,
     results: Sequence[Result],
     times: Times,
-    material: Material,
+    data: DemoData,
     images: Images,
     *,
     model: str,
@@ -29,14 +29,14 @@ def write(
     """Writes the page; it takes the place of an older one when it is complete."""
     with open_replacing(path, "w") as f:
         f.write(head(f"{model}: a demonstration", style=asset(__package__, "page.css")))
-        f.write(_intro(results, times, material, images, model))
-        for kind in dict.fromkeys(result.asked.kind for result in results):
-            f.write(_section(kind, [r for r in results if r.asked.kind is kind], material, images))
+        f.write(_intro(results, times, data, images, model))
+        for kind in dict.fromkeys(result.question_set.kind for result in results):
+            f.write(_section(kind, [r for r in results if r.question_set.kind is kind], data, images))
         f.write(_footer(model, device))
 
 
-def _intro(results: Sequence[Result], times: Times, material: Material, images: Images, model: str) -> str:
-    strip = "".join(_img(pair, material, images) for pair in material.collection[:: max(1, times.pictures // 24)][:24])
+def _intro(results: Sequence[Result], times: Times, data: DemoData, images: Images, model: str) -> str:
+    strip = "".join(_img(pair, data, images) for pair in data.collection[:: max(1, times.pictures // 24)][:24])
     rows = "".join(_summary_row(result) for result in results)
     return (
         f"<header><div><h1>What {escape(model)} finds in {times.pictures} pictures of emoji</h1>"
@@ -45,7 +45,7 @@ def _intro(results: Sequence[Result], times: Times, material: Material, images: 
         f'<div class="strip">{strip}</div>\n'
         '<div class="scores"><table><thead><tr><th>Nearest answer is right</th><th>Concepts, style</th>'
         "<th>Questions</th><th>Candidates</th><th>P@1</th><th></th><th>95%</th><th>Chance</th></tr></thead>\n"
-        f"<tbody>{rows}</tbody></table></div>\n<p>{escape(told(times))}</p>\n"
+        f"<tbody>{rows}</tbody></table></div>\n<p>{escape(times_text(times))}</p>\n"
     )
 
 
@@ -58,46 +58,46 @@ def _summary_row(result: Result) -> str:
     )
 
 
-def _section(kind: Kind, results: Sequence[Result], material: Material, images: Images) -> str:
+def _section(kind: Kind, results: Sequence[Result], data: DemoData, images: Images) -> str:
     """One kind: for each set, some questions and what is nearest to them."""
     instruction = kind.instruction.removeprefix("<|image_1|>\n").strip().replace("{}", "…")
     parts = [f"<section><h2>{_arrow(kind.title)}</h2><p>Instruction: “{escape(instruction)}”</p>\n"]
     for result in results:
         *_, precision, _, chance = summary_cells(result)
-        condition = result.asked.condition
+        condition = result.question_set.condition
         parts.append(
             f"<h3>{condition.concepts.capitalize()} concepts, {condition.style} style<span>P@1 {precision}, "
             f"chance {chance}, {len(result.answers)} questions, {result.candidates} candidates</span></h3>\n"
         )
-        parts += [_question(result, result.answers[i], material, images) for i in shown(result.asked)]
+        parts += [_question(result, result.answers[i], data, images) for i in shown(result.question_set)]
     return "".join([*parts, "</section>\n"])
 
 
-def _question(result: Result, answer: Answer, material: Material, images: Images) -> str:
+def _question(result: Result, answer: Answer, data: DemoData, images: Images) -> str:
     """The question and its nearest candidates; the last gives way to the first right one, where none is among them."""
     places = list(range(min(CARDS, len(answer.candidates))))
     if not any(map(answer.is_right, places)):
         places[-1] = next(i for i in range(len(answer.candidates)) if answer.is_right(i))
-    cards = "".join(_card(answer, i, material, images) for i in places)
+    cards = "".join(_card(answer, i, data, images) for i in places)
     return (
-        f'<article><div class="asked">{_asked(result, answer, material, images)}</div>'
+        f'<article><div class="asked">{_query(result, answer, data, images)}</div>'
         f'<ol class="found{"" if answer.candidates[0].image else " texts"}">{cards}</ol></article>\n'
     )
 
 
-def _asked(result: Result, answer: Answer, material: Material, images: Images) -> str:
+def _query(result: Result, answer: Answer, data: DemoData, images: Images) -> str:
     query = answer.question.query
-    own = result.asked.kind.own(query.text)
-    picture = f'<div class="well">{_img(query, material, images)}</div>' if query.image else ""
-    words = own or query_name(result, answer, material).strip("[]")
+    own = result.question_set.kind.own(query.text)
+    picture = f'<div class="well">{_img(query, data, images)}</div>' if query.image else ""
+    words = own or query_name(result, answer, data).strip("[]")
     return f'{picture}<div class="{"words" if own else "quiet"}">{escape(words)}</div>'
 
 
-def _card(answer: Answer, i: int, material: Material, images: Images) -> str:
+def _card(answer: Answer, i: int, data: DemoData, images: Images) -> str:
     """A candidate: its place, its score, what it is."""
     pair, right = answer.candidates[i], answer.is_right(i)
-    inner = _img(pair, material, images) if pair.image else f'<div class="words">{escape(pair.text)}</div>'
-    name = material.names.get(pair.image, "")
+    inner = _img(pair, data, images) if pair.image else f'<div class="words">{escape(pair.text)}</div>'
+    name = data.names.get(pair.image, "")
     caption = f'<div class="caption" title="{escape(name)}">{escape(name)}</div>' if pair.image else ""
     mark = "<em>right</em>" if right else ""
     return (
@@ -110,11 +110,11 @@ def _arrow(text: str) -> str:
     return escape(text.replace("->", "→"))
 
 
-def _img(pair: Pair, material: Material, images: Images) -> str:
-    data = images.source(pair.image)
-    data = data if isinstance(data, bytes) else data.read_bytes()
-    uri = data_uri(data, TYPES[Path(pair.image).suffix])
-    return f'<img src="{uri}" alt="{escape(material.names.get(pair.image, ""))}" decoding="async">'
+def _img(pair: Pair, data: DemoData, images: Images) -> str:
+    source = images.source(pair.image)
+    content = source if isinstance(source, bytes) else source.read_bytes()
+    uri = data_uri(content, TYPES[Path(pair.image).suffix])
+    return f'<img src="{uri}" alt="{escape(data.names.get(pair.image, ""))}" decoding="async">'
 
 
 def _footer(model: str, device: str) -> str:

@@ -74,7 +74,7 @@ class Question(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Asked:
+class QuestionSet:
     """Questions of one kind under one condition."""
 
     kind: Kind
@@ -84,18 +84,18 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Material:
-    """All that is asked, the pictures that are searched, and what pictures show."""
+class DemoData:
+    """What is asked, which pictures are searched, and what each shows."""
 
-    asked: tuple[Asked, ...]
-    collection: tuple[Pair, ...]
+    question_sets: tuple[QuestionSet, ...]
+    collection: tuple[Pair, ...]  # what is searched
     names: dict[str, str]  # {path of a picture: name of what it shows}
 
     def pairs(self) -> list[Pair]:
         """Every different input, in order of appearance."""
         found = dict.fromkeys(self.collection)
-        for asked in self.asked:
-            for question in asked.questions:
+        for one in self.question_sets:
+            for question in one.questions:
                 found |= dict.fromkeys((question.query, *question.candidates))
         return list(found)
 
@@ -104,34 +104,34 @@ class Material:
         return f"[{self.names.get(pair.image, 'another crop')}]" if pair.image else pair.text
 
 
-def read_material(dataset: Dataset) -> Material:
-    """Reads what is there of it. Raises ValueError where there is no picture to search."""
+def read_data(dataset: Dataset) -> DemoData:
+    """Reads the catalogues and sets that the folder has. Raises ValueError where there is no picture to search."""
     pictures = list(_pictures(dataset))
-    asked = tuple(one for kind in KINDS for one in _of_kind(kind, dataset, pictures) if one.questions)
-    searches = (question for one in asked if one.kind is SEARCH for question in one.questions)
+    sets = tuple(one for kind in KINDS for one in _of_kind(kind, dataset, pictures) if one.questions)
+    searches = (question for one in sets if one.kind is SEARCH for question in one.questions)
     collection = tuple(dict.fromkeys(pair for question in searches for pair in question.candidates))
     if not collection:
         raise ValueError(f"{dataset.root} lists no picture to search: {' and '.join(CATALOGUES.values())}")
     names = {one.path: one.label for one in pictures}
-    for one in asked:
+    for one in sets:
         names |= _crops_named_by(one)
-    return Material(asked, collection, names)
+    return DemoData(sets, collection, names)
 
 
-def shown(asked: Asked, number: int = 2) -> list[int]:
+def shown(question_set: QuestionSet, number: int = 2) -> list[int]:
     """The questions that tables and page show: evenly spaced, whatever the answers."""
-    total = len(asked.questions)
+    total = len(question_set.questions)
     return [i * total // number for i in range(number)] if total > number else list(range(total))
 
 
-def _of_kind(kind: Kind, dataset: Dataset, pictures: Sequence[Picture]) -> Iterator[Asked]:
+def _of_kind(kind: Kind, dataset: Dataset, pictures: Sequence[Picture]) -> Iterator[QuestionSet]:
     """The questions under each condition, perhaps none."""
     for i, condition in enumerate(CONDITIONS):
         if kind.sets:
-            yield Asked(kind, condition, kind.sets[i], tuple(_rows(dataset, kind.sets[i])))
+            yield QuestionSet(kind, condition, kind.sets[i], tuple(_rows(dataset, kind.sets[i])))
         else:
             name = f"{kind.title}: {condition.concepts}, {condition.drawn}"
-            yield Asked(kind, condition, name, about_pictures(kind, condition, pictures))
+            yield QuestionSet(kind, condition, name, about_pictures(kind, condition, pictures))
 
 
 def about_pictures(kind: Kind, condition: Condition, pictures: Sequence[Picture]) -> tuple[Question, ...]:
@@ -155,8 +155,8 @@ def _candidate(kind: Kind, picture: Picture) -> Pair:
     return Pair(picture.label if kind is NAMING else picture.group, "")
 
 
-def _crops_named_by(asked: Asked) -> dict[str, str]:
-    found = asked.questions if asked.kind is GROUNDING else ()
+def _crops_named_by(question_set: QuestionSet) -> dict[str, str]:
+    found = question_set.questions if question_set.kind is GROUNDING else ()
     return {pair.image: GROUNDING.own(question.query.text) for question in found for pair in question.right}
 
 

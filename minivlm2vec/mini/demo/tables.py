@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Sequence
 
 from .answers import Answer, Result, Times
-from .questions import Kind, Material, shown
+from .questions import DemoData, Kind, shown
 
 WIDTH = 110
 NEAREST = 3  # answers of a question in a table
@@ -15,21 +15,21 @@ WHAT_IS_SEEN = (
 )
 
 
-def render(results: Sequence[Result], times: Times, material: Material) -> str:
+def render(results: Sequence[Result], times: Times, data: DemoData) -> str:
     """A table for each kind of question, then the scores, then the times."""
-    kinds = dict.fromkeys(result.asked.kind for result in results)
-    tables = [kind_table(kind, [r for r in results if r.asked.kind is kind], material) for kind in kinds]
+    kinds = dict.fromkeys(result.question_set.kind for result in results)
+    tables = [kind_table(kind, [r for r in results if r.question_set.kind is kind], data) for kind in kinds]
     legend = "*: right. [name]: a picture of it; the page shows it. The questions are evenly spaced over each set."
-    return "\n\n".join([*tables, legend, summary(results), told(times)]) + "\n"
+    return "\n\n".join([*tables, legend, summary(results), times_text(times)]) + "\n"
 
 
-def kind_table(kind: Kind, results: Sequence[Result], material: Material) -> str:
+def kind_table(kind: Kind, results: Sequence[Result], data: DemoData) -> str:
     """Some questions of one kind, with the nearest answers."""
-    asked = [(result, i) for result in results for i in shown(result.asked)]
-    rows = [HEAD[:3], *(_cells(result, i, material) for result, i in asked)]
+    chosen = [(result, i) for result in results for i in shown(result.question_set)]
+    rows = [HEAD[:3], *(_cells(result, i, data) for result, i in chosen)]
     widths = [_width(column, most) for column, most in zip(zip(*rows, strict=True), (15, 36, 30), strict=True)]
     starts = ["  " + "  ".join(map(_fill, row, widths)) + "  " for row in rows]
-    nearest = [_nearest(result.answers[i], material, WIDTH - len(starts[0])) for result, i in asked]
+    nearest = [_nearest(result.answers[i], data, WIDTH - len(starts[0])) for result, i in chosen]
     instruction = kind.instruction.removeprefix("<|image_1|>\n").strip().replace("{}", "...")
     lines = (start + end for start, end in zip(starts, (HEAD[3], *nearest), strict=True))
     return "\n".join([f"{kind.title}:  {instruction}", *lines])
@@ -52,7 +52,7 @@ def summary(results: Sequence[Result]) -> str:
 def summary_cells(result: Result) -> tuple[str, ...]:
     """Kind, concepts and style, questions, candidates, P@1, its interval, chance."""
     return (
-        result.asked.kind.title,
+        result.question_set.kind.title,
         concepts_and_style(result),
         str(len(result.answers)),
         result.candidates,
@@ -62,7 +62,7 @@ def summary_cells(result: Result) -> tuple[str, ...]:
     )
 
 
-def told(times: Times) -> str:
+def times_text(times: Times) -> str:
     """The times, as sentences."""
     parts = [] if times.load is None else [f"Model loaded in {times.load:.1f} s"]
     parts.append(_rate(times.pictures, "pictures", times.embed_pictures))
@@ -79,27 +79,27 @@ def place(answer: Answer) -> str:
 
 def concepts_and_style(result: Result) -> str:
     """ "seen, new": which of the two training has shown."""
-    return f"{result.asked.condition.concepts}, {result.asked.condition.style}"
+    return f"{result.question_set.condition.concepts}, {result.question_set.condition.style}"
 
 
-def query_name(result: Result, answer: Answer, material: Material) -> str:
+def query_name(result: Result, answer: Answer, data: DemoData) -> str:
     """The question's own words, or else what its picture shows."""
-    return result.asked.kind.own(answer.question.query.text) or material.name(answer.question.query)
+    return result.question_set.kind.own(answer.question.query.text) or data.name(answer.question.query)
 
 
-def _cells(result: Result, index: int, material: Material) -> tuple[str, str, str]:
+def _cells(result: Result, index: int, data: DemoData) -> tuple[str, str, str]:
     """Concepts and style, question, the right answer (where the question does not name it) and its place."""
     answer = result.answers[index]
-    query = query_name(result, answer, material)
-    right = material.name(next(pair for pair in answer.candidates if pair in answer.question.right))
+    query = query_name(result, answer, data)
+    right = data.name(next(pair for pair in answer.candidates if pair in answer.question.right))
     told = "" if right.strip("[]") == query.strip("[]") else f"{_cut(right, 18)}: "
     return concepts_and_style(result), query, f"{told}{place(answer)}"
 
 
-def _nearest(answer: Answer, material: Material, room: int) -> str:
-    """As many of the nearest answers as there is room for, at least one."""
+def _nearest(answer: Answer, data: DemoData, room: int) -> str:
+    """As many of the nearest answers as fit, at least one."""
     items = [
-        f"{'*' if answer.is_right(i) else ''}{material.name(pair)} {answer.scores[i]:.2f}"
+        f"{'*' if answer.is_right(i) else ''}{data.name(pair)} {answer.scores[i]:.2f}"
         for i, pair in enumerate(answer.candidates[:NEAREST])
     ]
     while len(items) > 1 and len(", ".join(items)) > room:

@@ -90,7 +90,7 @@ def write(folder: Path, plan: Plan, tarballs: dict[sources.Package, Path]) -> No
 def write_eval(folder: Path, train: World, held_out: World, plan: Plan) -> None:
     about = {}
     with Pictures(folder / "images.zip", plan.webp) as pictures:
-        for spec in evaluated(plan):
+        for spec in eval_sets(plan):
             rows = eval_rows(spec, held_out if spec.concepts == "held-out" else train, plan, pictures)
             _write_rows(folder / spec.name / "test", rows, plan.jsonl)
             about[spec.name] = _about(spec, rows)
@@ -101,75 +101,81 @@ def write_eval(folder: Path, train: World, held_out: World, plan: Plan) -> None:
     _write_json(folder / "subsets.json", about)
 
 
-def evaluated(plan: Plan) -> list[tasks.EvalSet]:
+def eval_sets(plan: Plan) -> list[tasks.EvalSet]:
     """The evaluation sets that the plan has."""
     return [one for one in tasks.EVAL if one.concepts == "held-out" or plan.seen is None or one.name in plan.seen]
 
 
 def eval_rows(spec: tasks.EvalSet, world: World, plan: Plan, pictures: "Pictures") -> list[dict]:
-    """Rows of one set: candidates are the positive, the row's own near misses, then others at random."""
+    """Rows of one set: candidates are the positive, its hard negatives, then others at random."""
     one = tasks.SETS[spec.set]
     world = world.restyled(spec.styles, spec.target_style)
     kind = "eval" if spec.concepts == "held-out" else "eval/seen"
     seed = f"{plan.seed}/{kind}/{one.family or spec.set}/{spec.styles}"
     sampled = list(_distinct(one, world, plan.eval_rows, seed, pictures, spec.name))
     if one.classes is not None:
-        pool = [_placed(item, pictures, spec.name) for item in one.classes(world)]
+        pool = [_stored(item, pictures, spec.name) for item in one.classes(world)]
     else:
-        pool = [item for _, positive, near in sampled for item in (positive, *near)]
+        pool = [item for _, positive, hard_negatives in sampled for item in (positive, *hard_negatives)]
     pool = list(dict.fromkeys(pool))
     rng = random.Random(f"{seed}/candidates")
     if spec.concepts == "held-out":
         return [_eval_row(*row, pool, plan.candidates, rng) for row in sampled]
     most = min(plan.candidates, plan.seen_candidates)
-    return [_eval_row(*row, pool, most, rng, once=True) for row in sampled]
+    return [_eval_row(*row, pool, most, rng, distinct_meanings=True) for row in sampled]
 
 
 @dataclass(frozen=True)
-class Placed:
-    """An item whose picture is in the zip."""
+class Stored:
+    """An item whose picture is in the zip, at `path`."""
 
     text: str
     path: str
     meaning: object
 
 
-def _placed(item: tasks.Item, pictures: "Pictures", name: str) -> Placed:
-    return Placed(item.text, pictures.add(item.image, name) if item.image else "", item.meaning)
+def _stored(item: tasks.Item, pictures: "Pictures", name: str) -> Stored:
+    return Stored(item.text, pictures.add(item.image, name) if item.image else "", item.meaning)
 
 
 def _distinct(
-    one: tasks.Set, world: World, number: int, seed: str, pictures: "Pictures", name: str
-) -> Iterable[tuple[Placed, Placed, tuple[Placed, ...]]]:
+    one: tasks.TaskSet, world: World, number: int, seed: str, pictures: "Pictures", name: str
+) -> Iterable[tuple[Stored, Stored, tuple[Stored, ...]]]:
     """Up to `number` rows with different queries: fewer where there are not so many."""
     seen: set[tuple[str, str]] = set()
     for i in range(50 * number):
         if len(seen) == number:
             return
         row = one.row(world, random.Random(f"{seed}/{i}"))
-        query = _placed(row.query, pictures, name)
+        query = _stored(row.query, pictures, name)
         if (query.text, query.path) not in seen:
             seen.add((query.text, query.path))
             yield (
                 query,
-                _placed(row.positive, pictures, name),
-                tuple(_placed(item, pictures, name) for item in row.near),
+                _stored(row.positive, pictures, name),
+                tuple(_stored(item, pictures, name) for item in row.hard_negatives),
             )
 
 
 def _eval_row(
-    query: Placed, positive: Placed, near: tuple, pool: list, most: int, rng: random.Random, once: bool = False
+    query: Stored,
+    positive: Stored,
+    hard_negatives: tuple,
+    pool: list,
+    most: int,
+    rng: random.Random,
+    distinct_meanings: bool = False,
 ) -> dict:
-    """`once`: no two of the candidates that are added mean the same (as two drawings of a dog do)."""
-    chosen = [positive, *near]
+    """`distinct_meanings`: no two of the candidates that are added mean the same (as two drawings of a dog do)."""
+    chosen = [positive, *hard_negatives]
     taken = {(item.text, item.path) for item in chosen}
-    means = {positive.meaning, *((item.meaning for item in near) if once else ())}
+    means = {positive.meaning, *((item.meaning for item in hard_negatives) if distinct_meanings else ())}
     for item in rng.sample(pool, len(pool)):
         if len(chosen) == most:
             break
         if item.meaning not in means and (item.text, item.path) not in taken:
             chosen.append(item)
-            if once:
+            if distinct_meanings:
                 means.add(item.meaning)
     return {
         "qry_text": query.text,
@@ -229,19 +235,19 @@ def _train_rows(name: str, world: World, plan: Plan, pictures: "Pictures") -> tu
     return original, [row | {"qry": _paraphrased(one, row["qry"], rng)} for row in original]
 
 
-def _train_row(query: Placed, positive: Placed, near: tuple[Placed, ...]) -> dict:
+def _train_row(query: Stored, positive: Stored, hard_negatives: tuple[Stored, ...]) -> dict:
     row = {
         "qry": query.text,
         "qry_image_path": query.path,
         "pos_text": positive.text,
         "pos_image_path": positive.path,
     }
-    if near:
-        row |= {"neg_text": near[0].text, "neg_image_path": near[0].path}
+    if hard_negatives:
+        row |= {"neg_text": hard_negatives[0].text, "neg_image_path": hard_negatives[0].path}
     return row
 
 
-def _paraphrased(one: tasks.Set, text: str, rng: random.Random) -> str:
+def _paraphrased(one: tasks.TaskSet, text: str, rng: random.Random) -> str:
     head, tail = one.instructions[0].split("{}") if "{}" in one.instructions[0] else (one.instructions[0], "")
     return rng.choice(one.instructions).format(text[len(head) : len(text) - len(tail)])
 
@@ -250,7 +256,7 @@ def _paraphrased(one: tasks.Set, text: str, rng: random.Random) -> str:
 
 
 class Pictures:
-    """A zip of pictures, each stored once under the name that it was first given."""
+    """A zip of pictures, each stored once, under the name that it was first given."""
 
     def __init__(self, path: Path, webp: bool):
         path.parent.mkdir(parents=True, exist_ok=True)

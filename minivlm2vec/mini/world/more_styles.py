@@ -1,6 +1,6 @@
 """More styles for training: emoji sets that come as SVG and by name. mini-MMEB itself has none of them.
 
-They lack many concepts; `stream.Drawings` shows those in another style. Needs resvg-py (extra `mini`).
+They lack many concepts; `stream.VariedDrawings` shows those in another style. Needs resvg-py (extra `mini`).
 """
 
 import io
@@ -15,7 +15,7 @@ from .concepts import Concept, World, fitted
 
 
 def add_styles(world: World, tarballs: dict[sources.Package, Path]) -> World:
-    """The world with these packages' drawings of its concepts. A style is called as its package."""
+    """The world with these packages' drawings of its concepts. A style has its package's name."""
     styles, drawings = world.styles, dict(world.drawings)
     for package, path in tarballs.items():
         icons = _read(path)

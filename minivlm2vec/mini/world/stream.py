@@ -22,7 +22,7 @@ GREY = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 
 @dataclass(frozen=True)
 class Variation:
-    """How far drawings are changed, all at random and evenly up to these bounds.
+    """How much drawings are changed: each change is drawn at random, uniformly up to these bounds.
 
     Fields:
         turn: degrees, either way.
@@ -42,7 +42,7 @@ class Variation:
     shade: float = 0.3
     blend: float = 0.3
 
-    def times(self, strength: float) -> "Variation":
+    def scaled(self, strength: float) -> "Variation":
         """Bounds `strength` times as wide, from 0, which changes nothing, to 3. Raises ValueError beyond."""
         if not 0 <= strength <= 3:
             raise ValueError(f"the strength of variation is {strength}; it lies between 0 and 3")
@@ -51,9 +51,9 @@ class Variation:
         return Variation(shrink=shrink, **{name: strength * getattr(self, name) for name in others})
 
 
-class Drawings(Mapping[tuple[str, str], Image.Image]):
-    """The drawings of a world as one row shows them: varied, but a drawing that comes twice is twice the same. What
-    a style lacks is shown in one that mini-MMEB has."""
+class VariedDrawings(Mapping[tuple[str, str], Image.Image]):
+    """The drawings of a world as one row shows them: varied, and the same whenever one is used again. A concept that a
+    style lacks is drawn in a style that mini-MMEB has."""
 
     def __init__(self, world: World, variation: Variation, seed: str):
         self.world, self.variation, self.seed = world, variation, seed
@@ -101,7 +101,7 @@ def rows(world: World, name: str, numbers: Sequence[int], variation: Variation |
         rng = random.Random(mine)
         seen = copy.copy(world)  # with its lists of concepts, which take longer to find than a row to draw
         if variation is not None:
-            seen.drawings = Drawings(world, variation, mine)
+            seen.drawings = VariedDrawings(world, variation, mine)
         if name == "Grid-Color":  # colours are known of these alone
             seen.styles = SEEN_STYLES
         made.append(one.row(seen, rng, rng.randrange(len(one.instructions))))

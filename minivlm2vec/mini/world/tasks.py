@@ -1,7 +1,7 @@
-"""The sets of mini-MMEB: for each, how one row comes about.
+"""The sets of mini-MMEB, and how a row of each is drawn.
 
-`SETS[name].sample(world, rng)` draws a row as often as one likes, so that a training run may also take an
-endless stream of rows instead of files. Instructions are worded as in MMEB (`{}` is the row's own text); the
+`SETS[name].row(world, rng)` draws a row as often as it is called, so that a training run can take an endless stream of
+rows instead of files. Instructions are worded as in MMEB (`{}` is the row's own text); the
 paraphrases are for the `diverse_instruction` split of the training files.
 """
 
@@ -25,8 +25,8 @@ CORNERS = ("top left corner", "top right corner", "bottom left corner", "bottom 
 
 @dataclass(frozen=True)
 class Item:
-    """A query or a candidate. `meaning` tells what it shows or says: what another row would lend as a wrong
-    candidate is left out where it means the same as the positive, and so would be right."""
+    """A query or a candidate. `meaning` is what it shows or says: two items of one meaning are both right, so that a
+    row never takes a candidate from another row that means the same as its own positive."""
 
     text: str
     image: Image.Image | None = None
@@ -37,11 +37,11 @@ class Item:
 class Row:
     query: Item
     positive: Item
-    near: tuple[Item, ...] = ()  # wrong candidates made for this row; the first is the hard negative
+    hard_negatives: tuple[Item, ...] = ()  # made for this row; a file of training rows holds the first
 
 
 @dataclass(frozen=True)
-class Set:
+class TaskSet:
     meta_task: str
     sample: Callable[[World, random.Random], Row]
     instructions: tuple[str, ...]  # the first is the original
@@ -53,7 +53,7 @@ class Set:
         """A row whose query text is the full instruction (the samplers give only the row's own part)."""
         row = self.sample(world, rng)
         text = self.instructions[instruction].format(row.query.text)
-        return Row(Item(text, row.query.image), row.positive, row.near)
+        return Row(Item(text, row.query.image), row.positive, row.hard_negatives)
 
 
 # --- classification --------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def image_to_text(world: World, rng: random.Random) -> Row:
 
 
 def tags_to_image(world: World, rng: random.Random) -> Row:
-    """Keywords that are not in the name; a tag may fit others too, several seldom do."""
+    """Keywords that are not in the name. One tag may fit other concepts too, several tags seldom do."""
     while True:
         concept, image = _single(world, rng)
         tags = [tag for tag in concept.tags if tag.lower() not in concept.label.lower()]
@@ -166,27 +166,28 @@ def style_to_style(world: World, rng: random.Random) -> Row:
 
 def caption_to_scene(world: World, rng: random.Random) -> Row:
     canvas, caption, wrong = _captioned(world, rng)
-    near = Item(PICTURE, wrong.draw(world), _shown(wrong))
-    return Row(Item(f"{caption}."), Item(PICTURE, canvas.draw(world), _shown(canvas)), (near,))
+    hard_negative = Item(PICTURE, wrong.draw(world), _shown(wrong))
+    return Row(Item(f"{caption}."), Item(PICTURE, canvas.draw(world), _shown(canvas)), (hard_negative,))
 
 
 def scene_to_caption(world: World, rng: random.Random) -> Row:
     canvas, caption, wrong = _captioned(world, rng)
-    near = Item(f"{_caption(wrong)}.", None, _shown(wrong))
-    return Row(Item("", canvas.draw(world)), Item(f"{caption}.", None, _shown(canvas)), (near,))
+    hard_negative = Item(f"{_caption(wrong)}.", None, _shown(wrong))
+    return Row(Item("", canvas.draw(world)), Item(f"{caption}.", None, _shown(canvas)), (hard_negative,))
 
 
 def change(world: World, rng: random.Random) -> Row:
-    """ "replace the dog with a cat": near misses replace another thing, or by another thing, or nothing."""
+    """ "replace the dog with a cat". Hard negatives: nothing is replaced, another thing is, or by another thing."""
     canvas, spare = _scene(world, rng)
     new, wrong = spare[0], spare[1]
     index = rng.randrange(len(canvas.objects))
     other = (index + rng.randrange(1, len(canvas.objects))) % len(canvas.objects)
     old = canvas.objects[index].concept
-    near = (canvas, canvas.replaced(other, new), canvas.replaced(index, wrong))
+    wrong_scenes = (canvas, canvas.replaced(other, new), canvas.replaced(index, wrong))
     text = f"replace the {old.phrase} with {with_article(new.phrase)}"
-    positive, *rest = [Item(PICTURE, one.draw(world), _shown(one)) for one in (canvas.replaced(index, new), *near)]
-    return Row(Item(text, canvas.draw(world)), positive, tuple(rest))
+    scenes = (canvas.replaced(index, new), *wrong_scenes)
+    positive, *hard_negatives = [Item(PICTURE, one.draw(world), _shown(one)) for one in scenes]
+    return Row(Item(text, canvas.draw(world)), positive, tuple(hard_negatives))
 
 
 # --- grounding -------------------------------------------------------------------------------------------
@@ -199,7 +200,7 @@ def isolate(world: World, rng: random.Random) -> Row:
 
 
 def point(world: World, rng: random.Random) -> Row:
-    """The thing is told by its class, which no other thing in the scene has."""
+    """The thing is named by its class, which no other thing in the scene has."""
     canvas, _ = _scene(world, rng)
     classes = [one.concept.subgroup for one in canvas.objects]
     single = [i for i, name in enumerate(classes) if classes.count(name) == 1]
@@ -268,10 +269,10 @@ def _grid4(world: World, rng: random.Random) -> Canvas:
 
 
 def _asked(world: World, canvas: Canvas, question: str, answer: int) -> Row:
-    """The other names in the picture are the near misses."""
+    """The other names in the picture are the hard negatives."""
     names = [_word(one.concept.phrase) for one in canvas.objects]
-    near = tuple(name for i, name in enumerate(names) if i != answer)
-    return Row(Item(question, canvas.draw(world)), names[answer], near)
+    hard_negatives = tuple(name for i, name in enumerate(names) if i != answer)
+    return Row(Item(question, canvas.draw(world)), names[answer], hard_negatives)
 
 
 def _scene(world: World, rng: random.Random) -> tuple[Canvas, list[Concept]]:
@@ -283,8 +284,8 @@ def _scene(world: World, rng: random.Random) -> tuple[Canvas, list[Concept]]:
 def _cropped(world: World, canvas: Canvas, text: str, index: int) -> Row:
     image = canvas.draw(world)
     crops = [Item(CROP, canvas.crop(image, i), one.concept.code) for i, one in enumerate(canvas.objects)]
-    near = tuple(crop for i, crop in enumerate(crops) if i != index)
-    return Row(Item(text, image), crops[index], near)
+    hard_negatives = tuple(crop for i, crop in enumerate(crops) if i != index)
+    return Row(Item(text, image), crops[index], hard_negatives)
 
 
 def _corner(x: float, y: float) -> str:
@@ -297,7 +298,7 @@ def _shown(canvas: Canvas) -> tuple[str, ...]:
 
 
 def _captioned(world: World, rng: random.Random) -> tuple[Canvas, str, Canvas]:
-    """A scene of one to three kinds, one of them perhaps repeated; its caption; a near miss."""
+    """A scene of one to three kinds, one of them perhaps repeated; its caption; the scene with one thing replaced."""
     kinds = rng.sample(world.things, rng.randint(1, 3))
     numbers = [1] * len(kinds)
     if rng.random() < 0.5:
@@ -412,25 +413,25 @@ def _pictures(world: World) -> list[Item]:
 _CLS, _ASK, _RET, _VG = "classification", "vqa", "retrieval", "grounding"
 _say = INSTRUCTIONS
 SETS = {
-    "Emoji-Subgroup": Set(_CLS, subgroup, _say["Emoji-Subgroup"], "picture -> class", classes=_subgroups),
-    "Emoji-Group": Set(_CLS, group, _say["Emoji-Group"], "picture -> category", classes=_groups),
-    "Scene-Topic": Set(_CLS, scene_topic, _say["Scene-Topic"], "scene -> class of most", classes=_topics),
-    "Grid-Where": Set(_ASK, where, _VQA, "what is in the top left corner?", "where", _phrases),
-    "Grid-Count": Set(_ASK, count, _VQA, "how many dogs are there?", "", _fixed(NUMBERS[1:])),
-    "Grid-Color": Set(_ASK, colour, _VQA, "what color is the dog?", "", _fixed(COLOURS)),
-    "Grid-Beside": Set(_ASK, beside, _VQA, "what is to the left of the dog?", "where", _phrases),
-    "Grid-Position": Set(_ASK, position, _VQA, "where is the dog?", "where", _fixed(CORNERS)),
-    "Emoji-t2i": Set(_RET, text_to_image, _say["Emoji-t2i"], "name -> picture", "", _pictures),
-    "Emoji-i2t": Set(_RET, image_to_text, _say["Emoji-i2t"], "picture -> name", classes=_phrases),
-    "Emoji-i2i": Set(_RET, style_to_style, _say["Emoji-i2i"], "picture -> same thing redrawn", "", _pictures),
-    "Tag-t2i": Set(_RET, tags_to_image, _say["Tag-t2i"], "keywords -> picture", "", _pictures),
-    "Scene-t2i": Set(_RET, caption_to_scene, _say["Emoji-t2i"], "caption -> scene", "caption"),
-    "Scene-i2t": Set(_RET, scene_to_caption, _say["Emoji-i2t"], "scene -> caption", "caption"),
-    "Scene-Change": Set(_RET, change, _say["Scene-Change"], "scene + replacement -> scene", "scene"),
-    "Scene-Isolate": Set(_VG, isolate, _say["Scene-Isolate"], "scene + name -> crop", "scene"),
-    "Scene-Refer": Set(_VG, refer, _say["Scene-Refer"], "scene + the left one of two -> crop"),
-    "Scene-Matching": Set(_VG, matching, _say["Scene-Matching"], "scene + name -> scene + place", "scene"),
-    "Scene-Point": Set(_VG, point, _say["Scene-Point"], "scene + class -> crop", "scene"),
+    "Emoji-Subgroup": TaskSet(_CLS, subgroup, _say["Emoji-Subgroup"], "picture -> class", classes=_subgroups),
+    "Emoji-Group": TaskSet(_CLS, group, _say["Emoji-Group"], "picture -> category", classes=_groups),
+    "Scene-Topic": TaskSet(_CLS, scene_topic, _say["Scene-Topic"], "scene -> class of most", classes=_topics),
+    "Grid-Where": TaskSet(_ASK, where, _VQA, "what is in the top left corner?", "where", _phrases),
+    "Grid-Count": TaskSet(_ASK, count, _VQA, "how many dogs are there?", "", _fixed(NUMBERS[1:])),
+    "Grid-Color": TaskSet(_ASK, colour, _VQA, "what color is the dog?", "", _fixed(COLOURS)),
+    "Grid-Beside": TaskSet(_ASK, beside, _VQA, "what is to the left of the dog?", "where", _phrases),
+    "Grid-Position": TaskSet(_ASK, position, _VQA, "where is the dog?", "where", _fixed(CORNERS)),
+    "Emoji-t2i": TaskSet(_RET, text_to_image, _say["Emoji-t2i"], "name -> picture", "", _pictures),
+    "Emoji-i2t": TaskSet(_RET, image_to_text, _say["Emoji-i2t"], "picture -> name", classes=_phrases),
+    "Emoji-i2i": TaskSet(_RET, style_to_style, _say["Emoji-i2i"], "picture -> same thing redrawn", "", _pictures),
+    "Tag-t2i": TaskSet(_RET, tags_to_image, _say["Tag-t2i"], "keywords -> picture", "", _pictures),
+    "Scene-t2i": TaskSet(_RET, caption_to_scene, _say["Emoji-t2i"], "caption -> scene", "caption"),
+    "Scene-i2t": TaskSet(_RET, scene_to_caption, _say["Emoji-i2t"], "scene -> caption", "caption"),
+    "Scene-Change": TaskSet(_RET, change, _say["Scene-Change"], "scene + replacement -> scene", "scene"),
+    "Scene-Isolate": TaskSet(_VG, isolate, _say["Scene-Isolate"], "scene + name -> crop", "scene"),
+    "Scene-Refer": TaskSet(_VG, refer, _say["Scene-Refer"], "scene + the left one of two -> crop"),
+    "Scene-Matching": TaskSet(_VG, matching, _say["Scene-Matching"], "scene + name -> scene + place", "scene"),
+    "Scene-Point": TaskSet(_VG, point, _say["Scene-Point"], "scene + class -> crop", "scene"),
 }
 TRAIN = (
     "Emoji-Subgroup",
