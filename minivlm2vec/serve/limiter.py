@@ -12,7 +12,7 @@ BODIES_IN_FLIGHT = 16  # bodies of the largest size that may be held at a time
 
 
 class RequestLimiter:
-    """The requests in flight, the bytes of their bodies, and their tokens.
+    """The requests in flight, the bytes of their bodies, their tokens and pixels.
 
     Args:
         limits: the most of each.
@@ -23,7 +23,7 @@ class RequestLimiter:
     def __init__(self, limits: Limits, queue_tokens: int, tokens_per_second: Callable[[], float]):
         self.limits, self.queue_tokens = limits, queue_tokens
         self._tokens_per_second = tokens_per_second
-        self.requests = self.body_bytes = self.tokens = 0
+        self.requests = self.body_bytes = self.tokens = self.pixels = 0
 
     @property
     def delay(self) -> float:
@@ -43,14 +43,18 @@ class RequestLimiter:
             self.requests -= 1
 
     @contextmanager
-    def admit(self, tokens: int) -> Iterator[None]:
-        """So many tokens are in flight. Raises APIError 429."""
+    def admit(self, tokens: int, pixels: int) -> Iterator[None]:
+        """So many tokens and pixels are in flight. Raises APIError 429."""
         self._check_queue()
+        if self.pixels and self.pixels + pixels > self.limits.queue_pixels:
+            raise busy(f"{self.pixels:,} pixels wait already; try again later", self.delay)
         self.tokens += tokens
+        self.pixels += pixels
         try:
             yield
         finally:
             self.tokens -= tokens
+            self.pixels -= pixels
 
     async def read_body(self, request: Request) -> bytes:
         """The body. Raises APIError 413 and 429."""
