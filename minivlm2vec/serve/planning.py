@@ -12,6 +12,8 @@ from ..processor import Planned, Processor
 from .errors import APIError, bad_request
 from .inputs import IdsInput, ImageSource, Input, PartsInput, TextInput
 
+TOKENS_BEHIND = 16  # of a text that is cut, read behind the last token that is kept
+
 
 class Planner:
     """Plans inputs for one processor.
@@ -24,8 +26,9 @@ class Planner:
     def __init__(self, processor: Processor, max_input_tokens: int, max_request_tokens: int):
         self.processor = processor
         self.max_input_tokens, self.max_request_tokens = max_input_tokens, max_request_tokens
+        self.longest_token = max(map(len, processor.tokenizer.tokenizer.get_vocab()))
         # So many characters are more tokens than an input may have, however long the tokens are.
-        self.max_characters = max(map(len, processor.tokenizer.tokenizer.get_vocab())) * max_input_tokens
+        self.max_characters = self.longest_token * max_input_tokens
 
     def plan(self, inputs: Sequence[Input], truncate: int | None, num_crops: int | None) -> list[Planned]:
         """truncate: as truncate_prompt_tokens of the request. Raises APIError 400."""
@@ -59,9 +62,10 @@ class Planner:
         return planned
 
     def _plan_text(self, name: str, text: str, max_length: int | None) -> Planned:
-        if max_length is not None:
-            text = text[: self.max_characters]
-        self._check_characters(name, text)
+        if max_length is None:
+            self._check_characters(name, text)
+        else:  # what of it can matter, and some more, since the last tokens depend on what follows
+            text = text[: self.longest_token * (max_length + TOKENS_BEHIND)]
         return Planned(self.processor.tokenizer(text)[:max_length])
 
     def _plan_ids(self, ids: list[int], max_length: int | None) -> Planned:
