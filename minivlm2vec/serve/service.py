@@ -92,6 +92,7 @@ class EmbeddingService:
         """Finishes what waits."""
         await self.batcher.stop()
         await self.decoders.stop()
+        self.fetcher.stop()
         self._texts.shutdown(cancel_futures=True)
 
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
