@@ -17,13 +17,15 @@ import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from .batch import Grid
 from .errors import InputError
+
+if TYPE_CHECKING:
+    from .batch import Grid  # not imported: processes that only decode images need no torch
 
 MAX_PIXELS = 2 * 89_478_485  # what Pillow calls a decompression bomb
 REFUSED_FORMATS = {"EPS"}  # decoded by running another program, Ghostscript, on the file
@@ -40,7 +42,7 @@ class HDSize:
 
     width: int  # of the resized image, pixels
     height: int
-    grid: Grid
+    grid: "Grid"
     left: int
     top: int
 
@@ -73,7 +75,7 @@ def hd_size(width: int, height: int, num_crops: int, crop_size: int = 336) -> HD
     return HDSize(new_short, new_long, (scale, across), left=margin, top=0)
 
 
-def hd_crops(image: Image.Image, num_crops: int, crop_size: int = 336) -> tuple[np.ndarray, Grid]:
+def hd_crops(image: Image.Image, num_crops: int, crop_size: int = 336) -> "tuple[np.ndarray, Grid]":
     """Resizes, pads and cuts an RGB image.
 
     Returns crops [h * w, S, S, 3] uint8, row-major, and the grid (h, w), h * w <= num_crops.
@@ -158,6 +160,28 @@ def to_rgb(image: Image.Image, *, name: str = "image", exif_transpose: bool = Fa
         raise InputError(f"decompression bomb: {e}", name=name) from None
     except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as e:
         raise InputError(f"the image cannot be decoded: {_describe(e)}", name=name) from None
+
+
+def image_size(image: Image.Image, *, exif_transpose: bool = False) -> tuple[int, int]:
+    """Width and height of an opened image as `to_rgb` will return it; it is not decoded."""
+    if exif_transpose and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
+        return image.height, image.width
+    return image.size
+
+
+def image_crops(
+    image: Image.Image,
+    num_crops: int,
+    crop_size: int = 336,
+    *,
+    name: str = "image",
+    fast_decode: bool = False,
+    exif_transpose: bool = False,
+) -> "tuple[np.ndarray, Grid]":
+    """Decodes and cuts an opened image: `to_rgb`, then `hd_crops`. fast_decode: JPEGs by `draft`."""
+    if fast_decode:
+        draft(image, num_crops, crop_size)
+    return hd_crops(to_rgb(image, name=name, exif_transpose=exif_transpose), num_crops, crop_size)
 
 
 def draft(image: Image.Image, num_crops: int, crop_size: int = 336) -> None:

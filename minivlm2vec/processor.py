@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 
 from .batch import Grid, PackedBatch, cumulative, num_image_tokens
 from .config import CLIP_MEAN, CLIP_STD, VLM2VecConfig
 from .errors import CheckpointError, InputError
-from .images import draft, hd_crops, hd_size, image_name, open_image, to_rgb
+from .images import hd_size, image_crops, image_name, image_size, open_image
 from .tokenizer import Tokenizer
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
@@ -144,11 +144,15 @@ class Processor:
         numbers: Sequence[int] | None = None,
         *,
         num_crops: int | None = None,
+        names: Sequence[str] | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
     ) -> Planned:
         """As `plan`, of texts and the images between them: pieces[0], an image, pieces[1], …
 
         Every piece is tokenised by itself, with a BOS; a tag in it is ordinary text.
         numbers: which images stand there, from 1; default each once, in their order.
+        names, sizes: what messages call the images, and their (width, height), where they are known; then `images`
+            may hold anything, and nothing is opened.
 
         Raises InputError.
         """
@@ -156,13 +160,14 @@ class Processor:
         if len(pieces) != len(numbers) + 1:
             raise InputError(f"{len(pieces)} pieces of text do not fit around {len(numbers)} images")
         num_crops = self.num_crops if num_crops is None else num_crops
-        names = tuple(image_name(s) for s in images)
-        grids = tuple(self._grid(s, n, num_crops) for s, n in zip(images, names, strict=True))
-        sizes = [self._num_image_tokens([g]) for g in grids]
-        first = np.cumsum([0, *sizes])
+        names = tuple(map(image_name, images) if names is None else names)
+        sizes = [self._size(s, n) for s, n in zip(images, names, strict=True)] if sizes is None else sizes
+        grids = tuple(self._grid(s, n, num_crops) for s, n in zip(sizes, names, strict=True))
+        tokens = [self._num_image_tokens([g]) for g in grids]
+        first = np.cumsum([0, *tokens])
         ids, index, source = self.tokenizer(pieces[0]), [], []
         for number, piece in zip(numbers, pieces[1:], strict=True):
-            size = sizes[number - 1]
+            size = tokens[number - 1]
             index.append(np.arange(len(ids), len(ids) + size))
             source.append(np.arange(first[number - 1], first[number]))
             ids = ids + [0] * size + self.tokenizer(piece)
@@ -173,7 +178,15 @@ class Processor:
         """Decodes and cuts the images. Touches no shared state and mostly runs without the interpreter lock."""
         crops = []
         for source, name, grid in zip(planned.sources, planned.names, planned.grids, strict=True):
-            pixels, got = hd_crops(self._decode(source, name, planned.num_crops), planned.num_crops, self.crop_size)
+            image = open_image(source, name=name)
+            pixels, got = image_crops(
+                image,
+                planned.num_crops,
+                self.crop_size,
+                name=name,
+                fast_decode=self.fast_decode and image is not source,
+                exif_transpose=self.exif_transpose,
+            )
             if got != grid:
                 raise InputError(f"the image changed while it was read: grid {grid}, then {got}", name=name)
             crops.append(pixels)
@@ -205,23 +218,18 @@ class Processor:
     def _num_image_tokens(self, grids: Sequence[Grid]) -> int:
         return sum(num_image_tokens(g, self.config.vision.merged_per_side) for g in grids)
 
-    def _grid(self, source: Any, name: str, num_crops: int) -> Grid:
+    def _size(self, source: Any, name: str) -> tuple[int, int]:
         image = open_image(source, name=name)
-        width, height = image.size
-        if self.exif_transpose and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
-            width, height = height, width
+        size = image_size(image, exif_transpose=self.exif_transpose)
         if image is not source and not isinstance(source, np.ndarray):
             image.close()
+        return size
+
+    def _grid(self, size: tuple[int, int], name: str, num_crops: int) -> Grid:
         try:
-            return hd_size(width, height, num_crops, self.crop_size).grid
+            return hd_size(*size, num_crops, self.crop_size).grid
         except ValueError as e:
             raise InputError(str(e), name=name) from None
-
-    def _decode(self, source: Any, name: str, num_crops: int) -> Image.Image:
-        image = open_image(source, name=name)
-        if self.fast_decode and image is not source:
-            draft(image, num_crops, self.crop_size)
-        return to_rgb(image, name=name, exif_transpose=self.exif_transpose)
 
     def _bounded(self, planned: Planned) -> Planned:
         limit = self.config.decoder.max_position_embeddings

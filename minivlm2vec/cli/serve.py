@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 EXTRA = "`minivlm2vec serve` needs the extra: pip install 'minivlm2vec[serve]'"
 ABOVE_ZERO = (
     "batch_tokens", "max_batch_inputs", "queue_tokens", "max_requests", "max_inputs", "max_input_tokens", "max_body_mb",
-    "max_image_megapixels", "max_num_crops", "request_timeout",
+    "max_image_megapixels", "max_request_megapixels", "queue_megapixels", "decode_timeout", "max_num_crops",
+    "request_timeout",
 )  # fmt: skip
 
 
@@ -64,6 +65,11 @@ def _add_limits(limits: argparse._ArgumentGroup) -> None:
     limits.add_argument("--max-input-tokens", type=int, help="of one input (default: a batch's, or the model's limit)")
     limits.add_argument("--max-body-mb", type=float, default=32, help="of a request (%(default)s)")
     limits.add_argument("--max-image-megapixels", type=float, default=64, help="width x height (%(default)s)")
+    limits.add_argument("--max-request-megapixels", type=float, default=512, help="of all images (%(default)s)")
+    limits.add_argument("--queue-megapixels", type=float, default=2000, help="in flight; beyond them 429 (%(default)s)")
+    limits.add_argument(
+        "--decode-timeout", type=float, default=20, metavar="SECONDS", help="of one image (%(default)s)"
+    )
     limits.add_argument("--max-num-crops", type=int, default=16, help="that a request may ask for (%(default)s)")
     limits.add_argument("--request-timeout", type=float, default=60, metavar="SECONDS", help="(%(default)s)")
     limits.add_argument("--drain-delay", type=float, default=1.0, metavar="SECONDS",
@@ -141,6 +147,9 @@ def make_options(args: argparse.Namespace) -> "ServeOptions":
             max_requests=args.max_requests,
             max_body_bytes=int(args.max_body_mb * 2**20),
             max_image_pixels=int(args.max_image_megapixels * 1e6),
+            max_request_pixels=int(args.max_request_megapixels * 1e6),
+            queue_pixels=int(args.queue_megapixels * 1e6),
+            decode_timeout=args.decode_timeout,
             max_num_crops=args.max_num_crops,
             request_timeout=args.request_timeout,
         ),

@@ -8,6 +8,7 @@ schema     what a request and an answer look like
 inputs     request -> its inputs, checked
 planning   inputs -> tokens and sizes
 remote     http(s) URLs of images -> bytes
+decoding   bytes of images -> sizes and crops, in processes (decoder_process) that can be killed
 limiter    what is in flight, and the 429s
 service    a request's way through all of these
 batching   jobs of all requests -> batches for the model's one thread

@@ -26,6 +26,7 @@ from .. import __version__
 from ..embedder import Embedder
 from . import metrics, schema
 from .errors import APIError, BodyTooLarge, bad_request
+from .limiter import InFlight
 from .options import ServeOptions
 from .service import EmbeddingService
 
@@ -206,8 +207,8 @@ def _add_embeddings(app: FastAPI, service: EmbeddingService, guard: Guard) -> No
     async def embeddings(request: Request) -> Response:
         start, status = time.perf_counter(), 500
         try:
-            with service.limiter.request(), service.metrics.in_flight.track_inprogress():
-                response = await _answer(service, request)
+            with service.limiter.request(request) as held, service.metrics.in_flight.track_inprogress():
+                response = await _answer(service, request, held)
             status = response.status_code
             service.metrics.request_seconds.observe(time.perf_counter() - start)
             return response
@@ -222,14 +223,14 @@ def _add_embeddings(app: FastAPI, service: EmbeddingService, guard: Guard) -> No
             service.metrics.requests.labels(status).inc()
 
 
-async def _answer(service: EmbeddingService, request: Request) -> Response:
+async def _answer(service: EmbeddingService, request: Request, held: InFlight) -> Response:
     """The response, within the time that a request has, unless its client goes away."""
     if request.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
         raise APIError(415, "the body is compressed; send it as it is", code="unsupported_content_encoding")
     timeout = service.limits.request_timeout
     end = time.monotonic() + timeout
     try:
-        body = await asyncio.wait_for(service.limiter.read_body(request), timeout)
+        body = await asyncio.wait_for(service.limiter.read_body(request, held), timeout)
     except asyncio.TimeoutError:
         message = f"the body did not come within {timeout:g} s"
         raise APIError(408, message, code="request_timeout", headers={"connection": "close"}) from None

@@ -16,15 +16,21 @@ class ImageSource:
         name: its place in the request, as "messages[0].content[1].image_url".
         url: a data URI or an http(s) URL.
         data: the bytes of the file, once they are known.
+        size: width and height in pixels, once they are known.
     """
 
     name: str
     url: str
-    data: bytes | None = None
+    data: bytes = b""
+    size: tuple[int, int] = (0, 0)
 
     @property
     def is_remote(self) -> bool:
         return not self.url.startswith("data:")
+
+    @property
+    def pixels(self) -> int:
+        return self.size[0] * self.size[1]
 
 
 Part = str | ImageSource
@@ -52,6 +58,10 @@ class PartsInput:
 
     name: str
     parts: list[Part]
+
+    @property
+    def images(self) -> list[ImageSource]:
+        return [part for part in self.parts if isinstance(part, ImageSource)]
 
 
 Input = TextInput | IdsInput | PartsInput

@@ -15,6 +15,9 @@ class Limits:
         max_requests: requests in flight; beyond it 429.
         max_body_bytes: bytes of one request's body.
         max_image_pixels: width times height of one image.
+        max_request_pixels: pixels of all images of one request.
+        queue_pixels: pixels of all images in flight; beyond them 429. At most two of the largest are decoded at a time.
+        decode_timeout: seconds to open or to decode one image; then its request gets a 400.
         max_num_crops: the largest mm_processor_kwargs.num_crops that a request may ask for.
         request_timeout: seconds until a request gets a 504.
     """
@@ -25,6 +28,9 @@ class Limits:
     max_requests: int = 512
     max_body_bytes: int = 32 << 20
     max_image_pixels: int = 64_000_000
+    max_request_pixels: int = 512_000_000
+    queue_pixels: int = 2_000_000_000
+    decode_timeout: float = 20.0
     max_num_crops: int = 16
     request_timeout: float = 60.0
 

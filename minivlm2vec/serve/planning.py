@@ -1,4 +1,4 @@
-"""Inputs of a caller -> Planned: tokenised and measured, within the limits of one input.
+"""Inputs of a caller, their images measured -> Planned, within the limits of one input.
 
 A caller's text is literal: "<|image_1|>" in it is ordinary text, as the original reads it where there are no images,
 and never the place of one. Image tokens go only where an image part stands. Special tokens of the tokenizer, such as
@@ -7,13 +7,12 @@ and never the place of one. Image tokens go only where an image part stands. Spe
 
 from collections.abc import Sequence
 
-from PIL import Image
-
 from ..errors import InputError
-from ..images import SAFE_FORMATS, open_image, read_data_uri
 from ..processor import Planned, Processor
 from .errors import APIError, bad_request
 from .inputs import IdsInput, ImageSource, Input, PartsInput, TextInput
+
+TOKENS_BEHIND = 16  # of a text that is cut, read behind the last token that is kept
 
 
 class Planner:
@@ -22,15 +21,14 @@ class Planner:
     Args:
         max_input_tokens: of one input, image tokens included.
         max_request_tokens: of all inputs of a request.
-        max_image_pixels: width times height of one image.
     """
 
-    def __init__(self, processor: Processor, max_input_tokens: int, max_request_tokens: int, max_image_pixels: int):
+    def __init__(self, processor: Processor, max_input_tokens: int, max_request_tokens: int):
         self.processor = processor
         self.max_input_tokens, self.max_request_tokens = max_input_tokens, max_request_tokens
-        self.max_image_pixels = max_image_pixels
+        self.longest_token = max(map(len, processor.tokenizer.tokenizer.get_vocab()))
         # So many characters are more tokens than an input may have, however long the tokens are.
-        self.max_characters = max(map(len, processor.tokenizer.tokenizer.get_vocab())) * max_input_tokens
+        self.max_characters = self.longest_token * max_input_tokens
 
     def plan(self, inputs: Sequence[Input], truncate: int | None, num_crops: int | None) -> list[Planned]:
         """truncate: as truncate_prompt_tokens of the request. Raises APIError 400."""
@@ -64,9 +62,10 @@ class Planner:
         return planned
 
     def _plan_text(self, name: str, text: str, max_length: int | None) -> Planned:
-        if max_length is not None:
-            text = text[: self.max_characters]
-        self._check_characters(name, text)
+        if max_length is None:
+            self._check_characters(name, text)
+        else:  # what of it can matter, and some more, since the last tokens depend on what follows
+            text = text[: self.longest_token * (max_length + TOKENS_BEHIND)]
         return Planned(self.processor.tokenizer(text)[:max_length])
 
     def _plan_ids(self, ids: list[int], max_length: int | None) -> Planned:
@@ -84,32 +83,19 @@ class Planner:
             return self._plan_text(x.name, " ".join(texts), max_length)
         for text in texts:
             self._check_characters(x.name, text)
-        images = [self._open(part) for part in x.parts if isinstance(part, ImageSource)]
-        return self.processor.plan_pieces(_texts_between(x.parts), images, num_crops=num_crops)
+        return self.processor.plan_pieces(
+            _texts_between(x.parts),
+            x.images,
+            num_crops=num_crops,
+            names=[image.name for image in x.images],
+            sizes=[image.size for image in x.images],
+        )
 
     def _check_characters(self, name: str, text: str) -> None:
         """Nobody makes the tokenizer read megabytes."""
         if len(text) > self.max_characters:
             message = f"{len(text):,} characters are more than the {self.max_characters:,} that this server reads"
             raise _too_long(name, message)
-
-    def _open(self, source: ImageSource) -> Image.Image:
-        data = _bytes_of(source)
-        try:
-            image = open_image(data, name=source.name, max_pixels=self.max_image_pixels, formats=SAFE_FORMATS)
-        except InputError as e:
-            raise bad_request(str(e), source.name, "invalid_image") from None
-        image.filename = source.name  # type: ignore[attr-defined]  # what messages call it
-        return image
-
-
-def _bytes_of(source: ImageSource) -> bytes:
-    if source.data is not None:
-        return source.data
-    try:
-        return read_data_uri(source.url, name=source.name)
-    except InputError as e:
-        raise bad_request(str(e), source.name, "invalid_image_url") from None
 
 
 def _texts_between(parts: Sequence[str | ImageSource]) -> list[str]:

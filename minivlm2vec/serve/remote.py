@@ -9,11 +9,12 @@ import asyncio
 import ipaddress
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
-import h11
+import httptools
 
 from .errors import APIError, bad_request
 from .options import RemoteImages
@@ -27,9 +28,11 @@ REFUSED_NETWORKS = tuple(
     )
 )
 MAX_REDIRECTS = 3
+MAX_HEAD_BYTES = 64 << 10  # of an answer
+DNS_THREADS = 8  # of their own: a name server that does not answer holds up other fetches at most
 PORTS = {"http": 80, "https": 443}
 
-Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
+Resolver = Callable[[str, int], Sequence[str]]
 
 
 def is_public(address: str) -> bool:
@@ -43,9 +46,9 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
-async def resolve(host: str, port: int) -> list[str]:
+def resolve(host: str, port: int) -> list[str]:
     """All addresses of a host."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(info[4][0]) for info in found))
 
 
@@ -58,11 +61,15 @@ class Target:
     port: int
     path: str  # with the query
 
-    def request(self) -> h11.Request:
+    def request(self) -> bytes:
+        """A GET of it. Raises UnicodeError and ValueError where the URL holds what no request may."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         host = host if self.port == PORTS[self.scheme] else f"{host}:{self.port}"
-        headers = [("Host", host), ("User-Agent", "minivlm2vec"), ("Accept", "image/*"), ("Connection", "close")]
-        return h11.Request(method="GET", target=self.path.encode("ascii"), headers=headers)
+        lines = [f"GET {self.path} HTTP/1.1", f"Host: {host}", "User-Agent: minivlm2vec", "Accept: image/*",
+                 "Connection: close"]  # fmt: skip
+        if any(c <= " " or c == "\x7f" for c in self.path + host):
+            raise ValueError("white space or control characters in the URL")
+        return "".join(f"{line}\r\n" for line in [*lines, ""]).encode("ascii")
 
 
 class ImageFetcher:
@@ -81,6 +88,11 @@ class ImageFetcher:
         address_allowed: Callable[[str], bool] = is_public,
     ):
         self.options, self._resolve, self._address_allowed = options, resolver, address_allowed
+        self._dns = ThreadPoolExecutor(DNS_THREADS, thread_name_prefix="minivlm2vec-dns")
+
+    def stop(self) -> None:
+        """Ends the threads."""
+        self._dns.shutdown(wait=False, cancel_futures=True)
 
     async def fetch(self, url: str, param: str) -> bytes:
         """The bytes behind a URL. Raises APIError 400 (403 where the server does not allow it)."""
@@ -88,7 +100,7 @@ class ImageFetcher:
             return await asyncio.wait_for(self._follow(url, param), self.options.timeout)
         except asyncio.TimeoutError:
             raise _failed(f"{param}: not fetched within {self.options.timeout:g} s", param) from None
-        except (OSError, EOFError, h11.ProtocolError, UnicodeError) as e:
+        except (OSError, EOFError, ValueError, httptools.HttpParserError, httptools.HttpParserUpgrade) as e:
             # The class alone: what the system says would tell a caller about the network behind the server.
             raise _failed(f"{param}: the image could not be fetched ({type(e).__name__})", param) from None
 
@@ -101,7 +113,10 @@ class ImageFetcher:
                 return body
             if status not in (301, 302, 303, 307, 308) or not location:
                 raise _failed(f"{param}: the host answered {status}", param)
-            url = urljoin(url, location)
+            try:
+                url = urljoin(url, location)
+            except ValueError as e:
+                raise _failed(f"{param}: the host redirects to what is not a URL: {e}", param) from None
         raise _failed(f"{param}: more than {MAX_REDIRECTS} redirects", param)
 
     def _checked(self, url: str, param: str) -> Target:
@@ -118,7 +133,8 @@ class ImageFetcher:
         return Target(parts.scheme, parts.hostname, port, path)
 
     async def _address(self, target: Target, param: str) -> str:
-        addresses = await self._resolve(target.host, target.port)
+        loop = asyncio.get_running_loop()
+        addresses = await loop.run_in_executor(self._dns, self._resolve, target.host, target.port)
         if not addresses or not all(map(self._address_allowed, addresses)):
             raise _refused(f"{param}: the host has an address that is not public", param)
         return addresses[0]
@@ -129,33 +145,60 @@ class ImageFetcher:
         name = target.host if tls else None
         reader, writer = await asyncio.open_connection(address, target.port, ssl=tls, server_hostname=name)
         try:
-            connection = h11.Connection(h11.CLIENT)
-            start = connection.send(target.request()) or b""
-            writer.write(start + (connection.send(h11.EndOfMessage()) or b""))
+            writer.write(target.request())
             await writer.drain()
-            return await self._read(connection, reader, param)
+            return await self._read(reader, param)
         finally:
             writer.close()
 
-    async def _read(
-        self, connection: h11.Connection, reader: asyncio.StreamReader, param: str
-    ) -> tuple[int, str, bytes]:
-        status, location, body = 0, "", bytearray()
-        while True:
-            event = connection.next_event()
-            if event is h11.NEED_DATA:
-                connection.receive_data(await reader.read(1 << 16))
-            elif isinstance(event, h11.Response):
-                status = event.status_code
-                location = dict(event.headers).get(b"location", b"").decode("latin-1")
-                if status != 200:
-                    return status, location, b""
-            elif isinstance(event, h11.Data):
-                body += event.data
-                if len(body) > self.options.max_bytes:
-                    raise _failed(f"{param}: the image is larger than {self.options.max_bytes:,} bytes", param)
-            elif isinstance(event, (h11.EndOfMessage, h11.ConnectionClosed)):
-                return status, location, bytes(body)
+    async def _read(self, reader: asyncio.StreamReader, param: str) -> tuple[int, str, bytes]:
+        answer, received = _Answer(), 0
+        while not answer.complete:
+            data = await reader.read(1 << 16)
+            if not data:
+                answer.end()
+                break
+            answer.parser.feed_data(data)
+            received += len(data)
+            if answer.status not in (0, 200):
+                break
+            if len(answer.body) > self.options.max_bytes:
+                raise _failed(f"{param}: the image is larger than {self.options.max_bytes:,} bytes", param)
+            if received > MAX_HEAD_BYTES + 8 * len(answer.body):  # heads, trailers and what frames chunks
+                raise _failed(f"{param}: the host sends hardly any image among its headers", param)
+        return answer.status, answer.headers.get(b"location", b"").decode("latin-1"), bytes(answer.body)
+
+
+class _Answer:
+    """What httptools reads from one answer. A chunk of one byte costs a call of a function, not more."""
+
+    def __init__(self) -> None:
+        self.parser = httptools.HttpResponseParser(self)
+        self.status = 0  # until the head is complete
+        self.headers: dict[bytes, bytes] = {}
+        self.body = bytearray()
+        self.complete = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers[name.lower()] = value
+
+    def on_headers_complete(self) -> None:
+        status = self.parser.get_status_code()
+        if status >= 200:  # else it is informational, and the answer comes behind it
+            self.status = status
+
+    def on_body(self, body: bytes) -> None:
+        self.body += body
+
+    def on_message_complete(self) -> None:
+        self.complete = self.status > 0
+        if not self.complete:
+            self.headers.clear()
+
+    def end(self) -> None:
+        """The connection has ended: so has a body of no given length. Raises EOFError for another one."""
+        if not self.status or b"content-length" in self.headers or b"transfer-encoding" in self.headers:
+            raise EOFError("the connection ended before the answer")
 
 
 def _matches(host: str, port: int, pattern: str) -> bool:

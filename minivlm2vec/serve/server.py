@@ -4,9 +4,13 @@ The drain: SIGTERM -> /ready answers 503, answers say "Connection: close" -> the
 finished -> the server ends.
 """
 
+import asyncio
+import errno
+import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -17,6 +21,10 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 << 10
+IDLE_SECONDS = 75  # longer than the pools of clients and proxies keep a connection
+RESERVED_FILES = 128  # descriptors for the model, the decoders and remote images
+
+log = logging.getLogger("minivlm2vec.serve")
 
 
 class Server(uvicorn.Server):
@@ -25,6 +33,9 @@ class Server(uvicorn.Server):
     Args:
         drain_delay: seconds between SIGTERM and the closing of the port, in which a load balancer finds another
             server.
+        max_connections: beyond them the longest idle one is closed, or the new one; default what the limit of open
+            files leaves.
+        idle_seconds: a connection is closed that sends no complete head, or reads nothing of its answer, for so long.
         on_listening: called with the URL once the model is warm and connections are accepted.
         options: more of `uvicorn.Config`.
     """
@@ -35,19 +46,22 @@ class Server(uvicorn.Server):
         *,
         drain_delay: float = 1.0,
         access_log: bool = False,
+        max_connections: int | None = None,
+        idle_seconds: int = IDLE_SECONDS,
         on_listening: Callable[[str], None] | None = None,
         **options: Any,
     ):
         self.app, self.drain_delay, self.on_listening = app, drain_delay, on_listening
         super().__init__(
-            uvicorn.Config(
+            Config(
                 app,
+                max_connections=max_connections or default_max_connections(),
                 http=BoundedProtocol,
                 ws="none",
                 lifespan="on",
                 access_log=access_log,
                 server_header=False,
-                timeout_keep_alive=75,  # longer than the pools of clients and proxies keep a connection
+                timeout_keep_alive=idle_seconds,
                 timeout_graceful_shutdown=int(app.state.service.limits.request_timeout) + 5,
                 **options,
             )
@@ -55,6 +69,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Warms the model up, listens, and says so."""
+        asyncio.get_running_loop().set_exception_handler(QuietExceptionHandler())
         await super().startup(sockets)
         for listener in sockets or []:
             host, port = listener.getsockname()[:2]
@@ -74,15 +89,66 @@ class Server(uvicorn.Server):
             self.app.state.draining = self.should_exit = True
 
 
-class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, but a request's line, headers and trailers have at most MAX_HEAD_BYTES, and an offer to
-    change the protocol is ignored.
+class Config(uvicorn.Config):
+    """uvicorn's settings; how many connections there may be, and those that wait for a request, longest idle first."""
 
-    httptools has no such setting of its own. uvicorn's other parser, h11, has one, but spends tens of microseconds of
-    Python on every chunk of a body, which a client can make one byte long.
+    def __init__(self, *args: Any, max_connections: int, **options: Any):
+        super().__init__(*args, **options)
+        self.max_connections = max_connections
+        self.idle: dict[BoundedProtocol, None] = {}
+
+
+def default_max_connections() -> int:
+    """What the limit of open files leaves, so that accepting never fails."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 4096
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(16, min(65536, soft if soft > 0 else 65536) - RESERVED_FILES)
+
+
+class QuietExceptionHandler:
+    """asyncio's handler, but a table of files that is full is told once in ten seconds: asyncio reports each of the
+    thousands of tries to accept, with a traceback."""
+
+    last = float("-inf")
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        e = context.get("exception")
+        if not (isinstance(e, OSError) and e.errno in (errno.EMFILE, errno.ENFILE)):
+            loop.default_exception_handler(context)
+        elif time.monotonic() - self.last > 10:
+            self.last = time.monotonic()
+            log.error("connections are refused for a moment: %s", e)
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol with bounds: a request's line, headers and trailers have at most MAX_HEAD_BYTES; idle
+    connections end, and there is a most of them; an offer to change the protocol is ignored.
+
+    httptools has no such settings of its own. uvicorn's other parser, h11, has one for the head, but spends tens of
+    microseconds of Python on every chunk of a body, which a client can make one byte long.
     """
 
+    config: Config
+    _timer: asyncio.TimerHandle | None = None  # for the next head
+    _write_timer: asyncio.TimerHandle | None = None
     head_bytes = 0  # since the last byte of a body or the end of a head
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait_for_head()
+        if len(self.connections) > self.config.max_connections:
+            longest_idle = next(iter(self.config.idle))
+            self.config.idle.pop(longest_idle)
+            self.connections.discard(longest_idle)
+            longest_idle.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        self._resumed()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
@@ -99,6 +165,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self.head_bytes = 0
         if not self.parser.should_upgrade():
+            self._stop_waiting()
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -109,6 +176,34 @@ class BoundedProtocol(HttpToolsProtocol):
         self.head_bytes = 0
         if not self.parser.should_upgrade():
             super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and not self.transport.is_closing():
+            self._wait_for_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._resumed()
+
+    def _wait_for_head(self) -> None:
+        """The client has so long for a complete head; slow bytes do not prolong it, as they do in uvicorn."""
+        self._stop_waiting()
+        self._timer = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        self.config.idle[self] = None
+
+    def _stop_waiting(self) -> None:
+        self.config.idle.pop(self, None)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _resumed(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Reads the request again as if it had not offered another protocol (RFC 9110, 7.8). Every Java client offers

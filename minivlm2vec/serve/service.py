@@ -1,11 +1,12 @@
 """A request's way through the server, without HTTP.
 
-EmbeddingRequest -> inputs -> remote images fetched -> Planned -> admitted -> Loaded -> Batcher -> vectors
+EmbeddingRequest -> inputs -> images fetched and measured -> Planned -> admitted -> Loaded -> Batcher -> vectors
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -14,8 +15,10 @@ from PIL import Image
 
 from ..embedder import Embedder
 from ..errors import InputError
+from ..images import read_data_uri
 from ..processor import Loaded, Planned
 from .batching import Batcher, Launch, ModelError, RequestJobs, launcher
+from .decoding import DecodingPool
 from .errors import APIError, bad_request
 from .inputs import IdsInput, ImageSource, Input, Part, PartsInput, RequestReader, TextInput
 from .limiter import RequestLimiter
@@ -59,9 +62,8 @@ class EmbeddingService:
         self.queue_tokens = self.limits.queue_tokens or 16 * batching.batch_tokens
         self.tokenizer = embedder.processor.tokenizer.content_hash()
         self.reader = RequestReader(self.names, self.tokenizer, embedder.dimension, options)
-        self.planner = Planner(
-            embedder.processor, self.max_input_tokens, self.queue_tokens, self.limits.max_image_pixels
-        )
+        self.planner = Planner(embedder.processor, self.max_input_tokens, self.queue_tokens)
+        self.decoders = DecodingPool(embedder.processor, self.limits, embedder.num_workers)
         self.fetcher = fetcher or ImageFetcher(options.remote_images)
         self.metrics = Metrics(embedder.device)
         self.batcher = Batcher(
@@ -73,12 +75,12 @@ class EmbeddingService:
         )
         self.metrics.watch_queue(lambda: self.batcher.waiting)
         self.limiter = RequestLimiter(self.limits, self.queue_tokens, lambda: self.batcher.rate)
-        self._images = ThreadPoolExecutor(embedder.num_workers, thread_name_prefix="minivlm2vec-images")
         self._texts = ThreadPoolExecutor(embedder.num_workers, thread_name_prefix="minivlm2vec-texts")
 
     async def start(self) -> None:
         """Starts the model's thread and embeds a text and an image, so that no caller waits for first-time costs."""
         self.batcher.start()
+        await self.decoders.start()
         embedder = self.embedder
         items = [embedder.load(embedder.plan(x)) for x in ("warm-up", Image.new("RGB", (336, 336)))]
         for _ in range(2):
@@ -89,8 +91,9 @@ class EmbeddingService:
     async def stop(self) -> None:
         """Finishes what waits."""
         await self.batcher.stop()
-        for pool in (self._images, self._texts):
-            pool.shutdown(cancel_futures=True)
+        await self.decoders.stop()
+        self.fetcher.stop()
+        self._texts.shutdown(cancel_futures=True)
 
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """Runs what would hold up the event loop: reading, tokenising and writing large texts."""
@@ -102,16 +105,16 @@ class EmbeddingService:
         num_crops = self.reader.num_crops(request)
         size = self.reader.vector_size(request)
         with self.batcher.request() as jobs:
-            inputs = await self._fetch(inputs)
-            plans = await self._plan(inputs, request.truncate_prompt_tokens, num_crops)
-            tokens = sum(map(len, plans))
-            with self.limiter.admit(tokens):
-                try:
+            try:
+                inputs = await self._measure(await self._fetch(inputs))
+                plans = await self._plan(inputs, request.truncate_prompt_tokens, num_crops)
+                tokens = sum(map(len, plans))
+                with self.limiter.admit(tokens, self._pixels(inputs)):
                     vectors = np.stack(await self._run(jobs, plans))
-                except InputError as e:
-                    raise bad_request(str(e), e.name, "invalid_image") from None
-                except ModelError as e:
-                    raise self._model_failed(e) from None
+            except InputError as e:
+                raise bad_request(str(e), e.name, "invalid_image") from None
+            except ModelError as e:
+                raise self._model_failed(e) from None
         if size < vectors.shape[1]:
             vectors = vectors[:, :size] / np.linalg.norm(vectors[:, :size], axis=1, keepdims=True)
         return vectors, tokens
@@ -140,31 +143,61 @@ class EmbeddingService:
 
         return await _gather(map(fetch_all, inputs))
 
+    async def _measure(self, inputs: list[Input]) -> list[Input]:
+        """Puts bytes and size beside every image, without decoding it. Raises InputError."""
+        window = asyncio.Semaphore(self.embedder.num_workers)
+
+        async def measure(part: Part) -> Part:
+            if isinstance(part, str):
+                return part
+            async with window:
+                data = part.data if part.is_remote else await self.in_thread(_read_data_uri, part)
+                size = await self.decoders.size(data, part.name)
+            return ImageSource(part.name, "", data, size)
+
+        async def measure_all(x: Input) -> Input:
+            return PartsInput(x.name, await _gather(map(measure, x.parts))) if isinstance(x, PartsInput) else x
+
+        return await _gather(map(measure_all, inputs))
+
+    def _pixels(self, inputs: list[Input]) -> int:
+        """Pixels of all images of a request. Raises APIError 400."""
+        pixels = sum(image.pixels for x in inputs if isinstance(x, PartsInput) for image in x.images)
+        most = self.limits.max_request_pixels
+        if pixels > most:
+            message = f"the images have together {pixels:,} pixels; this server takes {most:,} in a request"
+            raise bad_request(message, code="too_many_pixels")
+        return pixels
+
     async def _plan(self, inputs: list[Input], truncate: int | None, num_crops: int | None) -> list[Planned]:
         if sum(map(_inline_cost, inputs)) <= INLINE_CHARACTERS:
             return self.planner.plan(inputs, truncate, num_crops)
         return await self.in_thread(self.planner.plan, inputs, truncate, num_crops)
 
     async def _run(self, jobs: RequestJobs, plans: list[Planned]) -> list[np.ndarray]:
-        """A vector for each. Texts are handed in at once, images as they are decoded, a few of a request at a time."""
+        """A vector for each. Texts are submitted at once, images as they are decoded, a few of a request at a time."""
         if not any(plan.sources for plan in plans):
             return await _gather(jobs.submit([Loaded(plan) for plan in plans]))
-        window = asyncio.Semaphore(self.embedder.num_workers)
-        loop, left = asyncio.get_running_loop(), len(plans)
+        window, left = asyncio.Semaphore(self.embedder.num_workers), len(plans)
 
         async def run(plan: Planned) -> np.ndarray:
             nonlocal left
-            async with window:
-                loaded = await loop.run_in_executor(self._images, self._load, plan)
+            async with window if plan.sources else nullcontext():
+                loaded = await self._load(plan)
             left -= 1
             return await jobs.submit([loaded], last=left == 0)[0]
 
         return await _gather(map(run, plans))
 
-    def _load(self, plan: Planned) -> Loaded:
+    async def _load(self, plan: Planned) -> Loaded:
         """Decodes the images and lets go of their files."""
-        loaded = self.embedder.load(plan)
-        return Loaded(replace(plan, sources=(), names=()), loaded.crops)
+        crops = []
+        for source, grid in zip(plan.sources, plan.grids, strict=True):
+            pixels, got = await self.decoders.crops(source.data, source.name, plan.num_crops, source.pixels)
+            if got != grid:
+                raise InputError(f"the image changed while it was read: grid {grid}, then {got}", name=source.name)
+            crops.append(pixels)
+        return Loaded(replace(plan, sources=(), names=()), crops)
 
     def _model_failed(self, e: ModelError) -> APIError:
         if self.batcher.broken:
@@ -184,8 +217,15 @@ async def _gather(awaitables: Iterable[Awaitable[T]]) -> list[T]:
             future.cancel()
 
 
+def _read_data_uri(source: ImageSource) -> bytes:
+    try:
+        return read_data_uri(source.url, name=source.name)
+    except InputError as e:
+        raise bad_request(str(e), source.name, "invalid_image_url") from None
+
+
 def _is_remote(x: Input) -> bool:
-    return isinstance(x, PartsInput) and any(isinstance(part, ImageSource) and part.is_remote for part in x.parts)
+    return isinstance(x, PartsInput) and any(image.is_remote for image in x.images)
 
 
 def _inline_cost(x: Input) -> int:

@@ -1,9 +1,15 @@
 """The server's own layer under HTTP: connections, heads, bodies and what clients do to them. Loopback only."""
 
+import asyncio
+import errno
 import json
+import resource
 import shutil
+import socket
 import subprocess
 import time
+from contextlib import suppress
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -12,7 +18,10 @@ pytest.importorskip("fastapi", reason="needs the extra `serve`")
 from minivlm2vec import Embedder
 from minivlm2vec.new_checkpoint import new_checkpoint
 from minivlm2vec.serve import Limits, ServeOptions, create_app
-from tests.support.serving import call, connect, read_all, read_answer, running
+from minivlm2vec.serve.app import app_of
+from minivlm2vec.serve.server import QuietExceptionHandler, default_max_connections
+from minivlm2vec.serve.service import EmbeddingService
+from tests.support.serving import call, connect, read_all, read_answer, running, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +167,90 @@ def test_413_reaches_node(url):
         .then(r => console.log(r.status)).catch(e => console.log(String(e.cause)))"""
     run = subprocess.run(["node", "-e", code, url], capture_output=True, text=True, timeout=30)
     assert run.stdout.strip() == "413", run.stderr
+
+
+# Connections
+
+
+def closed(s: socket.socket) -> bool:
+    """Whether the server has ended the connection."""
+    s.setblocking(False)
+    try:
+        return s.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+    finally:
+        s.setblocking(True)
+
+
+def test_idle_connections_end(embedder):
+    """Those that never sent anything, those that send a head byte by byte, and those that were answered."""
+    with running(create_app(embedder), idle_seconds=1) as server:
+        silent, slow, answered = connections = [connect(server.url) for _ in range(3)]
+        answered.sendall(head() + BODY)
+        assert read_answer(answered).status == 200
+        start, request = time.monotonic(), iter(head() + BODY)
+        while not closed(slow):
+            assert time.monotonic() - start < 6
+            with suppress(ConnectionError):
+                slow.sendall(bytes([next(request)]))
+            time.sleep(0.1)
+        wait_for(lambda: closed(silent) and closed(answered), 5)
+        for s in connections:
+            s.close()
+        assert call(server.url, body=BODY).status == 200
+
+
+def test_a_request_in_work_is_not_idle(embedder):
+    def launch(items):
+        time.sleep(2.5 if any(len(x) == 7 for x in items) else 0)
+        return embedder.embed(items).numpy()
+
+    service = EmbeddingService(embedder, launch=launch)
+    with running(app_of(service), idle_seconds=1) as server, connect(server.url) as s:
+        s.sendall(head() + BODY)
+        assert read_answer(s).status == 200
+
+
+def test_who_reads_no_answer_is_left(embedder):
+    """Vectors of 2,048 texts do not fit into the buffers of a connection whose client does not read."""
+    body = json.dumps({"input": ["a"] * 2048}).encode()
+    with running(create_app(embedder), idle_seconds=1) as server:
+        with socket.socket() as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            s.connect((urlsplit(server.url).hostname, urlsplit(server.url).port))
+            many = 30
+            with suppress(ConnectionError):
+                s.sendall((head(length=len(body)) + body) * many)
+            wait_for(lambda: not server.server.server_state.connections, 20)
+        assert call(server.url, body=BODY).status == 200
+
+
+def test_connections_are_bounded_and_idle_ones_make_room(embedder):
+    with running(create_app(embedder), max_connections=20) as server:
+        idle = [connect(server.url) for _ in range(50)]
+        for _ in range(5):
+            assert call(server.url, body=BODY).status == 200
+        wait_for(lambda: sum(map(closed, idle)) >= 30)
+        assert len(server.server.server_state.connections) <= 20
+        assert not closed(idle[-1])  # the longest idle are the ones that went
+        for s in idle:
+            s.close()
+
+
+def test_the_limit_of_files_leaves_room():
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert 16 <= default_max_connections() < soft
+
+
+def test_a_full_table_of_files_is_told_once(caplog):
+    handler, loop = QuietExceptionHandler(), asyncio.new_event_loop()
+    full = OSError(errno.EMFILE, "Too many open files")
+    for _ in range(1000):
+        handler(loop, {"message": "socket.accept() out of system resource", "exception": full})
+    assert len(caplog.records) == 1 and "Too many open files" in caplog.text
+    handler(loop, {"message": "something else", "exception": ValueError("x")})
+    assert "something else" in caplog.text
+    loop.close()

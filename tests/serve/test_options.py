@@ -56,13 +56,14 @@ def test_every_argument_finds_its_option():
         "--allow-remote-images", "a.test",
         "--batch-tokens", "1", "--max-batch-inputs", "2", "--max-wait-ms", "3", "--queue-tokens", "4",
         "--max-requests", "5", "--max-inputs", "6", "--max-input-tokens", "7", "--max-body-mb", "0.5",
-        "--max-image-megapixels", "9", "--max-num-crops", "10", "--request-timeout", "11",
+        "--max-image-megapixels", "9", "--max-num-crops", "10", "--max-request-megapixels", "13",
+        "--queue-megapixels", "14", "--decode-timeout", "15", "--request-timeout", "11",
         "--matryoshka-dimensions", "12",
     )  # fmt: skip
     assert options == ServeOptions(
         names=("x", "y"),
         matryoshka_dimensions=(12,),
-        limits=Limits(6, 7, 4, 5, 1 << 19, 9_000_000, 10, 11.0),
+        limits=Limits(6, 7, 4, 5, 1 << 19, 9_000_000, 13_000_000, 14_000_000, 15.0, 10, 11.0),
         batching=Batching(1, 2, 0.003),
         access=Access(("k",), ("*",)),
         remote_images=RemoteImages(("a.test",)),

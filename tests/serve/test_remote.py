@@ -50,7 +50,7 @@ def resolving(*answers: list[str]):
     """A resolver that gives these answers one after another, then fails the test."""
     left = list(answers)
 
-    async def resolve(host, port):
+    def resolve(host, port):
         return left.pop(0)
 
     return resolve
@@ -111,6 +111,43 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"x")
             time.sleep(0.01)
 
+    def path_bytes(self):
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(b"".join(b"1\r\n%c\r\n" % b for b in self.server.large) + b"0\r\n\r\n")
+
+    def path_unframed(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.server.image)
+
+    def path_short(self):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.server.image) + 1))
+        self.end_headers()
+        self.wfile.write(self.server.image)
+
+    def path_hints(self):
+        image = self.server.image
+        self.wfile.write(b"HTTP/1.1 103 Early Hints\r\nLink: </x>; rel=preload\r\n\r\n")
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(image) + image)
+
+    def path_nonsense(self):
+        self.wfile.write(b"220 mail.test ESMTP\r\n")
+
+    def path_headers(self):
+        self.send_response(200)
+        for n in range(4000):
+            self.send_header(f"X-{n}", "y" * 40)
+        self.path_image()
+
+    def path_switch(self):
+        self.answer(101, b"", Upgrade="h2c", Connection="Upgrade")
+
+    def path_nowhere(self):
+        self.answer(302, b"", Location={"1": "http://[::1", "2": "//[x]/", "3": "http://a\u00e9b/ c"}[self.path[-1]])
+
     def path_missing(self):
         self.answer(404, b"")
 
@@ -140,6 +177,7 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def image_server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.large = bytes(range(256)) * 2000
     server.image, server.seen, server.closing = base64.b64decode(data_uri(picture(8, 8)).partition(",")[2]), [], False
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -172,7 +210,7 @@ def test_the_address_that_was_checked_is_the_one_that_is_used():
     with image_server() as (server, url):
         rebinding = resolving(["127.0.0.1"], ["10.0.0.1"])
         assert fetch(url + "/image", **here(server, resolver=rebinding)) == server.image
-        assert asyncio.run(rebinding("", 0)) == ["10.0.0.1"]  # the second answer is still there
+        assert rebinding("", 0) == ["10.0.0.1"]  # the second answer is still there
 
 
 def test_redirects_are_followed_and_checked():
@@ -196,6 +234,65 @@ def test_size_time_and_status():
         start = time.monotonic()
         refused(url + "/endless", 400, "not fetched within 0.3 s", **here(server, timeout=0.3))
         assert time.monotonic() - start < 3
+
+
+def test_framings():
+    with image_server() as (server, url):
+        for path in ("unframed", "hints"):
+            assert fetch(f"{url}/{path}", **here(server)) == server.image
+        for path in ("short", "nonsense", "headers", "switch"):
+            refused(f"{url}/{path}", 400, "image|answered", **here(server))
+
+
+@pytest.mark.parametrize("which", ["1", "2", "3"])
+def test_a_redirect_to_what_is_no_url(which):
+    with image_server() as (server, url):
+        refused(f"{url}/nowhere/{which}", 400, "here: ", **here(server, hosts=("*", *here(server)["hosts"])))
+
+
+def test_chunks_of_one_byte_do_not_hold_up_the_event_loop():
+    async def body(url, options):
+        longest, last, done = 0.0, time.monotonic(), False
+
+        async def watch():
+            nonlocal longest, last
+            while not done:
+                await asyncio.sleep(0.001)
+                longest, last = max(longest, time.monotonic() - last), time.monotonic()
+
+        watching = asyncio.ensure_future(watch())
+        start = time.process_time()
+        fetcher = ImageFetcher(RemoteImages(options.pop("hosts"), timeout=60), **options)
+        data = await fetcher.fetch(url + "/bytes", "here")
+        done = True
+        await watching
+        return data, longest, time.process_time() - start
+
+    with image_server() as (server, url):
+        data, longest, cost = asyncio.run(body(url, here(server)))
+    assert data == server.large
+    assert cost < 3 and longest < 1, (cost, longest)  # half a million chunks; h11 took 30 s
+
+
+def test_dns_that_does_not_answer_leaves_other_threads_alone():
+    """More names than there are threads for DNS; the loop's own threads are free."""
+    release = threading.Event()
+
+    def resolve(host, port):
+        release.wait(10)
+        return []
+
+    async def body():
+        fetcher = ImageFetcher(RemoteImages(("*",), timeout=0.5), resolver=resolve)
+        fetches = [asyncio.ensure_future(fetcher.fetch(f"http://h{n}.test/", "here")) for n in range(40)]
+        await asyncio.sleep(0.1)
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: 7), 1) == 7
+        errors = await asyncio.gather(*fetches, return_exceptions=True)
+        release.set()
+        fetcher.stop()
+        assert {(e.status, e.code) for e in errors} == {(400, "image_fetch_failed")}
+
+    asyncio.run(body())
 
 
 def test_what_cannot_be_reached_tells_nothing_about_the_network():

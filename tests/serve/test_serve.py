@@ -3,9 +3,11 @@
 import argparse
 import asyncio
 import base64
+import copy
 import gzip
 import json
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,6 +22,8 @@ from minivlm2vec.cli.serve import add_arguments, make_server
 from minivlm2vec.new_checkpoint import new_checkpoint
 from minivlm2vec.serve import Access, Limits, RemoteImages, ServeOptions, create_app
 from minivlm2vec.serve.app import app_of
+from minivlm2vec.serve.inputs import TextInput
+from minivlm2vec.serve.planning import Planner
 from minivlm2vec.serve.remote import ImageFetcher
 from minivlm2vec.serve.service import EmbeddingService
 from tests.support.files_data import make_adapter
@@ -449,6 +453,50 @@ def test_megabytes_of_text_are_not_tokenised(url, embedder):
     assert "characters" in error["message"]
     refused(post(url, messages=user(picture(20, 20), text)), 400, "messages[0].content", "context_length_exceeded")
     close(post(url, input=text, truncate_prompt_tokens=10).vectors, embedder.encode(["a" * 100], max_length=10))
+
+
+@pytest.fixture(scope="module")
+def planner():
+    processor = Embedder.from_pretrained("mini", device="cpu", show_progress=False).processor
+    return Planner(processor, max_input_tokens=4096, max_request_tokens=1 << 18)
+
+
+TEXTS = {
+    "words": "the quick brown fox jumps over the lazy dog " * 2000,
+    "one character": "a" * 90_000,
+    "spaces": " " * 90_000,
+    "special tokens": "<|user|>hi</s><|end|> " * 5000,
+    "other scripts": "Größe 猫が好き 🐈‍⬛ привет " * 4000,
+    "numbers": "".join(map(str, range(20_000))),
+    "random": "".join(random.Random(0).choices("aehinorst <|>/s.", k=90_000)),
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_text_is_cut_before_it_is_tokenised(planner, kind):
+    """The first tokens are those of the whole text, though little of it is read."""
+    tokenize, read = planner.processor.tokenizer, []
+    text = TEXTS[kind]
+    whole = tokenize(text)
+
+    class Watched:
+        def __call__(self, text):
+            read.append(len(text))
+            return tokenize(text)
+
+    watched = copy.copy(planner)
+    watched.processor = copy.copy(planner.processor)
+    watched.processor.tokenizer = Watched()
+    for n in (1, 2, 3, 10, 77, 500):
+        (planned,) = watched.plan([TextInput("input", text)], n, None)
+        assert planned.input_ids == whole[:n]
+        assert read.pop() <= planner.longest_token * (n + 16)
+
+
+def test_long_texts_that_are_cut_cost_little(url):
+    start = time.monotonic()
+    assert post(url, input=["a" * 30_000] * 100, truncate_prompt_tokens=1).status == 200
+    assert time.monotonic() - start < 5
 
 
 def test_limits(embedder):

@@ -105,6 +105,61 @@ def test_what_could_not_be_finished_in_time_is_refused_at_once(embedder):
         assert first.result().status == 200
 
 
+def test_greedy_clients_do_not_shut_out_short_requests(embedder):
+    """16 clients ask for as much as they can, again and again; one client's short requests are all answered."""
+    slow = Slow(embedder, 0.01)
+    options = ServeOptions(limits=Limits(queue_tokens=6400), batching=Batching(batch_tokens=400))
+    service = EmbeddingService(embedder, options, launch=slow)
+    stop, greedy = threading.Event(), []
+
+    def ask_for_much(n: int) -> None:
+        while not stop.is_set():
+            answer = call(server.url, body={"input": [f"{n} {i} " + "x" * 90 for i in range(30)]})
+            greedy.append(answer.status)
+
+    with running(app_of(service)) as server, ThreadPoolExecutor(16) as pool:
+        clients = [pool.submit(ask_for_much, n) for n in range(16)]
+        wait_for(lambda: 429 in greedy)
+        statuses = [call(server.url, body={"input": f"{i}"}).status for i in range(100)]
+        stop.set()
+        for client in clients:
+            client.result()
+    assert statuses == [200] * 100
+    assert 200 in greedy and set(greedy) == {200, 429}
+    assert service.limiter.tokens == 0
+
+
+def test_short_requests_have_bounds_too(embedder):
+    slow = Slow(embedder)
+    options = ServeOptions(limits=Limits(queue_tokens=6400))  # 800 of them for requests of at most 100
+    with running(app_of(EmbeddingService(embedder, options, launch=slow))) as server, ThreadPoolExecutor(32) as pool:
+        slow.gate.clear()
+        answers = [pool.submit(call, server.url, body={"input": "a" * 78}) for _ in range(32)]  # 80 tokens
+        wait_for(lambda: sum(a.done() for a in answers) == 22)
+        slow.gate.set()
+        assert sorted(a.result().status for a in answers) == [200] * 10 + [429] * 22
+
+
+def test_bodies_count_until_their_answer(embedder):
+    """Otherwise any number of large bodies would be held while their requests wait."""
+    slow = Slow(embedder)
+    options = ServeOptions(limits=Limits(max_body_bytes=1 << 20))
+    service = EmbeddingService(embedder, options, launch=slow)
+    large = {"input": "a", "user": "x" * (1000 << 10)}
+    with running(app_of(service)) as server, ThreadPoolExecutor(20) as pool:
+        slow.gate.clear()
+        answers = [pool.submit(call, server.url, body=large) for _ in range(20)]
+        size = len(json.dumps(large))
+        wait_for(lambda: sum(a.done() for a in answers) + service.limiter.body_bytes / size == 20)
+        held = service.limiter.body_bytes // size  # 14 fit; a few less where bodies come all at once
+        assert 10 <= held <= 14
+        small = pool.submit(call, server.url, body={"input": "a"})
+        slow.gate.set()
+        assert sorted(a.result().status for a in answers) == [200] * held + [429] * (20 - held)
+        assert small.result().status == 200
+        wait_for(lambda: service.limiter.body_bytes == 0)
+
+
 def test_too_many_requests(embedder):
     slow = Slow(embedder)
     with running(

@@ -34,13 +34,13 @@ class Running:
 
 
 @contextmanager
-def running(app):
-    """Serves an app from a thread of this process, on a free port."""
+def running(app, **options):
+    """Serves an app from a thread of this process, on a free port. options: more of the Server's."""
     from minivlm2vec.serve.server import Server
 
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = Server(app, drain_delay=0, log_level="critical")
+        server = Server(app, drain_delay=0, log_level="critical", **options)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:
