@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from minivlm2vec.images import open_image, to_rgb
-from minivlm2vec.mmeb.dataset import Pair
 
+from ..rows import Pair
 from .data import Pictures
 
 CELL, GAP = 168, 6

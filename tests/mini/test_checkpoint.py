@@ -20,8 +20,8 @@ from minivlm2vec.mini.drawn import DrawnRows
 from minivlm2vec.mini.world import concepts, stream, tasks
 from minivlm2vec.mini.world import sources as packages
 from minivlm2vec.mini.world.more_styles import add_styles
-from minivlm2vec.mmeb.dataset import Images, read_jsonl
 from minivlm2vec.new_checkpoint import new_checkpoint
+from minivlm2vec.rows import Images, read_jsonl
 from minivlm2vec.tokenizer import Tokenizer
 from minivlm2vec.train.config import DataConfig, TrainConfig, read_config
 from minivlm2vec.train.data import content_id

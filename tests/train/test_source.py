@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from minivlm2vec.mmeb.dataset import Pair
 from minivlm2vec.new_checkpoint import new_checkpoint
+from minivlm2vec.rows import Pair
 from minivlm2vec.train.config import DataConfig, OptimConfig, TrainConfig
 from minivlm2vec.train.data import Row, open_data
 from minivlm2vec.train.trainer import Trainer

@@ -184,7 +184,7 @@ def test_all_broken_rows_are_named_at_once(root):
         "A, row 3: column qry_image_path is missing; there are qry",
         "A, row 4: a row is a JSON object, got list",
         "A, row 5: a negative is the same as a positive",
-        "A, row 6: query: text and image path are strings, got int, str",
+        "A, row 6: the query: text and image path are strings, got int, str",
     ]
     write_rows(root, "A", [GOOD, bad[-1]])
     with pytest.raises(ValueError, match=r"A, row 1: .*leaves the image folder"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ... import __version__
 from ...files.page import head_of, replacing
-from ...mmeb.dataset import Images, Pair
+from ...rows import Images, Pair
 from ..world.sources import PACKAGES
 from .answers import Answer, Result, Times
 from .questions import Kind, Material, shown
