@@ -86,6 +86,8 @@ class RowSource(Protocol):
 def open_data(config: DataConfig, *, seed: int = 0) -> RowSource:
     """The rows that the configuration names: files of `root`, or those of `source`. Raises ValueError where there is
     no such source, or it lacks a method."""
+    if config.root is None and config.source is None:
+        raise ValueError("data.root or data.source is needed, and not both")
     if config.source is None:
         return TrainingData(config, seed=seed)
     rows = _find_source(config.source)(config, seed=seed)
@@ -185,7 +187,7 @@ class TrainingData:
     def _read(self, root: Path, name: str, broken: list[str]) -> list[Row]:
         images = Images(self._images(root, name))
         raws = list(_read_files(root / name, self.config.variant))
-        chosen = range(min(len(raws), self.config.rows_per_set))
+        chosen: Sequence[int] = range(min(len(raws), self.config.rows_per_set))
         if self.config.row_choice == "random" and len(raws) > len(chosen):
             rng = np.random.default_rng([self.seed, 0, *name.encode()])
             chosen = sorted(rng.permutation(len(raws))[: len(chosen)])

@@ -293,7 +293,7 @@ def _train(folder, name, stops):
             trainer.run()
         else:
             for step in range(stop):
-                trainer.train_step(trainer.prepare(trainer.own_rows(step)))
+                trainer.train_step(trainer.loader.prepare(trainer.own_rows(step)))
             trainer.save()
     return trainer
 
