@@ -14,7 +14,7 @@ import torch
 
 from minivlm2vec import Embedder
 from minivlm2vec.mini import bundled
-from minivlm2vec.mmeb.dataset import Images, read_jsonl
+from minivlm2vec.rows import Images, read_jsonl
 from minivlm2vec.train.gradcache import cached_backward
 from minivlm2vec.train.loss import Targets, contrastive_loss
 

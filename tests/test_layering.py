@@ -27,6 +27,8 @@ CORE = {
     "lora": {"errors", "linear", "weights"},
     "prompts": set(),
     "inference": {"batch", "config", "decoder", "linear", "model", "projector", "vision"},
+    "distributed": set(),
+    "rows": {"extras"},
     "embedder": {
         "batch",
         "errors",

@@ -117,11 +117,11 @@ class Bar(Progress):
     def __init__(self, args: argparse.Namespace):
         from huggingface_hub.utils import tqdm
 
-        from ..files.ranks import Ranks
+        from ..distributed import rank_and_world
 
-        ranks = Ranks()
-        self.quiet = args.quiet or not ranks.first
-        self.label = "Embedding" if ranks.world == 1 else f"Embedding (rank 0 of {ranks.world})"
+        rank, world = rank_and_world()
+        self.quiet = args.quiet or rank > 0
+        self.label = "Embedding" if world == 1 else f"Embedding (rank 0 of {world})"
         self.tqdm, self.num_bad = tqdm, 0
         self.bar: Any = None
 

@@ -1,11 +1,14 @@
 """`minivlm2vec mmeb`: Precision@1 of a model on MMEB, or on data in its format."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .arguments import add_model_arguments, load_embedder
+
+if TYPE_CHECKING:
+    from ..mmeb import EvaluateOptions
 
 EXAMPLES = """\
 the whole benchmark (37 subsets; rows and pictures are downloaded once):
@@ -20,8 +23,7 @@ An interrupted run goes on where it was when the same command is given again.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..mmeb.dataset import HUB_NAME
-    from ..mmeb.subsets import META_TASKS
+    from ..mmeb.subsets import HUB_NAME, META_TASKS
 
     parser.description = __doc__
     parser.epilog = EXAMPLES
@@ -45,20 +47,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates as the arguments say and prints the table. Errors are raised, for the caller to print."""
+    from ..distributed import Ranks
     from ..mini import bundled
-    from ..mmeb.dataset import HUB_NAME
-    from ..mmeb.evaluate import evaluate
+    from ..mmeb import ProgressBars, evaluate
+    from ..mmeb.subsets import HUB_NAME
 
     if args.num_crops is None and args.data == HUB_NAME:
         args.num_crops = 4  # what the published scores were measured with
-    args.device = args.device or _own_gpu()
-    embedder = load_embedder(args, show_progress=not args.quiet)
-    results = evaluate(
-        embedder,
-        bundled() / "MMEB-eval" if args.data == "mini" else args.data,
-        out=args.out,
+    data = bundled() / "MMEB-eval" if args.data == "mini" else args.data
+    options = _options(args)
+    with Ranks() as ranks:
+        args.device = ranks.device(args.device)
+        embedder = load_embedder(args, show_progress=not args.quiet)
+        progress = {"on_progress": ProgressBars()} if ranks.first and not args.quiet else {}
+        results = evaluate(embedder, data, args.out, options, **progress)
+        if ranks.first:
+            print(results.table())
+            print(f"written to {args.out}", file=sys.stderr)
+    return 0
+
+
+def _options(args: argparse.Namespace) -> "EvaluateOptions":
+    from ..mmeb import EvaluateOptions
+
+    return EvaluateOptions(
         image_dir=args.image_dir,
-        names=args.subsets,
+        subsets=args.subsets,
         meta_tasks=args.meta_task,
         num_crops=args.num_crops,
         max_length=args.max_length,
@@ -69,18 +83,4 @@ def run(args: argparse.Namespace) -> int:
         revision=args.data_revision,
         local_files_only=args.local_files_only,
         name=args.name,
-        show_progress=not args.quiet,
     )
-    if results is not None:
-        print(results.table())
-        print(f"written to {args.out}", file=sys.stderr)
-    return 0
-
-
-def _own_gpu() -> str | None:
-    """Under torchrun each process takes one GPU; otherwise the default."""
-    import torch
-
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    return None

@@ -2,12 +2,8 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .messages import printed
-
-if TYPE_CHECKING:
-    from ..train.config import TrainConfig
 
 EXAMPLES = """\
 all of CONFIG.toml that has no default:
@@ -38,28 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains or checks as the arguments say. Errors are raised, for the caller to print."""
-    from ..train.config import read_config
+    from ..distributed import Ranks
+    from ..train import check_data, read_config, train
 
     config = read_config(args.config)
     with printed("minivlm2vec.mini.world.sources"):  # drawn rows may have to fetch what they are drawn from
-        return _check(config) if args.check else _train(config, args.device)
-
-
-def _check(config: "TrainConfig") -> int:
-    from ..train.data import NONE, open_data
-
-    data = open_data(config.data, seed=config.seed)
-    data.check(thoroughly=True)
-    data.batch(0, config.optim.batch_size, NONE)
-    print(f"{data} can be used")
-    return 0
-
-
-def _train(config: "TrainConfig", device: str | None) -> int:
-    from ..train.engine import rank
-    from ..train.trainer import Trainer
-
-    folder = Trainer(config, device=device).run()
-    if rank() == 0:
-        print(f"wrote {folder}")
+        if args.check:
+            print(f"{check_data(config)} can be used")
+            return 0
+        with Ranks() as ranks:
+            folder = train(config, device=args.device)
+            if ranks.first:
+                print(f"wrote {folder}")
     return 0

@@ -11,7 +11,6 @@ embedding.py   plan, compute, assemble, publish: all of the above in a row
 vectors.py     reads back what was written
 retrieval.py   exact search, and Lance's index
 page.py        hits and galleries as a web page
-ranks.py       several processes of torchrun
 ray.py         the same in a Ray Data pipeline
 """
 

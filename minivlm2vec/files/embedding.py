@@ -23,6 +23,7 @@ import torch
 from minivlm2vec_kernels.ops import choose_backend
 
 from .. import __version__
+from ..distributed import Ranks
 from ..embedder import Embedder
 from ..errors import Option, OptionError
 from . import writers
@@ -30,7 +31,6 @@ from .options import Checkpoint, EmbedOptions, ModelSpec
 from .parts import Parts
 from .pipeline import Pipeline
 from .progress import Progress, Timing
-from .ranks import Ranks
 from .rows import BadRow, BadRowError, Columns, digest_of
 from .sources import Index, JsonLines, Part, Table, open_table, spool_folder, spool_stdin
 from .vectors import LanceDataset, open_vectors
@@ -460,7 +460,7 @@ def _check_space(job: Job, todo: Sequence[int]) -> None:
 def _load(job: Job, ranks: Ranks) -> Embedder:
     spec = job.checkpoint.spec
     return job.checkpoint.load(
-        device=spec.device or ranks.device(), show_progress=spec.show_progress and ranks.first
+        device=ranks.device(spec.device), show_progress=spec.show_progress and ranks.first
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..mmeb.dataset import Pair
+from ..rows import Pair
 from ..train.config import DataConfig, build
 from ..train.data import ALL, Row
 from .world import sources, stream, tasks

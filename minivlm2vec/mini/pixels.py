@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..mmeb.dataset import Images, Rows, read_jsonl, read_rows
+from ..mmeb.dataset import Rows
+from ..rows import Images, read_jsonl, read_rows
 from .world.concepts import SEEN_STYLES
 
 SIDE = 32

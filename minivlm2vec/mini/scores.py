@@ -16,11 +16,13 @@ import torch
 from ..embedder import Embedder
 from ..info import module_rows
 from ..mmeb import score
-from ..mmeb.dataset import Dataset, Rows, read_jsonl
+from ..mmeb.dataset import Dataset, Rows
 from ..mmeb.encode import Encoder
-from ..mmeb.evaluate import evaluate
+from ..mmeb.evaluation import EvaluateOptions, evaluate
+from ..mmeb.progress import ProgressBars
 from ..mmeb.score import METRICS, Figures
 from ..mmeb.subsets import META_TASKS
+from ..rows import read_jsonl
 from ..weights import read_headers
 from . import pixels
 from .world import tasks
@@ -58,13 +60,10 @@ def measure(
     results = evaluate(
         CachedEncoder(embedder),
         data / "MMEB-eval",
-        out=work,
-        batch_size=512,
-        limit=limit,
-        allow_collapsed=allow_collapsed,
-        show_progress=show_progress,
+        work,
+        EvaluateOptions(batch_size=512, limit=limit, allow_collapsed=allow_collapsed),
+        on_progress=ProgressBars() if show_progress else lambda progress: None,
     )
-    assert results is not None, "only rank 0 of several processes is given results"
     sets = baselines(dataset, data, limit)
     for name, figures in results.figures.items():
         sets[name] |= _named(figures)

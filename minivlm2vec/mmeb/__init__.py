@@ -1,8 +1,39 @@
-"""MMEB: the benchmark that VLM2Vec is known by. Evaluator, and adapters for mteb and others.
+"""MMEB, the benchmark that VLM2Vec is known by, and data in its format (extra `mmeb`).
 
-Nothing is imported here, so that `import minivlm2vec.mmeb` needs none of the extra's packages:
+    results = evaluate(embedder, "MMEB-eval", "outputs/mmeb", EvaluateOptions(subsets=("CIRR",)))
 
-    minivlm2vec.mmeb.evaluate                evaluate(embedder, ...), the command's engine
-    minivlm2vec.mmeb.mteb_model              the model as mteb expects one
-    minivlm2vec.mmeb.sentence_module         the model as a sentence-transformers module
+evaluation        the whole of it: rows -> vectors -> ranks -> files
+subsets           the benchmark's subsets, and what was published for them
+dataset           rows and pictures, in a folder or on the Hub
+encode            vectors of what the rows name, each once, kept on disk
+score             vectors -> ranks, Precision@1, intervals
+results           what came of it, and its files
+progress          how far it is
+report            the table, beside the published rows
+mteb_model        the model as mteb wants one (extra `mteb`)
+sentence_module   the model as a sentence-transformers module (extra `sentence-transformers`)
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .evaluation import EvaluateOptions, evaluate
+    from .progress import Progress, ProgressBars
+    from .results import Results
+
+_HOMES = {
+    "EvaluateOptions": ".evaluation",
+    "Progress": ".progress",
+    "ProgressBars": ".progress",
+    "Results": ".results",
+    "evaluate": ".evaluation",
+}
+__all__ = ["EvaluateOptions", "Progress", "ProgressBars", "Results", "evaluate"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the public names when they are first used: `subsets` is all that the command's --help needs."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)

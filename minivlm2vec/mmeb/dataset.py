@@ -1,33 +1,25 @@
-"""Reading MMEB's evaluation sets: rows from parquet or JSON lines, pictures from a folder or a zip.
+"""MMEB's evaluation sets: which subsets lie where, and their rows.
 
-A row is one query and its own candidates, the positive first. Text and image path together are a `Pair`; an
-empty path means no image (then <|image_1|> in the text is ordinary text, as in the original evaluator).
+A row is one query and its own candidates, the positive first.
 """
 
 import json
-import zipfile
-import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from minivlm2vec.mmeb import subsets
-from minivlm2vec.mmeb.subsets import Subset
+from ..rows import Images, Pair, check_columns, make_pair, read_rows
+from . import subsets
+from .subsets import HUB_NAME, Subset
 
-HUB_NAME = "TIGER-Lab/MMEB-eval"
 COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 
 
-class Pair(NamedTuple):
-    text: str
-    image: str  # path inside the image folder or zip, "" for none
-
-
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     index: int  # in the file
     query: Pair
     targets: tuple[Pair, ...]  # the positive first
@@ -112,75 +104,6 @@ class Dataset:
                 self.images.check(pair.image, thoroughly=thoroughly)
 
 
-class Images:
-    """Pictures by relative path, in a folder or, read in place, in a zip.
-
-    The paths in the rows may lack a folder at the top of the place (the published zip has been unpacked to
-    `images/` by some scripts and not by others); it is found by the first path that needs it.
-    """
-
-    def __init__(self, place: Path):
-        if not place.exists():
-            raise FileNotFoundError(f"image folder or zip {place} does not exist")
-        self.place = place
-        self.archive = zipfile.ZipFile(place) if zipfile.is_zipfile(place) else None
-        if self.archive is None and not place.is_dir():
-            raise ValueError(f"{place} is neither a folder nor a zip")
-        self.prefix: str | None = None  # not known before the first picture is found
-        self._checked: dict[str, bool] = {}
-
-    def source(self, path: str) -> Path | bytes:
-        """The picture as the embedder takes it. ValueError where the zip is damaged there."""
-        found = self._find(path)
-        if self.archive is None:
-            return self.place / found
-        try:
-            return self.archive.read(found)
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-            raise ValueError(f"{found} in {self.place} cannot be read: {error}") from None
-
-    def stamp(self, path: str) -> int:
-        """A number that changes with the picture: its CRC in a zip, its size in a folder."""
-        found = self._find(path)
-        return self.archive.getinfo(found).CRC if self.archive else (self.place / found).stat().st_size
-
-    def check(self, path: str, *, thoroughly: bool = False) -> None:
-        """FileNotFoundError where it is missing; thoroughly: OSError where it cannot be decoded."""
-        if self._checked.get(path, False) < (thoroughly + 1):
-            found = self._find(path)
-            if thoroughly:
-                self._decode(found)
-            self._checked[path] = thoroughly + 1
-
-    def _decode(self, found: str) -> None:
-        file = self.archive.open(found) if self.archive else (self.place / found).open("rb")
-        try:
-            with file, Image.open(file) as image:
-                image.load()
-        except (OSError, SyntaxError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError) as error:
-            raise OSError(f"image {found} cannot be read: {error}") from None
-
-    def _find(self, path: str) -> str:
-        parts = PurePosixPath(path).parts
-        if path.startswith("/") or ".." in parts:
-            raise ValueError(f"image path {path!r} leaves the image folder")
-        plain = "/".join(parts)
-        prefixes = ("", *self._top_folders(plain)) if self.prefix is None else (self.prefix,)
-        for prefix in prefixes:
-            if self._has(prefix + plain):
-                self.prefix = prefix
-                return prefix + plain
-        raise FileNotFoundError(f"image {path} is not in {self.place}")
-
-    def _has(self, name: str) -> bool:
-        return name in self.archive.NameToInfo if self.archive else (self.place / name).is_file()
-
-    def _top_folders(self, path: str) -> list[str]:
-        if self.archive:
-            return [name[: -len(path)] for name in self.archive.NameToInfo if name.endswith("/" + path)]
-        return [f"{folder.name}/" for folder in sorted(self.place.iterdir()) if folder.is_dir()]
-
-
 def open_dataset(
     data: str | Path = HUB_NAME,
     *,
@@ -258,48 +181,8 @@ def _read(folder: Path, limit: int | None) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def read_rows(path: Path) -> Iterator[Any]:
-    """The rows of a file of JSON lines or of Parquet, as its name says; errors as below."""
-    return read_jsonl(path) if path.suffix == ".jsonl" else read_parquet(path)
-
-
-def read_jsonl(path: Path) -> Iterator[Any]:
-    """The values of a file of JSON lines. Raises ValueError naming the line."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-
-
-def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file. Raises ValueError where it cannot be read."""
-    parquet = import_pyarrow().parquet
-    try:
-        file = parquet.ParquetFile(path)
-        for batch in file.iter_batches(64):
-            yield from batch.to_pylist()
-    except (OSError, import_pyarrow().ArrowException) as error:
-        raise ValueError(f"{path} is not a readable parquet file: {error}") from None
-
-
-def import_pyarrow() -> Any:
-    """pyarrow with its parquet module; ImportError that says what to install."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ImportError("parquet files need pyarrow: pip install 'minivlm2vec[mmeb]'") from None
-    return pyarrow
-
-
 def _row(raw: Any, index: int) -> Row:
-    if not isinstance(raw, dict):
-        raise ValueError(f"a row is a JSON object, got {type(raw).__name__}")
-    missing = [name for name in COLUMNS if name not in raw]
-    if missing:
-        raise ValueError(f"column {missing[0]} is missing; there are {', '.join(raw)}")
+    check_columns(raw, COLUMNS)
     texts, paths = raw["tgt_text"], raw["tgt_img_path"]
     for name, values in (("tgt_text", texts), ("tgt_img_path", paths)):
         if not isinstance(values, list):
@@ -308,17 +191,8 @@ def _row(raw: Any, index: int) -> Row:
         raise ValueError(f"tgt_text has {len(texts)} entries, tgt_img_path {len(paths)}")
     if not texts:
         raise ValueError("there are no candidates")
-    query = _pair(raw["qry_text"], raw["qry_img_path"], "query")
+    query = make_pair(raw["qry_text"], raw["qry_img_path"], "query")
     targets = tuple(
-        _pair(text, path, f"candidate {i}") for i, (text, path) in enumerate(zip(texts, paths, strict=True))
+        make_pair(text, path, f"candidate {i}") for i, (text, path) in enumerate(zip(texts, paths, strict=True))
     )
     return Row(index, query, targets)
-
-
-def _pair(text: Any, path: Any, what: str) -> Pair:
-    path = path or ""
-    if not isinstance(text, str) or not isinstance(path, str):
-        raise ValueError(f"{what}: text and image path are strings, got {type(text).__name__}, {type(path).__name__}")
-    if not text and not path:
-        raise ValueError(f"{what} has neither text nor image")
-    return Pair(text, path)

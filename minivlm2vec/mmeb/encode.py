@@ -1,13 +1,12 @@
 """Vectors of distinct pairs, in chunks on disk: resumable at any moment, shared between processes.
 
-A subset's distinct pairs are cut into chunks in a fixed order. A chunk is encoded as one call, written beside
-and renamed into place; process r of W takes chunks r, r + W, … So what a chunk's vectors are does not depend on
-where an earlier run was cut off or on how many processes there are, and neither does any score.
+A subset's distinct pairs are cut into chunks in a fixed order. A chunk is encoded as one call and written as one file;
+each process takes a run of neighbouring chunks. So what a chunk's vectors are does not depend on where an earlier run
+was cut off or on how many processes there are, and neither does any score.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,72 +14,53 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from minivlm2vec.errors import InputError
-from minivlm2vec.mmeb.dataset import Images, Pair
+from ..atomic import open_replacing
+from ..distributed import Ranks
+from ..errors import InputError
+from ..rows import Images, Pair
 
 _PROBES = ("Represent the given text.\n", "<|image_1|>\nRepresent the given image with the following question: what?\n")
 
 
 class Encoder(Protocol):
-    """What is evaluated: an `Embedder`, or anything of one's own with its `encode`.
+    """What is evaluated: an `Embedder`, or anything of one's own with its `encode`."""
 
-    inputs: a text, or {"text": text, "image": path, bytes of a file, or uint8 [H, W, 3]}. options: max_length and
-    perhaps num_crops. Returns [B, D]; cosines are taken, so vectors need not have length 1.
-    """
+    @property
+    def encode(self) -> Callable[..., Any]:
+        """encode(inputs, *, max_length, num_crops) -> [B, D].
 
-    def encode(self, inputs: Sequence[Any], **options: Any) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Group:
-    """The processes that share the work; `barrier` waits for all, `agree` gives all rank 0's bytes."""
-
-    rank: int = 0
-    size: int = 1
-    handle: Any = None  # a gloo process group
-
-    def barrier(self) -> None:
-        if self.size > 1:
-            import torch.distributed as dist
-
-            dist.barrier(group=self.handle)
-
-    def agree(self, digest: bytes) -> bytes:
-        if self.size == 1:
-            return digest
-        import torch
-        import torch.distributed as dist
-
-        shared = torch.tensor(list(digest), dtype=torch.uint8)
-        dist.broadcast(shared, src=0, group=self.handle)
-        return bytes(shared.tolist())
+        inputs: a list of texts and of {"text": text, "image": path, bytes of a file, or uint8 [H, W, 3]}. num_crops is
+        not given where the options have none. Cosines are taken, so vectors need not have length 1.
+        """
 
 
 @dataclass(frozen=True)
-class Store:
+class VectorStore:
     """Where chunks lie: `folder` belongs to one model with one set of options, found by `fingerprint`."""
 
     encoder: Encoder
     options: dict[str, Any]
     folder: Path
     batch_size: int
-    group: Group
+    ranks: Ranks
 
     def vectors(
-        self, name: str, pairs: Sequence[Pair], images: Images, progress: Callable[[int], Any] = lambda n: None
-    ) -> np.ndarray | None:
-        """[N, D] float32 of the pairs, on rank 0; None elsewhere. `progress` is told of every finished input."""
+        self, name: str, pairs: Sequence[Pair], images: Images, progress: Callable[[int], Any] = lambda done: None
+    ) -> np.ndarray:
+        """[N, D] float32 of the pairs. `progress` is told how many inputs all processes have done, as far as this one
+        can tell."""
         folder = self.folder / f"{name}-{_digest(self.batch_size, [(*p, _stamp(p, images)) for p in pairs])}"
         folder.mkdir(parents=True, exist_ok=True)
         chunks = [pairs[i : i + self.batch_size] for i in range(0, len(pairs), self.batch_size)]
-        for number in range(self.group.rank, len(chunks), self.group.size):
+        done = 0
+        for number in self.ranks.share(range(len(chunks))):
+            progress(min(done * self.ranks.world, len(pairs)))
             path = folder / f"{number:05d}.npy"
             if not _is_complete(path, len(chunks[number])):
                 _write(path, self._encode(name, chunks[number], images))
-            progress(len(chunks[number]))
-        self.group.barrier()
-        if self.group.rank != 0:
-            return None
+            done += len(chunks[number])
+        self.ranks.barrier()
+        progress(len(pairs))
         return np.concatenate([np.load(folder / f"{n:05d}.npy", allow_pickle=False) for n in range(len(chunks))])
 
     def _encode(self, name: str, pairs: Sequence[Pair], images: Images) -> np.ndarray:
@@ -90,7 +70,7 @@ class Store:
         except InputError as error:
             pair = pairs[error.index] if error.index is not None else None
             where = f"{name}, {pair.image or 'text ' + repr(pair.text[:80])}" if pair else name
-            raise ValueError(f"{where}: {error.reason} (--skip-damaged leaves such rows out)") from error
+            raise ValueError(f"{where}: {error.reason} (skip_damaged leaves such rows out)") from error
         vectors = np.asarray(vectors, dtype=np.float32)
         if vectors.ndim != 2 or len(vectors) != len(pairs):
             raise ValueError(f"encode gave an array of shape {vectors.shape} for {len(pairs)} inputs")
@@ -102,14 +82,14 @@ def as_input(pair: Pair, images: Images) -> str | dict[str, Any]:
     return {"text": pair.text, "image": images.source(pair.image)} if pair.image else pair.text
 
 
-def fingerprint(encoder: Encoder, options: dict[str, Any], group: Group) -> str:
+def fingerprint(encoder: Encoder, options: dict[str, Any], ranks: Ranks) -> str:
     """Tells models and options apart by what the model makes of two probes, so that vectors of an earlier run
     are taken up only if this model would give the same."""
     picture = np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3)
     inputs = [_PROBES[0], {"text": _PROBES[1], "image": picture}]
     probe = np.asarray(encoder.encode(inputs, **options), dtype=np.float32)
     digest = hashlib.sha256(probe.tobytes() + json.dumps(options, sort_keys=True).encode()).digest()
-    return group.agree(digest).hex()[:16]
+    return ranks.agree(digest).hex()[:16]
 
 
 def _stamp(pair: Pair, images: Images) -> int:
@@ -125,7 +105,5 @@ def _is_complete(path: Path, length: int) -> bool:
 
 
 def _write(path: Path, vectors: np.ndarray) -> None:
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    with beside.open("wb") as file:
+    with open_replacing(path) as file:
         np.save(file, vectors, allow_pickle=False)
-    os.replace(beside, path)

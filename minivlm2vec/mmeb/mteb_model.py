@@ -15,8 +15,8 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
-from minivlm2vec import prompts
-from minivlm2vec.embedder import Embedder
+from .. import prompts
+from ..embedder import Embedder
 
 FULL = "TIGER-Lab/VLM2Vec-Full"
 INSTRUCTIONS = ("task", "fixed")

@@ -4,8 +4,8 @@ import textwrap
 from collections.abc import Sequence
 from html import escape
 
-from minivlm2vec.mmeb.score import METRICS, Figures
-from minivlm2vec.mmeb.subsets import META_TASKS, MMEB, PUBLISHED, PUBLISHED_MODELS, Subset, groups, published_average
+from .score import METRICS, Figures
+from .subsets import META_TASKS, MMEB, PUBLISHED, PUBLISHED_MODELS, Subset, groups, published_average
 
 TITLES = {"vqa": "VQA", "all": "All"} | {task: task.capitalize() for task in META_TASKS if task != "vqa"}
 HEAD = ("", "", "rows", "P@1", "95%", "P@1 orig.", "MRR", "R@5", "R@10")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+NumberedRows = Sequence[tuple[int, Sequence[int] | np.ndarray]]  # (query, candidates), as indices of vectors
 METRICS = ("precision@1", "precision@1_original", "mrr", "recall@5", "recall@10")
 REPLICATES = 2000
 COLLAPSED_VARIANCE = 1e-4  # of unit vectors, whose variance is at most 1; bf16 noise is well below
@@ -37,7 +38,7 @@ class Scored:
         return (self.rank == 1, self.predicted == 0, 1 / self.rank, self.rank <= 5, self.rank <= 10)
 
 
-def score_rows(vectors: np.ndarray, rows: Sequence[tuple[int, Sequence[int]]], block: int = 256) -> list[Scored]:
+def score_rows(vectors: np.ndarray, rows: NumberedRows, block: int = 256) -> list[Scored]:
     """Scores each row against its own candidates.
 
     vectors: [N, D]. rows: (query, candidates) as indices into vectors, the positive first. A candidate with the
@@ -88,9 +89,7 @@ def variance(vectors: np.ndarray) -> float:
     return float(1 - (unit_rows(vectors).mean(axis=0) ** 2).sum())
 
 
-def check_collapse(
-    vectors: np.ndarray, rows: Sequence[tuple[int, Sequence[int]]], scored: Sequence[Scored], what: str
-) -> None:
+def check_collapse(vectors: np.ndarray, rows: NumberedRows, scored: Sequence[Scored], what: str) -> None:
     """Raises CollapsedEmbeddings where queries or candidates have (almost) one vector, or every query, among many
     candidates, gets the same answer (which makes hit@1 = 1/n)."""
     sides = {

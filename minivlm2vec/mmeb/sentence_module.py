@@ -18,7 +18,7 @@ from typing import Any
 
 from sentence_transformers.base.modules import InputModule
 
-from minivlm2vec.embedder import Embedder
+from ..embedder import Embedder
 
 
 class VLM2VecModule(InputModule):

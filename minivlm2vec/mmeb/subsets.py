@@ -13,6 +13,7 @@ import difflib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+HUB_NAME = "TIGER-Lab/MMEB-eval"  # the rows and pictures, as a dataset on the Hugging Face Hub
 META_TASKS = ("classification", "vqa", "retrieval", "grounding", "other")
 
 

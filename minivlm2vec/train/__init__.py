@@ -1,9 +1,56 @@
 """Contrastive training of a VLM2Vec model, on one device or many: `minivlm2vec train CONFIG.toml`.
 
-    from minivlm2vec.train.config import read_config
-    from minivlm2vec.train.trainer import Trainer
-    Trainer(read_config("CONFIG.toml")).run()
+    folder = train(read_config("CONFIG.toml"))
+    trainer = Trainer(TrainConfig(...), loss=my_loss, optimizer=my_optimizer)
 
-The pieces stand alone: `contrastive_loss` (loss.py), `cached_backward` (gradcache.py), `TrainingData` (data.py).
-Nothing is imported here, so that the command line need not import torch's distributed parts.
+config       CONFIG.toml -> frozen dataclasses
+trainer      the recipe; its parts can be replaced
+data         rows, in files or from a source of your own
+inputs       rows -> tokens and crops
+model        what of the model is trained
+loss         InfoNCE
+gradcache    the gradient of a large batch in the memory of a small one
+engine       one process, DDP or FSDP
+checkpoint   what is written, and read to go on
+log          log.jsonl, TensorBoard
+pictures     sheets of queries and their nearest targets
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import DataConfig, LogConfig, LossConfig, OptimConfig, TrainConfig, read_config
+    from .trainer import Trainer, TrainingError, check_data, train
+
+_HOMES = {
+    "DataConfig": ".config",
+    "LogConfig": ".config",
+    "LossConfig": ".config",
+    "OptimConfig": ".config",
+    "TrainConfig": ".config",
+    "Trainer": ".trainer",
+    "TrainingError": ".trainer",
+    "check_data": ".trainer",
+    "read_config": ".config",
+    "train": ".trainer",
+}
+__all__ = [
+    "DataConfig",
+    "LogConfig",
+    "LossConfig",
+    "OptimConfig",
+    "TrainConfig",
+    "Trainer",
+    "TrainingError",
+    "check_data",
+    "read_config",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the public names when they are first used: a process that only draws rows needs no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)

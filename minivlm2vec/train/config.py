@@ -53,7 +53,7 @@ class DataConfig:
     workers: int = 4
 
     def __post_init__(self) -> None:
-        if (self.root is None) == (self.source is None):
+        if self.root is not None and self.source is not None:
             raise ValueError("data.root or data.source is needed, and not both")
 
 
@@ -193,7 +193,7 @@ def build(cls: type, raw: dict[str, Any], where: str) -> Any:
 def _value(hint: Any, value: Any, name: str) -> Any:
     """`value` as the field's type; TOML's lists become tuples, and whole numbers floats where one is asked for."""
     options = get_args(hint) if get_origin(hint) not in (tuple, dict) and get_args(hint) else (hint,)
-    table = next((o for o in options if is_dataclass(o)), None)
+    table = next((o for o in options if isinstance(o, type) and is_dataclass(o)), None)
     if table is not None and isinstance(value, dict):
         return build(table, value, name + ".")
     if isinstance(value, list) and any(get_origin(o) is tuple for o in options):
@@ -209,20 +209,22 @@ def _value(hint: Any, value: Any, name: str) -> Any:
 
 
 def _check(c: TrainConfig) -> None:
-    positive = {
+    positive: dict[str, float] = {
         "data.rows_per_set": c.data.rows_per_set, "data.sub_batch": c.data.sub_batch, "data.workers": c.data.workers,
         "data.max_length": c.data.max_length, "data.num_crops": c.data.num_crops, "optim.steps": c.optim.steps,
         "optim.batch_size": c.optim.batch_size, "loss.temperature": c.loss.temperature, "optim.lr": c.optim.lr,
         "log.picture_rows": c.log.picture_rows,
     }  # fmt: skip
-    for name, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"{name} is {value}; it must be greater than 0")
-    counts = {"optim.chunk_size": c.optim.chunk_size, "optim.warmup": c.optim.warmup, "optim.clip": c.optim.clip,
-              "log.save": c.log.save, "log.pictures": c.log.pictures}  # fmt: skip
-    for name, value in counts.items():
-        if value < 0:
-            raise ValueError(f"{name} is {value}; it must not be negative")
+    for name, number in positive.items():
+        if not number > 0:
+            raise ValueError(f"{name} is {number}; it must be greater than 0")
+    counts: dict[str, float] = {
+        "optim.chunk_size": c.optim.chunk_size, "optim.warmup": c.optim.warmup, "optim.clip": c.optim.clip,
+        "log.save": c.log.save, "log.pictures": c.log.pictures,
+    }  # fmt: skip
+    for name, number in counts.items():
+        if number < 0:
+            raise ValueError(f"{name} is {number}; it must not be negative")
     choices = {
         "data.variant": (c.data.variant, ("original", "diverse_instruction")),
         "data.row_choice": (c.data.row_choice, ("random", "first")),

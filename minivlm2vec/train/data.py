@@ -18,10 +18,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from minivlm2vec.mmeb.dataset import Images, Pair, read_rows
-
+from ..rows import Images, Pair, check_columns, make_pair, read_rows
 from .config import DataConfig
 
+COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 ALL, NONE = slice(None), slice(0)
 MINI = Path(__file__).parents[1] / "mini" / "data" / "MMEB-train"  # the sets that ship with the package
 
@@ -86,6 +86,8 @@ class RowSource(Protocol):
 def open_data(config: DataConfig, *, seed: int = 0) -> RowSource:
     """The rows that the configuration names: files of `root`, or those of `source`. Raises ValueError where there is
     no such source, or it lacks a method."""
+    if config.root is None and config.source is None:
+        raise ValueError("data.root or data.source is needed, and not both")
     if config.source is None:
         return TrainingData(config, seed=seed)
     rows = _find_source(config.source)(config, seed=seed)
@@ -185,7 +187,7 @@ class TrainingData:
     def _read(self, root: Path, name: str, broken: list[str]) -> list[Row]:
         images = Images(self._images(root, name))
         raws = list(_read_files(root / name, self.config.variant))
-        chosen = range(min(len(raws), self.config.rows_per_set))
+        chosen: Sequence[int] = range(min(len(raws), self.config.rows_per_set))
         if self.config.row_choice == "random" and len(raws) > len(chosen):
             rng = np.random.default_rng([self.seed, 0, *name.encode()])
             chosen = sorted(rng.permutation(len(raws))[: len(chosen)])
@@ -234,11 +236,7 @@ def _read_files(folder: Path, variant: str) -> Iterator[Any]:
 
 
 def _row(name: str, raw: Any, images: Images) -> Row:
-    if not isinstance(raw, dict):
-        raise ValueError(f"a row is a JSON object, got {type(raw).__name__}")
-    for column in ("qry", "qry_image_path", "pos_text", "pos_image_path"):
-        if column not in raw:
-            raise ValueError(f"column {column} is missing; there are {', '.join(raw)}")
+    check_columns(raw, COLUMNS)
     if isinstance(raw["qry"], list):
         raise ValueError("qry is a list; a row has one query")
     (query,) = _pairs("query", raw["qry"], raw["qry_image_path"])
@@ -259,14 +257,9 @@ def _pairs(what: str, texts: Any, paths: Any, *, may_lack: bool = False) -> tupl
         texts, paths = (x * n if x == [None] else x for x, n in ((texts, len(paths)), (paths, len(texts))))
     if len(texts) != len(paths):
         raise ValueError(f"{what}: {len(texts)} texts but {len(paths)} image paths")
-    pairs = tuple(Pair("" if t is None else t, p or "") for t, p in zip(texts, paths, strict=True))
-    for text, path in pairs:
-        if not isinstance(text, str) or not isinstance(path, str):
-            raise ValueError(f"{what}: text and image path are strings, got {type(text).__name__}, "
-                             f"{type(path).__name__}")  # fmt: skip
-        if not text and not path and not may_lack:
-            raise ValueError(f"the {what} has neither text nor image")
-    return tuple(pair for pair in pairs if pair.text or pair.image)
+    given = [("" if text is None else text, path or "") for text, path in zip(texts, paths, strict=True)]
+    kept = [one for one in given if one != ("", "") or not may_lack]
+    return tuple(make_pair(text, path, f"the {what}") for text, path in kept)
 
 
 def _raise_if(broken: Sequence[str]) -> None:

@@ -1,66 +1,16 @@
-"""Processes and what wraps the model for them: one process, DDP, or FSDP2 (`fully_shard`), under torchrun."""
+"""What wraps the model for one process, for DDP, or for FSDP2 (`fully_shard`)."""
 
-import functools
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from ..batch import PackedBatch
+from ..distributed import Ranks
 from ..model import VLM2Vec
-
-
-def start_processes(device: torch.device | str | None = None) -> torch.device:
-    """Joins the processes that torchrun started, if it did, and returns this one's device."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
-
-
-def gather_rows(x: Tensor) -> Tensor:
-    """Rows [n, ...] of all processes, in the order of their ranks; n may differ. Gradients reach one's own rows:
-    every process computes the same loss from all rows, and needs its derivative by its own alone."""
-    if world_size() == 1:
-        return x
-    sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]
-    dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
-    longest = max(int(n) for n in sizes)
-    padded = torch.cat([x.detach(), x.new_zeros(longest - len(x), *x.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    parts = [part[: int(n)] for part, n in zip(parts, sizes, strict=True)]
-    parts[rank()] = x
-    return torch.cat(parts)
-
-
-def largest(n: int, device: torch.device) -> int:
-    """The largest of the processes' numbers."""
-    return int(gather_rows(torch.tensor([n], device=device)).max())
 
 
 class Encoder(nn.Module):
@@ -89,37 +39,41 @@ class Encoder(nn.Module):
 class Engine:
     """How an Encoder is run, and where its gradients are summed.
 
+    Args:
+        kind: "ddp" or "fsdp"; of no account where there is one process.
+
     Attributes:
         encoder: for vectors, of which no gradient is kept.
         trained: for vectors whose gradient is summed over processes.
     """
 
-    def __init__(self, encoder: Encoder, kind: str, device: torch.device):
-        self.encoder = self.trained = encoder
-        self.kind = kind if world_size() > 1 else "single"
+    def __init__(self, encoder: Encoder, kind: str, device: torch.device, ranks: Ranks):
+        self.encoder = encoder
+        self.trained: nn.Module = encoder
+        self.ranks = ranks
+        self.kind = kind if ranks.world > 1 else "single"
         if self.kind == "fsdp":
-            _shard(encoder, device)
+            _shard(encoder, device, ranks.world)
         elif self.kind == "ddp":
             self.trained = DistributedDataParallel(encoder, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    @property
-    def hold(self) -> Callable[[], AbstractContextManager]:
+    def hold(self) -> AbstractContextManager:
         """The context in which gradients are added up without being exchanged. FSDP exchanges them always: keeping
         them whole would need the memory that it saves."""
-        return self.trained.no_sync if self.kind == "ddp" else nullcontext
+        return self.trained.no_sync() if isinstance(self.trained, DistributedDataParallel) else nullcontext()
 
-    def idle(self, chunks: int, device: torch.device) -> int:
+    def dummy_chunks(self, chunks: int) -> int:
         """How many chunks more another process has; under FSDP all must compute equally often."""
-        return largest(chunks, device) - chunks if self.kind == "fsdp" else 0
+        return self.ranks.largest(chunks) - chunks if self.kind == "fsdp" else 0
 
 
-def _shard(encoder: Encoder, device: torch.device) -> None:
+def _shard(encoder: Encoder, device: torch.device, world: int) -> None:
     """Shards every decoder layer, and the rest as one: the tower runs as often as a process' images ask for, and
     a layer that is gathered by all must be run by all."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (world_size(),))
+    mesh = init_device_mesh(device.type, (world,))
     for layer in encoder.model.decoder.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(encoder, mesh=mesh)
@@ -138,24 +92,25 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def as_held(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor as this process holds `like`: on its device, and its shard alone."""
-    value = value.to(like.device, like.dtype)
-    return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
+def as_held(value: Tensor, parameter: Tensor) -> Tensor:
+    """What belongs to a parameter, as this process holds that: on its device, and its shard alone."""
+    value = value.to(parameter.device)
+    if not isinstance(parameter, DTensor) or value.ndim == 0:
+        return value
+    placements = parameter.placements if value.shape == parameter.shape else [Replicate()]
+    return distribute_tensor(value, parameter.device_mesh, placements)
 
 
-def checkpoint_layers(model: VLM2Vec) -> None:
-    """From now on the layers' activations are computed again in the backward pass instead of kept."""
-    for layer in (*model.vision.layers, *model.decoder.layers):
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+def keeping_buffers(module: nn.Module, encode: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`encode`, after which the module's buffers are as before: for a first pass that a second one repeats, so that
+    running statistics (BatchNorm's) are counted once."""
 
+    def call(*args: object) -> Tensor:
+        before = [(b, b.clone()) for b in module.buffers()]
+        out = encode(*args)
+        with torch.no_grad():
+            for b, value in before:
+                b.copy_(value)
+        return out
 
-def without_gradient(module: nn.Module) -> None:
-    """From now on the module computes as in inference, in its own dtype."""
-    forward = module.forward
-
-    def call(x: Tensor, *args, **kwargs):
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return forward(x, *args, **kwargs)
-
-    module.forward = call
+    return call

@@ -32,7 +32,7 @@ def cached_backward(
     again: Encode | None = None,
     hold: Callable[[], AbstractContextManager] = nullcontext,
     scale: float = 1.0,
-    idle: int = 0,
+    dummies: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Adds the gradient of `loss`, times `scale`, to the parameters that `encode` uses and those of the loss itself
     (the latter without `scale`).
@@ -42,24 +42,26 @@ def cached_backward(
     again: what encodes in the second pass; default `encode`. Under DDP the wrapped model, which the first pass has
         no use for.
     hold: the context of all backward passes but the last, such as DDP's `no_sync`.
-    idle: how many more chunks to pretend, for engines whose ranks must all compute equally often: the first chunk is
-        encoded again and counts for nothing.
+    dummies: how many more chunks to pretend, for engines whose ranks must all compute equally often: the first chunk
+        is encoded again and counts for nothing.
     Returns (loss, vectors [N, D]), without graph.
     """
     again = again or encode
-    if len(chunks) == 1 and not idle:  # one pass, and its graph is still there
+    if len(chunks) == 1 and not dummies:  # one pass, and its graph is still there
         vectors = again(chunks[0])
         value, gradient = _gradient(vectors, loss)
         vectors.backward(gradient * scale)
         return value, vectors.detach()
+    passes = [*chunks, *[chunks[0]] * dummies]
     states, parts = [], []
-    for chunk in [*chunks, *[chunks[0]] * idle]:
+    for chunk in passes:
         states.append(RandomState.now(device))
         parts.append(encode(chunk).detach())
     vectors = torch.cat(parts[: len(chunks)])
     value, gradient = _gradient(vectors, loss)
     gradients = list((gradient * scale).split([len(p) for p in parts[: len(chunks)]]))
-    work = list(zip([*chunks, *[chunks[0]] * idle], states, [*gradients, *[gradients[0] * 0] * idle], strict=True))
+    gradients += [gradients[0] * 0] * dummies
+    work = list(zip(passes, states, gradients, strict=True))
     for i, (chunk, state, gradient) in enumerate(work):
         with state.replayed(), hold() if i < len(work) - 1 else nullcontext():
             again(chunk).backward(gradient)
@@ -70,6 +72,7 @@ def _gradient(vectors: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor
     leaf = vectors.detach().requires_grad_()
     value = loss(leaf)
     value.backward()
+    assert leaf.grad is not None, "the loss depends on the vectors"
     return value.detach(), leaf.grad
 
 

@@ -3,12 +3,18 @@
 B queries, N targets (the positives of all queries and their hard negatives), D width.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .config import LossConfig
+
+MAX_SCALE = 100.0  # of similarities, where the temperature is learned; CLIP's (arXiv 2103.00020)
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,49 @@ class Targets:
         """[B, N] bool: target n has the content of a positive of query b, be it one or not."""
         same = self.content[:, None] == self.content[None]
         return (self.positives(num_queries).float() @ same.float()) > 0
+
+
+class Loss(Protocol):
+    """What a run minimises: a function, or an `nn.Module`, whose parameters are trained and saved with the run's state.
+
+    It is called once a step in every process, each time with the vectors of all processes. So it must be the same
+    everywhere, and draw no random numbers.
+    """
+
+    def __call__(self, queries: Tensor, targets: Tensor, about: Targets, /) -> Tensor:
+        """queries [B, D], targets [N, D] as the model gives them, not normalised -> scalar."""
+
+
+class ContrastiveLoss(nn.Module):
+    """`contrastive_loss` with the settings of a [loss] table; the default of a run.
+
+    Attributes:
+        log_scale: -log of the temperature, a parameter where that is learned.
+    """
+
+    def __init__(self, config: LossConfig):
+        super().__init__()
+        self.config = config
+        if config.learn_temperature:
+            self.log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
+
+    @property
+    def temperature(self) -> float:
+        if not self.config.learn_temperature:
+            return self.config.temperature
+        return math.exp(-min(self.log_scale.item(), math.log(MAX_SCALE)))
+
+    def forward(self, queries: Tensor, targets: Tensor, about: Targets) -> Tensor:
+        c = self.config
+        temperature: float | Tensor = c.temperature
+        if c.learn_temperature:
+            with torch.no_grad():
+                self.log_scale.clamp_(max=math.log(MAX_SCALE))
+            temperature = (-self.log_scale).exp()
+        return contrastive_loss(
+            queries, targets, about,
+            temperature=temperature, symmetric=c.symmetric, mask_duplicates=c.mask_duplicates, dims=c.dims,
+        )  # fmt: skip
 
 
 def contrastive_loss(

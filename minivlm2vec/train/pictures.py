@@ -1,21 +1,41 @@
 """Sheets that show, while a model trains, which targets lie nearest to a few queries."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
 
-from minivlm2vec.images import open_image, to_rgb
-from minivlm2vec.mmeb.dataset import Pair
-
-from .data import Pictures
+from ..images import open_image, to_rgb
+from ..rows import Pair
+from .data import Pictures, Row
 
 CELL, GAP = 168, 6
 RIGHT, WRONG, QUERY = (30, 140, 60), (190, 190, 190), (40, 80, 160)
 
 
+Shown = tuple[Pair, Pictures]  # a pair, and where its picture is
+
+
+def nearest_sheet(rows: Sequence[Row], encode: Callable[[Sequence[tuple[str, Pair, Pictures]]], Tensor]) -> Image.Image:
+    """Up to eight queries of the rows, each with the five nearest of all their targets.
+
+    encode(pairs, each with its row's name and where its picture is) -> unit vectors [n, D].
+    """
+    shown = rows[:8]
+    targets = list({(p.text, p.image, r.images.place): (p, r.images) for r in rows for p in r.positives}.values())
+    queries = [(row.name, row.query, row.images) for row in shown]
+    vectors = encode([*queries, *(("a sampled target", *target) for target in targets)])
+    scores, best = (vectors[: len(shown)] @ vectors[len(shown) :].T).topk(min(5, len(targets)))
+    nearest = [
+        [(*targets[j], score, targets[j][0] in row.positives) for j, score in zip(js, ss, strict=True)]
+        for row, js, ss in zip(shown, best.tolist(), scores.tolist(), strict=True)
+    ]
+    return draw_sheet([(row.query, row.images) for row in shown], nearest)
+
+
 def draw_sheet(
-    queries: Sequence[tuple[Pair, Pictures]], nearest: Sequence[Sequence[tuple[Pair, Pictures, float, bool]]]
+    queries: Sequence[Shown], nearest: Sequence[Sequence[tuple[Pair, Pictures, float, bool]]]
 ) -> Image.Image:
     """A line for each query: it, then its nearest targets with their similarity, framed green where they are right."""
     columns, side = 1 + max(map(len, nearest)), CELL + GAP

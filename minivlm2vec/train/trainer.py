@@ -1,277 +1,257 @@
-"""The training loop: rows -> vectors -> InfoNCE -> gradients by GradCache -> AdamW, with logs and exact resumption."""
+"""The recipe: rows -> vectors -> InfoNCE -> gradients by GradCache -> AdamW, with a log and exact resumption."""
 
-import json
-import math
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..lora import add_lora, exclude_frozen
+from ..distributed import Ranks
+from ..errors import some
 from ..model import VLM2Vec
 from ..processor import Loaded, Processor
-from ..weights import load_model, resolve
+from ..rows import Pair
+from ..weights import resolve
 from . import checkpoint, engine
 from .config import TrainConfig
-from .data import NONE, Row, content_id, open_data
+from .data import NONE, Pictures, Row, RowSource, open_data
 from .gradcache import cached_backward
-from .loss import Targets, contrastive_loss, hit_rate
-from .pictures import draw_sheet
+from .inputs import Prepared, RowLoader
+from .log import Log
+from .loss import ContrastiveLoss, Loss, Targets, hit_rate
+from .model import set_training, trainable_model
+from .optim import LOSS, MakeOptimizer, Schedule, adamw, linear, set_rates
+from .pictures import nearest_sheet
 
-MAX_SCALE = 100.0  # of similarities, where the temperature is learned; CLIP's (arXiv 2103.00020)
+Record = dict[str, float]  # of a step, by name: what log.jsonl and TensorBoard get
+# Called in every process after each step, before its record is logged: what it adds to the record is logged too.
+# `trainer.step` steps are done.
+Callback = Callable[["Trainer", Record], None]
 
 
 class TrainingError(RuntimeError):
     """The loss or its gradient is NaN or infinite. The message names the step and the rows."""
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """One process' share of a batch: rows, their inputs (queries, then targets), and what the targets are."""
+def train(config: TrainConfig, *, device: torch.device | str | None = None, **parts: Any) -> Path:
+    """Trains as `Trainer(config, **parts)` does, and returns the folder of the last checkpoint. Under torchrun every
+    process calls this."""
+    return Trainer(config, device=device, **parts).run()
 
-    rows: list[Row]
-    inputs: list[Loaded]
-    about: Targets
 
-    @property
-    def row_of(self) -> list[int]:
-        """The row of each input."""
-        return [*range(len(self.rows)), *self.about.owner.tolist()]
+def check_data(config: TrainConfig) -> RowSource:
+    """The rows of a run, all read and their pictures decoded. Raises ValueError naming those at fault, and where there
+    are too few for a batch."""
+    data = open_data(config.data, seed=config.seed)
+    data.check(thoroughly=True)
+    data.batch(0, config.optim.batch_size, NONE)
+    return data
 
 
 class Trainer:
     """A training run.
 
     Args:
-        config: see `TrainConfig`.
-        device: default CUDA where there is one, else the CPU; under torchrun, this process' own.
+        config: see `TrainConfig`; the parts below stand in for what it describes.
+        device: default CUDA where there is one, else the CPU. Under torchrun each process has its own GPU.
+        model: a model of your own, on `config.model`'s configuration and tokenizer. What does not require gradients
+            stays as it is.
+        data: a `RowSource`.
+        loss: see `Loss`.
+        optimizer, schedule, callbacks: see `optim.MakeOptimizer`, `optim.Schedule` and `Callback` above.
 
-    Where `config.out` holds a checkpoint of the same run, the run goes on from there. On CUDA, products are computed
-    in bfloat16 (autocast, see `TrainConfig`) and frozen weights kept in it.
+    Where `config.out` holds a checkpoint of the same run, the run goes on from there, and beyond its last step where
+    there are more now. On CUDA, products are computed in bfloat16 (autocast, see `TrainConfig`) and frozen weights
+    kept in it. Modules that are frozen throughout stay in `eval`.
 
     Attributes:
-        model, data, processor, optimizer, engine; step: how many steps are done; lora: the adapters, or None.
+        step: how many steps are done.
+        parameters: those that are trained, by name.
+        lora: the adapters, or None.
+        model, data, loss, optimizer, schedule, processor, ranks, device.
 
-    Raises ValueError for rows that cannot be used, or a checkpoint in `out` that is of other settings.
+    Raises ValueError for rows that cannot be used, or a checkpoint in `out` that is of another run.
     """
 
-    def __init__(self, config: TrainConfig, *, device: torch.device | str | None = None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        device: torch.device | str | None = None,
+        model: VLM2Vec | None = None,
+        data: RowSource | None = None,
+        loss: Loss | None = None,
+        optimizer: MakeOptimizer | None = None,
+        schedule: Schedule | None = None,
+        callbacks: Sequence[Callback] = (),
+    ):
         self.config, self.out = config, Path(config.out)
-        self.device = engine.start_processes(device)
-        if config.optim.batch_size % engine.world_size():
-            raise ValueError(f"optim.batch_size {config.optim.batch_size} is no multiple of {engine.world_size()} "
-                             "processes")  # fmt: skip
-        self.data = open_data(config.data, seed=config.seed)
-        self.data.check()
-        self.data.batch(0, config.optim.batch_size, NONE)  # raises where there are too few rows
+        self.ranks = Ranks()
+        self.device = _device(self.ranks, device)
+        self.data = open_data(config.data, seed=config.seed) if data is None else data
+        _check_batches(self.data, config.optim.batch_size, self.ranks)
         self.source = resolve(config.model)
-        torch.manual_seed(config.seed + engine.rank())
-        self.model = self._build_model()
+        torch.manual_seed(config.seed + self.ranks.rank)
+        self.model, self.lora = trainable_model(config, self.source, self.device, model)
         self.processor = Processor.from_pretrained(self.source, self.model.config, num_crops=config.data.num_crops)
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(config.loss.temperature), device=self.device))
+        self.loader = RowLoader(
+            self.processor, max_length=config.data.max_length, hard_negatives=config.loss.hard_negatives
+        )
+        self.loss: Loss = ContrastiveLoss(config.loss) if loss is None else loss
+        for module in self._loss_modules():
+            module.to(self.device)
         bf16 = self.device.type == "cuda" if config.autocast is None else config.autocast
-        amp = torch.bfloat16 if bf16 else None
-        self.engine = engine.Engine(engine.Encoder(self.model, amp), config.distributed, self.device)
-        self.parameters, self.optimizer = self._build_optimizer()
+        encoder = engine.Encoder(self.model, torch.bfloat16 if bf16 else None)
+        self.engine = engine.Engine(encoder, config.distributed, self.device, self.ranks)
+        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad} | {
+            f"{LOSS}{n}": p for m in self._loss_modules() for n, p in m.named_parameters() if p.requires_grad
+        }
+        self.optimizer = (optimizer or adamw(config.optim))(self.parameters)
+        self.schedule = schedule or linear(config.optim)
+        self.callbacks = tuple(callbacks)
         self.step = self._resume()
 
     def run(self) -> Path:
         """Trains to the last step; returns the folder of the last checkpoint."""
-        log, optim = self.config.log, self.config.optim
-        with Log(self.out, self.step, log.tensorboard) as write, ThreadPoolExecutor(self.config.data.workers) as pool:
-            for prepared in self._batches(pool):
-                write(self.train_step(prepared))
-                last = self.step == optim.steps
-                if log.pictures and (self.step % log.pictures == 0 or last):
+        log, steps = self.config.log, self.config.optim.steps
+        out = self.out if self.ranks.first else None
+        with Log(out, self.step, tensorboard=log.tensorboard) as write:
+            for prepared in self._batches():
+                record = self.train_step(prepared)
+                for callback in self.callbacks:
+                    callback(self, record)
+                write(record)
+                last = self.step == steps
+                if log.pictures and (last or self.step % log.pictures == 0):
                     self.write_pictures()
                 if last or (log.save and self.step % log.save == 0):
                     self.save()
         return self.out / f"step-{self.step:06d}"
 
-    def train_step(self, prepared: Prepared) -> dict[str, float]:
-        """One step on one process' share of a batch; returns what the log gets."""
-        start, optim = time.perf_counter(), self.config.optim
-        lr = self._set_lr()
+    def train_step(self, prepared: Prepared) -> Record:
+        """One step on this process' share of a batch."""
+        start = time.perf_counter()
+        set_rates(self.optimizer, self.schedule(self.step))
         self.optimizer.zero_grad(set_to_none=True)
         loss, hits = self.backward(prepared)
         norm = self._clip(prepared)
         self.optimizer.step()
-        with torch.no_grad():
-            self.log_scale.clamp_(max=math.log(MAX_SCALE))
         self.step += 1
         seconds = time.perf_counter() - start
-        return {
-            "step": self.step, "loss": loss, "hit_rate": hits, "grad_norm": norm, "lr": lr,
-            "temperature": self.temperature, "seconds": seconds, "rows_per_second": optim.batch_size / seconds,
-        }  # fmt: skip
+        record = {"step": self.step, "loss": loss, "hit_rate": hits, "grad_norm": norm,
+                  "lr": self.optimizer.param_groups[0]["lr"]}  # fmt: skip
+        if isinstance(self.loss, ContrastiveLoss):
+            record["temperature"] = self.loss.temperature
+        return record | {"seconds": seconds, "rows_per_second": self.config.optim.batch_size / seconds}
 
     def backward(self, prepared: Prepared) -> tuple[float, float]:
         """Adds the gradient of the whole batch's loss to the parameters; returns the loss and the hit rate."""
-        self.model.train()
+        set_training(self.model)
         n = len(prepared.rows)
         about = self._gather(prepared.about, n)
         size = self.config.optim.chunk_size or len(prepared.inputs)
         chunks = [prepared.inputs[i : i + size] for i in range(0, len(prepared.inputs), size)]
 
         def loss(vectors: Tensor) -> Tensor:
-            value = self._loss(engine.gather_rows(vectors[:n]), engine.gather_rows(vectors[n:]), about)
+            value = self.loss(self.ranks.gather(vectors[:n]), self.ranks.gather(vectors[n:]), about)
             if not value.isfinite():
                 raise self._error("the loss is", value.item(), prepared, vectors)
             return value
 
+        first_pass = engine.keeping_buffers(self.model, lambda chunk: self._encode(self.engine.encoder, chunk))
         value, vectors = cached_backward(
-            lambda chunk: self._encode(self.engine.encoder, chunk), chunks, loss,
+            first_pass, chunks, loss,
             device=self.device, again=lambda chunk: self._encode(self.engine.trained, chunk), hold=self.engine.hold,
-            scale=engine.world_size(), idle=self.engine.idle(len(chunks), self.device),
+            scale=self.ranks.world, dummies=self.engine.dummy_chunks(len(chunks)),
         )  # fmt: skip
-        gathered = engine.gather_rows(vectors[:n]), engine.gather_rows(vectors[n:])
+        gathered = self.ranks.gather(vectors[:n]), self.ranks.gather(vectors[n:])
         return float(value), hit_rate(*gathered, about)
-
-    def prepare(self, rows: Sequence[Row], pool: ThreadPoolExecutor | None = None) -> Prepared:
-        """Reads and cuts the rows' images and tokenises their texts. Raises ValueError naming the row at fault."""
-        use_negatives = self.config.loss.hard_negatives
-        numbered = [(i, pair, True) for i, row in enumerate(rows) for pair in row.positives]
-        numbered += [(i, pair, False) for i, row in enumerate(rows) for pair in row.negatives if use_negatives]
-        pairs = [(row, row.query) for row in rows] + [(rows[i], pair) for i, pair, _ in numbered]
-        inputs = list((pool.map if pool else map)(lambda pair: self._load(*pair), pairs))
-        about = Targets(
-            owner=torch.tensor([i for i, _, _ in numbered]),
-            positive=torch.tensor([positive for _, _, positive in numbered]),
-            content=torch.tensor([content_id(pair, rows[i].images) for i, pair, _ in numbered]),
-        )
-        return Prepared(list(rows), inputs, about)
 
     def own_rows(self, step: int) -> list[Row]:
         """This process' share of the rows of a step, counted from 0."""
-        n = self.config.optim.batch_size // engine.world_size()
-        part = slice(engine.rank() * n, (engine.rank() + 1) * n)
-        return self.data.batch(step, self.config.optim.batch_size, part)
+        size = self.config.optim.batch_size
+        own = self.ranks.share(range(size))
+        return self.data.batch(step, size, slice(own[0], own[-1] + 1))
 
     def save(self) -> Path:
         """Writes a checkpoint of the present step; to be called by all processes."""
-        return checkpoint.write(
-            self.out, self.step, self.model, source=self.source, lora=self.lora, base_model=self.config.model,
-            parameters=self.parameters, optimizer=self.optimizer, device=self.device, config=_comparable(self.config),
-        )  # fmt: skip
+        if self.lora is not None:
+            weights = checkpoint.adapter_weights(self.model, self.ranks)
+            write = partial(checkpoint.write_adapter_files, lora=self.lora, base_model=self.config.model)
+        else:
+            weights = checkpoint.model_weights(self.model, self.ranks)
+            write = partial(checkpoint.write_model, source=self.source)
+        return checkpoint.write(self.out, self.step, self._state(), weights, write, self._settings())
 
     def write_pictures(self) -> None:
         """pictures/step-<step>.png: up to eight sampled queries and the five nearest of the sample's targets."""
         self.model.eval()
-        rows = self.data.sample(self.config.log.picture_rows)
-        targets = list({(p.text, p.image, r.images.place): (p, r.images) for r in rows for p in r.positives}.values())
-        shown = rows[:8]
-        inputs = [self._load(r, r.query) for r in shown]
-        inputs += [self._load_pair("a sampled target", pair, images) for pair, images in targets]
-        size = self.config.optim.chunk_size or len(inputs)
-        parts = [self._encode(self.engine.encoder, inputs[i : i + size]).detach() for i in range(0, len(inputs), size)]
-        vectors = nn.functional.normalize(torch.cat(parts))
-        scores, best = (vectors[: len(shown)] @ vectors[len(shown) :].T).topk(min(5, len(targets)))
-        if engine.rank() == 0:
-            found = [
-                [(*targets[j], s, targets[j][0] in row.positives) for j, s in zip(js, ss, strict=True)]
-                for row, js, ss in zip(shown, best.tolist(), scores.tolist(), strict=True)
-            ]
+        sheet = nearest_sheet(self.data.sample(self.config.log.picture_rows), self._vectors)
+        if self.ranks.first:
             path = self.out / "pictures" / f"step-{self.step:06d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            draw_sheet([(r.query, r.images) for r in shown], found).save(path)
+            sheet.save(path)
 
-    @property
-    def temperature(self) -> float:
-        return math.exp(-self.log_scale.item()) if self.config.loss.learn_temperature else self.config.loss.temperature
+    def _loss_modules(self) -> list[nn.Module]:
+        """The loss, if it is a module, with parameters and buffers perhaps."""
+        return [self.loss] if isinstance(self.loss, nn.Module) else []
 
-    def _build_model(self) -> VLM2Vec:
-        config, cuda = self.config, self.device.type == "cuda"
-        dtype = torch.bfloat16 if config.lora and cuda else torch.float32
-        model = load_model(self.source, device=self.device, dtype=dtype)
-        model.requires_grad_(True)
-        _freeze(model, config.freeze)
-        self.lora = config.lora and exclude_frozen(config.lora, model)
-        if self.lora:
-            add_lora(model, self.lora, generator=torch.Generator().manual_seed(config.seed))
-        if cuda:
-            for p in (p for p in model.parameters() if not p.requires_grad):
-                p.data = p.data.to(torch.bfloat16)
-        if config.gradient_checkpointing:
-            engine.checkpoint_layers(model)
-        if not any(p.requires_grad for p in model.vision.parameters()):
-            engine.without_gradient(model.vision)
-        return model
+    def _state(self) -> checkpoint.RunState:
+        buffers = checkpoint.persistent_buffers(self.model) | {
+            f"{LOSS}{name}": b for m in self._loss_modules() for name, b in checkpoint.persistent_buffers(m).items()
+        }
+        return checkpoint.RunState(self.parameters, buffers, self.optimizer, self.device, self.ranks)
 
-    def _build_optimizer(self) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
-        o = self.config.optim
-        parameters = {n: p for n, p in self.engine.encoder.named_parameters() if p.requires_grad}
-        groups = [{"params": list(parameters.values()), "weight_decay": o.weight_decay}]
-        if self.config.loss.learn_temperature:
-            parameters["log_scale"] = self.log_scale
-            groups.append({"params": [self.log_scale], "weight_decay": 0.0})
-        fused = self.device.type in ("cuda", "cpu")
-        return parameters, torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=fused)
+    def _settings(self) -> dict[str, Any]:
+        """The configuration, and the kinds of the parts that it does not name."""
+        parts = {"model": self.model, "pooling": self.model.pooling, "data": self.data, "loss": self.loss,
+                 "optimizer": self.optimizer}  # fmt: skip
+        kinds = {name: _kind(part) for name, part in parts.items()}
+        return self.config.as_dict() | {"parts": {**kinds, "causal": self.model.causal}}
 
     def _resume(self) -> int:
         folder = checkpoint.newest(self.out)
         if folder is None:
             return 0
-        step, before = checkpoint.read_config_of(folder)
-        differing = _differences(before, _comparable(self.config))
-        if differing:
-            raise ValueError(f"{folder} is of a run with other settings: {'; '.join(differing)}. Choose another `out`, "
-                             "or restore them")  # fmt: skip
-        checkpoint.restore(folder, self.parameters, self.optimizer, self.device)
+        step = checkpoint.check_settings(folder, self._settings())
+        self._state().restore(folder)
         return step
 
-    def _batches(self, pool: ThreadPoolExecutor) -> Iterator[Prepared]:
+    def _batches(self) -> Iterator[Prepared]:
         """The remaining batches; the next is read while one computes."""
-        steps = self.config.optim.steps
-        with ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(lambda step: self.prepare(self.own_rows(step), pool), self.step)
-            for step in range(self.step, steps):
-                prepared = coming.result()
-                if step + 1 < steps:
-                    coming = ahead.submit(lambda step: self.prepare(self.own_rows(step), pool), step + 1)
-                yield prepared
-
-    def _load(self, row: Row, pair: Any) -> Loaded:
-        return self._load_pair(row.name, pair, row.images, row)
-
-    def _load_pair(self, name: str, pair: Any, images: Any, row: Row | None = None) -> Loaded:
-        try:
-            item = {"text": pair.text} | ({"image": images.source(pair.image)} if pair.image else {})
-            return self.processor.load(self.processor.plan(item, max_length=self.config.data.max_length))
-        except (ValueError, OSError) as e:
-            raise ValueError(f"{name}: {e}") from e
+        with ThreadPoolExecutor(self.config.data.workers) as pool, ThreadPoolExecutor(1) as ahead:
+            coming: list[Future[Prepared]] = []
+            for step in range(self.step, self.config.optim.steps):
+                coming.append(ahead.submit(lambda step: self.loader.prepare(self.own_rows(step), pool), step))
+                if len(coming) > 1:
+                    yield coming.pop(0).result()
+            for last in coming:
+                yield last.result()
 
     def _encode(self, module: nn.Module, chunk: Sequence[Loaded]) -> Tensor:
         return module(self.processor.pack(chunk).to(self.device, non_blocking=True))
 
+    @torch.no_grad()
+    def _vectors(self, pairs: Sequence[tuple[str, Pair, Pictures]]) -> Tensor:
+        """Unit vectors [n, D] of pairs, each with its row's name and where its picture is."""
+        inputs = [self.loader.load(*one) for one in pairs]
+        size = self.config.optim.chunk_size or len(inputs)
+        parts = [self._encode(self.engine.encoder, inputs[i : i + size]) for i in range(0, len(inputs), size)]
+        return nn.functional.normalize(torch.cat(parts))
+
     def _gather(self, about: Targets, num_queries: int) -> Targets:
         """The targets of all processes; queries are counted through."""
-        owner = about.owner + engine.rank() * num_queries
-        parts = (engine.gather_rows(x.to(self.device)) for x in (owner, about.positive, about.content))
-        return Targets(*parts)
-
-    def _loss(self, queries: Tensor, targets: Tensor, about: Targets) -> Tensor:
-        c = self.config.loss
-        temperature = (-self.log_scale).exp() if c.learn_temperature else c.temperature
-        return contrastive_loss(
-            queries, targets, about,
-            temperature=temperature, symmetric=c.symmetric, mask_duplicates=c.mask_duplicates, dims=c.dims,
-        )  # fmt: skip
-
-    def _set_lr(self) -> float:
-        o = self.config.optim
-        lr = o.lr * learning_rate_factor(self.step, o.warmup, o.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
+        owner = about.owner + self.ranks.rank * num_queries
+        return Targets(*(self.ranks.gather(x.to(self.device)) for x in (owner, about.positive, about.content)))
 
     def _clip(self, prepared: Prepared) -> float:
-        """Scales the gradient to `clip` at most, the temperature's apart; returns its norm before."""
-        clip, parameters = self.config.optim.clip, [p for p in self.parameters.values() if p is not self.log_scale]
+        """Scales the gradient to `clip` at most, that of the loss' own parameters apart; returns its norm before."""
+        clip = self.config.optim.clip
+        parameters = [p for name, p in self.parameters.items() if not name.startswith(LOSS)]
         norm = engine.whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if not norm.isfinite():
             raise self._error("the gradient's norm is", float(norm), prepared)
@@ -282,81 +262,26 @@ class Trainer:
     def _error(self, what: str, value: float, prepared: Prepared, vectors: Tensor | None = None) -> TrainingError:
         bad = [] if vectors is None else (~vectors.isfinite().all(1)).nonzero().flatten().tolist()
         rows = sorted({prepared.row_of[i] for i in bad}) or range(len(prepared.rows))
-        names = [prepared.rows[i].name for i in rows]
         which = "rows whose vectors are not finite" if bad else "rows of the batch"
-        return TrainingError(
-            f"{what} {value} at step {self.step + 1}; {which} (process {engine.rank()}): "
-            + "; ".join(names[:20])
-            + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-        )
+        names = some([prepared.rows[i].name for i in rows], 20)
+        return TrainingError(f"{what} {value} at step {self.step + 1}; {which} (process {self.ranks.rank}): {names}")
 
 
-class Log:
-    """log.jsonl, and TensorBoard's files; of the first process alone. Lines after `step` are of a run that was
-    interrupted before its next checkpoint, and are taken out."""
-
-    def __init__(self, out: Path, step: int, tensorboard: bool):
-        self.file = self.board = None
-        if engine.rank():
-            return
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / "log.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self.file = path.open("a", encoding="utf-8")
-        if tensorboard:
-            self.board = _summary_writer()(out / "tensorboard", purge_step=step + 1)
-
-    def __call__(self, record: dict[str, float]) -> None:
-        if self.file:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
-        if self.board:
-            for name, value in record.items():
-                self.board.add_scalar(name, value, record["step"])
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_) -> None:
-        for one in (self.file, self.board):
-            if one:
-                one.close()
+def _device(ranks: Ranks, wanted: torch.device | str | None) -> torch.device:
+    device = torch.device(ranks.device(wanted, exclusive=True) or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    return device
 
 
-def learning_rate_factor(step: int, warmup: int, steps: int) -> float:
-    """Of step 0, 1, …: rises linearly from 0 to 1 at `warmup`, falls linearly to 0 at `steps`."""
-    return step / warmup if step < warmup else max(0.0, (steps - step) / max(1, steps - warmup))
+def _check_batches(data: RowSource, size: int, ranks: Ranks) -> None:
+    if size % ranks.world:
+        raise ValueError(f"optim.batch_size {size} is no multiple of {ranks.world} processes")
+    data.check()
+    data.batch(0, size, NONE)  # raises where there are too few rows
 
 
-def _freeze(model: nn.Module, names: Sequence[str]) -> None:
-    for name in names:
-        try:
-            model.get_submodule(name).requires_grad_(False)
-        except AttributeError:
-            known = ", ".join(n for n, _ in model.named_children())
-            raise ValueError(f"freeze: the model has no module {name!r}; there are {known} and their parts") from None
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"freeze: nothing is left to train without {', '.join(names)}")
-
-
-def _comparable(config: TrainConfig) -> dict[str, Any]:
-    """What must be equal for a run to go on; as JSON gives it back."""
-    settings = {k: v for k, v in config.as_dict().items() if k not in ("out", "log")}
-    return json.loads(json.dumps(settings))
-
-
-def _differences(a: Any, b: Any, name: str = "") -> list[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = sorted(a.keys() | b.keys())
-        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{name}.{k}".lstrip("."))]
-    return [] if a == b else [f"{name} was {a!r} and is {b!r}"]
-
-
-def _summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ImportError("log.tensorboard needs tensorboard: pip install 'minivlm2vec[train]'") from None
-    return SummaryWriter
+def _kind(part: Any) -> str:
+    """The name of a function, or of an object's class."""
+    return getattr(part, "__qualname__", type(part).__qualname__)

@@ -11,9 +11,10 @@ from PIL import Image
 from minivlm2vec.cli.mini import main
 from minivlm2vec.mini import bundled, card, pixels, scores
 from minivlm2vec.mini.world import build, concepts, drawing, tasks
-from minivlm2vec.mmeb.dataset import Dataset, Images, Pair, Row, Rows
+from minivlm2vec.mmeb.dataset import Dataset, Row, Rows
 from minivlm2vec.mmeb.subsets import Subset
 from minivlm2vec.new_checkpoint import new_checkpoint
+from minivlm2vec.rows import Images, Pair
 
 EVAL = bundled() / "MMEB-eval"
 TRAINING = {"commands": ["minivlm2vec train mini.toml"], "sets": ["Emoji-t2i", "Emoji-i2t", "Emoji-t2i"],

@@ -20,8 +20,8 @@ from minivlm2vec.mini.drawn import DrawnRows
 from minivlm2vec.mini.world import concepts, stream, tasks
 from minivlm2vec.mini.world import sources as packages
 from minivlm2vec.mini.world.more_styles import add_styles
-from minivlm2vec.mmeb.dataset import Images, read_jsonl
 from minivlm2vec.new_checkpoint import new_checkpoint
+from minivlm2vec.rows import Images, read_jsonl
 from minivlm2vec.tokenizer import Tokenizer
 from minivlm2vec.train.config import DataConfig, TrainConfig, read_config
 from minivlm2vec.train.data import content_id
@@ -293,7 +293,7 @@ def _train(folder, name, stops):
             trainer.run()
         else:
             for step in range(stop):
-                trainer.train_step(trainer.prepare(trainer.own_rows(step)))
+                trainer.train_step(trainer.loader.prepare(trainer.own_rows(step)))
             trainer.save()
     return trainer
 

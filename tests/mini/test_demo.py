@@ -33,9 +33,10 @@ from minivlm2vec.mini.demo.questions import (
     read_data,
 )
 from minivlm2vec.mini.world.concepts import HELD_OUT_STYLE
-from minivlm2vec.mmeb.dataset import Dataset, Pair
-from minivlm2vec.mmeb.evaluate import evaluate
+from minivlm2vec.mmeb import EvaluateOptions, evaluate
+from minivlm2vec.mmeb.dataset import Dataset
 from minivlm2vec.new_checkpoint import new_checkpoint
+from minivlm2vec.rows import Pair
 
 ROOT = Path(__file__).parents[2]
 OPTIONAL = ("pyarrow", "fastapi", "uvicorn", "orjson", "prometheus_client", "tensorboard", "tomli", "lancedb", "ray",
@@ -196,9 +197,8 @@ def test_scores_are_those_of_the_evaluator(tiny, dataset, tmp_path):
     asking = [a for a in data.question_sets if a.kind is ASKING]
     data = replace(data, question_sets=(search, *asking), collection=search.questions[0].candidates)
     (_, *results), times = answer_all(e, data, dataset.images)
-    expected = evaluate(
-        e, bundled() / "MMEB-eval", out=tmp_path, names=[a.name for a in asking], show_progress=False
-    ).figures
+    options = EvaluateOptions(subsets=[a.name for a in asking])
+    expected = evaluate(e, bundled() / "MMEB-eval", tmp_path, options).figures
     assert [r.question_set.name for r in results] == ["Seen-Grid-Where", "Seen-Fluent-Where", "Fluent-Where"]
     for result in results:
         low, high = expected[result.question_set.name].interval()[:, 0]

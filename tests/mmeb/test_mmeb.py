@@ -14,13 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from minivlm2vec.distributed import Ranks
 from minivlm2vec.errors import InputError
+from minivlm2vec.extras import import_pyarrow
 from minivlm2vec.mini import bundled
 from minivlm2vec.mini.world import build
-from minivlm2vec.mmeb import dataset, report, score, subsets
-from minivlm2vec.mmeb.dataset import Dataset, Images, Pair, open_dataset
-from minivlm2vec.mmeb.encode import Group, Store, as_input, fingerprint
+from minivlm2vec.mmeb import EvaluateOptions, Progress, ProgressBars, dataset, evaluate, report, score, subsets
+from minivlm2vec.mmeb.dataset import Dataset, open_dataset
+from minivlm2vec.mmeb.encode import VectorStore, as_input, fingerprint
 from minivlm2vec.mmeb.score import METRICS, CollapsedEmbeddings, figures, score_rows
+from minivlm2vec.rows import Images, Pair
 from tests.support.files_data import make_adapter
 
 MINI = bundled() / "MMEB-eval"
@@ -93,9 +96,7 @@ def write_rows(root, name, rows):
 
 def run(data, out, encoder=None, **options):
     pytest.importorskip("pyarrow")
-    from minivlm2vec.mmeb.evaluate import evaluate
-
-    return evaluate(encoder or Hashing(), data, out=out, **options)
+    return evaluate(encoder or Hashing(), data, out, EvaluateOptions(**options))
 
 
 # --- scoring ---------------------------------------------------------------------------------------------
@@ -240,7 +241,7 @@ def test_a_damaged_zip_is_named_or_skipped(data, tmp_path):
     content[place] ^= 0xFF
     zipped.write_bytes(content)
     with pytest.raises(ValueError, match=r"CIRR/image_3\.png in .*images\.zip cannot be read: Bad CRC-32"):
-        run(data, tmp_path / "out", names=["CIRR"])
+        run(data, tmp_path / "out", subsets=["CIRR"])
     assert Dataset(data).rows(subsets.MMEB["CIRR"], skip_damaged=True).damaged
     zipped.write_bytes(b"PK, but no zip")
     with pytest.raises(ValueError, match="neither a folder nor a zip"):
@@ -248,7 +249,7 @@ def test_a_damaged_zip_is_named_or_skipped(data, tmp_path):
 
 
 def test_parquet_and_json_lines_give_the_same_rows(data):
-    pyarrow = dataset.import_pyarrow() if pytest.importorskip("pyarrow") else None
+    pyarrow = import_pyarrow("in this test") if pytest.importorskip("pyarrow") else None
     before = {name: list(Dataset(data).rows(one)) for name, one in Dataset(data).subsets.items()}
     for name in before:
         lines = (data / name / "test.jsonl").read_text(encoding="utf-8").splitlines()
@@ -308,7 +309,7 @@ def test_an_unreadable_image_is_skipped_or_named(data, tmp_path):
             return super().encode(inputs, **options)
 
     with pytest.raises(ValueError, match=r"CIRR, CIRR/image_3\.png: cannot identify image file"):
-        run(data, tmp_path / "out", Refusing(), names=["CIRR"])
+        run(data, tmp_path / "out", Refusing(), subsets=["CIRR"])
 
 
 def test_unknown_names_suggest_the_nearest(data):
@@ -379,7 +380,7 @@ def test_a_run_that_was_cut_off_goes_on_and_gives_the_same(data, tmp_path):
 def test_vectors_of_another_model_option_or_picture_are_not_taken_up(data, tmp_path):
     def encoded(encoder=None, **options):
         encoder = encoder or Hashing()
-        run(data, tmp_path / "out", encoder, names=["CIRR"], **options)
+        run(data, tmp_path / "out", encoder, subsets=["CIRR"], **options)
         return len(encoder.inputs)
 
     assert encoded() == 38
@@ -390,12 +391,26 @@ def test_vectors_of_another_model_option_or_picture_are_not_taken_up(data, tmp_p
     assert encoded() == 38
 
 
+def test_progress_is_told_of_each_subset(data, tmp_path, capsys):
+    told = []
+    evaluate(Hashing(), data, tmp_path / "a", EvaluateOptions(batch_size=100), on_progress=told.append)
+    assert told == [
+        Progress("CIRR", 1, 2, 0, 38),
+        Progress("CIRR", 1, 2, 38, 38),
+        *(Progress("WebQA", 2, 2, done, 180) for done in (0, 100, 180)),
+    ]
+    assert capsys.readouterr() == ("", "")
+    evaluate(Hashing(), data, tmp_path / "b", on_progress=ProgressBars())
+    out, err = capsys.readouterr()
+    assert out == "" and "CIRR [1/2]: 100%" in err and "WebQA [2/2]: 100%" in err and "180/180" in err
+
+
 def test_wrong_number_of_vectors_is_refused(tmp_path):
     class Short:
         def encode(self, inputs, **options):
             return np.ones((len(inputs) - 1, 3), np.float32)
 
-    store = Store(Short(), {}, tmp_path, 8, Group())
+    store = VectorStore(Short(), {}, tmp_path, 8, Ranks())
     with pytest.raises(ValueError, match=r"shape \(1, 3\) for 2 inputs"):
         store.vectors("x", [Pair("a", ""), Pair("b", "")], Images(tmp_path))
 
@@ -406,16 +421,21 @@ def test_processes_share_the_work_and_score_the_same(data, tmp_path):
     script = tmp_path / "work.py"
     script.write_text(
         f"import sys; sys.path[:0] = {sys.path!r}\n"
-        "from tests.mmeb.test_mmeb import Hashing\nfrom minivlm2vec.mmeb.evaluate import evaluate\n"
-        "encoder = Hashing()\n"
-        f"result = evaluate(encoder, {str(data)!r}, out={str(tmp_path / 'two')!r}, batch_size=16)\n"
-        "print(len(encoder.inputs), result is None)\n",
+        "from pathlib import Path\nfrom tests.mmeb.test_mmeb import Hashing, run\nencoder = Hashing()\n"
+        f"results = run(Path({str(data)!r}), Path({str(tmp_path / 'two')!r}), encoder, batch_size=16)\n"
+        "print(len(encoder.inputs), hash(str(results.as_dict())))\n",
         encoding="utf-8",
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONHASHSEED": "0",
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, script],
@@ -430,7 +450,7 @@ def test_processes_share_the_work_and_score_the_same(data, tmp_path):
     assert [process.returncode for process in processes] == [0, 0], said
     counts = [int(line.split()[0]) for line in (text.strip().splitlines()[-1] for text in said)]
     assert sum(counts) == 38 + 180 and min(counts) > 60
-    assert "True" not in said[0] and "True" in said[1]
+    assert len({text.split()[-1] for text in said}) == 1, "both have the results"
     for name in ("CIRR_score.json", "CIRR_pred.parquet", "WebQA_pred.parquet", "results.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
@@ -479,7 +499,7 @@ def test_collapsed_models_fail_loudly(data, tmp_path):
 
 def test_skipped_and_limited_rows_show_in_the_table(data, tmp_path):
     (data / "CIRR" / "image_7.png").unlink()
-    results = run(data, tmp_path, skip_damaged=True, limit=20, names=["CIRR"])
+    results = run(data, tmp_path, skip_damaged=True, limit=20, subsets=["CIRR"])
     assert results.figures["CIRR"].rows < 20
     table = (tmp_path / "table.md").read_text()
     assert "damaged rows left out; the first: CIRR, row" in table
@@ -542,7 +562,7 @@ def test_command_on_the_bundled_data_with_a_tiny_checkpoint(tmp_path, capsys):
 
 def test_fingerprint_tells_models_apart():
     options = {"max_length": 256}
-    one, same, other = (fingerprint(Hashing(d), options, Group()) for d in (4, 4, 5))
+    one, same, other = (fingerprint(Hashing(d), options, Ranks()) for d in (4, 4, 5))
     assert one == same != other
 
 
@@ -557,7 +577,7 @@ def test_fingerprint_tells_adapters_apart(tmp_path):
     found = set()
     for adapter in (None, tower, both):
         e = Embedder.from_pretrained(folder, adapter=adapter, device="cpu", show_progress=False)
-        found.add(fingerprint(e, {"max_length": 256}, Group()))
+        found.add(fingerprint(e, {"max_length": 256}, Ranks()))
     assert len(found) == 3
 
 

@@ -130,8 +130,8 @@ def batch_loss(v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 14])
-@pytest.mark.parametrize("idle", [0, 2])
-def test_gradients_equal_the_whole_batchs_with_dropout_on(chunk, idle):
+@pytest.mark.parametrize("dummies", [0, 2])
+def test_gradients_equal_the_whole_batchs_with_dropout_on(chunk, dummies):
     model, x = encoder(), torch.randn(14, 10, generator=torch.Generator().manual_seed(1))
     chunks = x.split(chunk)
     torch.manual_seed(7)
@@ -139,7 +139,7 @@ def test_gradients_equal_the_whole_batchs_with_dropout_on(chunk, idle):
     expected_loss = batch_loss(vectors)
     expected = torch.autograd.grad(expected_loss, list(model.parameters()))
     torch.manual_seed(7)
-    loss, cached = cached_backward(model, chunks, batch_loss, idle=idle)
+    loss, cached = cached_backward(model, chunks, batch_loss, dummies=dummies)
     close("loss", loss, expected_loss.detach(), 1e-6)
     close("vectors", cached, vectors.detach(), 0)
     for p, g in zip(model.parameters(), expected, strict=True):

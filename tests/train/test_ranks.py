@@ -155,7 +155,7 @@ def test_two_processes_equal_one(runs, kind):
     one, two = state(runs / f"1-{kind}"), state(runs / f"2-{kind}")
     assert one.keys() == two.keys()
     for name in one:
-        if name.startswith("exp_avg/"):  # sums of gradients, of which Adam's steps keep little but the signs
+        if name.startswith("optimizer/exp_avg/"):  # sums of gradients, of which Adam's steps keep little but the signs
             scale = float(one[name].abs().max())
             torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-3 * scale + 1e-9, msg=name)
     assert (runs / f"2-{kind}/pictures/step-000002.png").exists()
@@ -165,7 +165,7 @@ def test_an_adapter_written_by_two_processes_is_whole(base, runs):
     """Every shard of every tensor, and nothing of the frozen layer."""
     folder, model = runs / "2-fsdp-lora/step-000003", load_model(base)
     add_lora(model, LoraConfig.from_json(folder / "adapter_config.json"))
-    trained = {n.removeprefix("parameter/model."): p for n, p in state(runs / "2-fsdp-lora").items()}
+    trained = {n.removeprefix("parameter/"): p for n, p in state(runs / "2-fsdp-lora").items()}
     model.load_state_dict({n: p for n, p in trained.items() if n.startswith(("vision.", "decoder."))}, strict=False)
     expected, written = dict(adapter_tensors(model)), load_file(folder / "adapter_model.safetensors")
     assert {PREFIX + name for name in expected} == written.keys()

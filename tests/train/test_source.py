@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from minivlm2vec.mmeb.dataset import Pair
 from minivlm2vec.new_checkpoint import new_checkpoint
+from minivlm2vec.rows import Pair
 from minivlm2vec.train.config import DataConfig, OptimConfig, TrainConfig
 from minivlm2vec.train.data import Row, open_data
 from minivlm2vec.train.trainer import Trainer
@@ -81,4 +81,4 @@ def test_a_source_without_the_methods_is_refused():
 @pytest.mark.parametrize("given", [{}, {"root": "r", "source": OWN}])
 def test_rows_come_from_files_or_from_a_source(given):
     with pytest.raises(ValueError, match=r"data\.root or data\.source is needed, and not both"):
-        DataConfig(**given)
+        open_data(DataConfig(**given))

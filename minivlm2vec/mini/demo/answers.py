@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...embedder import Embedder
-from ...mmeb.dataset import Images, Pair
 from ...mmeb.encode import as_input
 from ...mmeb.score import METRICS, Scored, figures, unit_rows
+from ...rows import Images, Pair
 from .questions import SEARCH, DemoData, Question, QuestionSet
 
 TIMED_QUERIES = 9

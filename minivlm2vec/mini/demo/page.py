@@ -6,7 +6,7 @@ from pathlib import Path
 from ... import __version__
 from ...atomic import open_replacing
 from ...html import asset, data_uri, escape, head
-from ...mmeb.dataset import Images, Pair
+from ...rows import Images, Pair
 from ..world.sources import PACKAGES
 from .answers import Answer, Result, Times
 from .questions import DemoData, Kind, shown

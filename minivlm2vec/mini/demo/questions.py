@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ...mmeb.dataset import Dataset, Pair, read_jsonl
+from ...mmeb.dataset import Dataset
+from ...rows import Pair, read_jsonl
 from ..world.concepts import HELD_OUT_STYLE
 from ..world.tasks import INSTRUCTIONS, PICTURE
 

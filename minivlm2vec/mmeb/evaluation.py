@@ -1,0 +1,153 @@
+"""Evaluating a model on MMEB, or on any data in its format.
+
+    embedder = Embedder.from_pretrained("TIGER-Lab/VLM2Vec-Full")
+    results = evaluate(embedder, HUB_NAME, "outputs/mmeb", EvaluateOptions(num_crops=4))
+    print(results.table())
+
+Files written to `out`:
+
+    <Subset>_score.json      {"acc", "num_correct", "num_pred"}, as the original evaluator writes and counts it
+    <Subset>_pred.parquet    per row: query, prediction, ranks, all scores
+    results.json             every figure with its 95% interval
+    table.txt .md .html      the table, beside the published rows
+    vectors/                 what a later run takes up; may be deleted
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..distributed import Ranks
+from ..extras import import_pyarrow
+from . import score
+from .dataset import Dataset, Rows, open_dataset
+from .encode import Encoder, VectorStore, fingerprint
+from .progress import Progress
+from .results import Results, write_predictions, write_results, write_score
+from .subsets import Subset
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What is evaluated, and how.
+
+    Fields:
+        image_dir: folder or zip of the pictures; default the data's own images.zip.
+        subsets, meta_tasks: names of those wanted; default all there are.
+        num_crops, max_length: for `encode`. MMEB's scores were measured with 4 and 256; 256 tokens cut texts only,
+            never an input with an image.
+        batch_size: inputs per call of `encode`, and per file that an interrupted run keeps.
+        limit: only the first rows of each subset.
+        skip_damaged: leave out rows that cannot be read, and say so in the table, instead of stopping.
+        allow_collapsed: go on, and say so in the table, where the vectors do not tell inputs apart.
+        revision, local_files_only: of data on the Hub.
+        name: of the model, for the table; default the encoder's.
+    """
+
+    image_dir: str | Path | None = None
+    subsets: Collection[str] | None = None
+    meta_tasks: Collection[str] | None = None
+    num_crops: int | None = None
+    max_length: int | None = 256
+    batch_size: int = 256
+    limit: int | None = None
+    skip_damaged: bool = False
+    allow_collapsed: bool = False
+    revision: str | None = None
+    local_files_only: bool = False
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or (self.limit is not None and self.limit < 1):
+            raise ValueError(f"batch_size and limit are at least 1, got {self.batch_size} and {self.limit}")
+
+    def for_encode(self) -> dict[str, Any]:
+        crops = {} if self.num_crops is None else {"num_crops": self.num_crops}
+        return {"max_length": self.max_length} | crops
+
+
+def evaluate(
+    encoder: Encoder,
+    data: str | Path,
+    out: str | Path,
+    options: EvaluateOptions | None = None,
+    *,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Results:
+    """Encodes, scores, and writes the files. Under torchrun every process calls this and gets the results.
+
+    Args:
+        encoder: an `Embedder`, or anything with its `encode` (see `encode.Encoder`).
+        data: a folder in MMEB's format, or a dataset's name on the Hub, such as `subsets.HUB_NAME`.
+        out: folder for the files. A run that was cut off goes on there.
+        on_progress: is told whenever inputs have their vectors; counts of other processes are estimated.
+
+    Raises ValueError naming subset and row for damaged data, FileNotFoundError for a missing picture,
+    `score.CollapsedEmbeddings`, and ImportError where pyarrow is missing.
+    """
+    import_pyarrow("to write predictions", extra="mmeb")  # before hours of work, not after
+    options, out = options or EvaluateOptions(), Path(out)
+    with Ranks() as ranks:
+        dataset, chosen = _open(data, options)
+        tables = [dataset.rows(one, limit=options.limit, skip_damaged=options.skip_damaged) for one in chosen]
+        folder = out / "vectors" / fingerprint(encoder, options.for_encode(), ranks)
+        store = VectorStore(encoder, options.for_encode(), folder, options.batch_size, ranks)
+        results = Results(options.name or getattr(encoder, "name", "") or type(encoder).__name__)
+        for number, rows in enumerate(tables, 1):
+            tell = _telling(on_progress, rows, number, len(tables))
+            vectors = store.vectors(rows.subset.name, rows.pairs, dataset.images, tell)
+            _score_subset(results, rows, vectors, options, out if ranks.first else None)
+        if ranks.first:
+            write_results(results, out)
+        ranks.barrier()
+    return results
+
+
+def _open(data: str | Path, options: EvaluateOptions) -> tuple[Dataset, list[Subset]]:
+    return open_dataset(
+        data,
+        image_dir=options.image_dir,
+        names=options.subsets,
+        meta_tasks=options.meta_tasks,
+        revision=options.revision,
+        local_files_only=options.local_files_only,
+    )
+
+
+def _telling(on_progress: Callable[[Progress], None], rows: Rows, number: int, subsets: int) -> Callable[[int], None]:
+    return lambda done: on_progress(Progress(rows.subset.name, number, subsets, done, len(rows.pairs)))
+
+
+def _score_subset(
+    results: Results, rows: Rows, vectors: np.ndarray, options: EvaluateOptions, out: Path | None
+) -> None:
+    """Adds a subset's figures and notes to the results; writes its files to `out`, if there is one."""
+    name = rows.subset.name
+    scored = score.score_rows(vectors, rows.numbered)
+    try:
+        score.check_collapse(vectors, rows.numbered, scored, name)
+    except score.CollapsedEmbeddings as error:
+        if not options.allow_collapsed:
+            raise
+        results.notes.append(f"COLLAPSED: {error}")
+    results.notes += _notes(rows, options.limit)
+    results.subsets[name] = rows.subset
+    results.figures[name] = score.figures(scored, name)
+    if out is not None:
+        write_score(out / f"{name}_score.json", scored)
+        write_predictions(out / f"{name}_pred.parquet", rows, scored)
+
+
+def _notes(rows: Rows, limit: int | None) -> list[str]:
+    name, notes = rows.subset.name, []
+    if rows.damaged:
+        notes.append(f"{name}: {len(rows.damaged)} damaged rows left out; the first: {rows.damaged[0]}")
+    if limit is not None:
+        notes.append(f"{name}: only the first {limit} rows were asked for")
+    again = sum(int((targets == targets[0]).sum() > 1) for _, targets in rows.numbered)
+    if again:
+        notes.append(f"{name}: {again} rows list the positive again among the candidates; not counted as wrong")
+    return notes

@@ -1,0 +1,86 @@
+"""What an evaluation gives, in memory and as files."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..atomic import replacing, write_text
+from ..extras import import_pyarrow
+from . import report, score, subsets
+from .dataset import Rows
+from .score import Figures, Scored
+from .subsets import Subset
+
+
+@dataclass
+class Results:
+    """Figures by subset, in order; averages by meta-task, IND, OOD and all.
+
+    Attributes:
+        name: the model's.
+        notes: what a reader of the table must know: rows that were left out, vectors that carry no information.
+    """
+
+    name: str
+    figures: dict[str, Figures] = field(default_factory=dict)
+    subsets: dict[str, Subset] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def averages(self) -> dict[str, Figures]:
+        members = subsets.groups(self.subsets.values())
+        return {group: score.average([self.figures[name] for name in names]) for group, names in members.items()}
+
+    def table(self, form: str = "text") -> str:
+        """ "text", "markdown" or "html"."""
+        return report.render(self.name, self.subsets, self.figures, self.averages(), self.notes, form)
+
+    def as_dict(self) -> dict[str, Any]:
+        about = {name: {"meta_task": one.meta_task, "domain": one.domain} for name, one in self.subsets.items()}
+        return {
+            "model": self.name,
+            "subsets": {name: about[name] | one.as_dict() for name, one in self.figures.items()},
+            "averages": {group: one.as_dict() for group, one in self.averages().items()},
+            "notes": self.notes,
+        }
+
+
+def write_results(results: Results, out: Path) -> None:
+    """results.json, and the table in its three forms."""
+    _write_json(out / "results.json", results.as_dict(), indent=1)
+    for form, suffix in (("text", "txt"), ("markdown", "md"), ("html", "html")):
+        write_text(out / f"table.{suffix}", results.table(form))
+
+
+def write_score(path: Path, scored: Sequence[Scored]) -> None:
+    """The original's file: ties are the positive's."""
+    correct = sum(one.predicted == 0 for one in scored)
+    _write_json(path, {"acc": correct / len(scored), "num_correct": correct, "num_pred": len(scored)}, indent=4)
+
+
+def write_predictions(path: Path, rows: Rows, scored: Sequence[Scored]) -> None:
+    """One line per row: query, positive, prediction, ranks, and the scores of all candidates."""
+    pyarrow = import_pyarrow("to write predictions", extra="mmeb")
+    queries = [rows.pairs[query] for query, _ in rows.numbered]
+    positives = [rows.pairs[targets[0]] for _, targets in rows.numbered]
+    answers = [rows.pairs[targets[one.predicted]] for (_, targets), one in zip(rows.numbered, scored, strict=True)]
+    columns: dict[str, Any] = {
+        "row": rows.indices,
+        "qry_text": [pair.text for pair in queries],
+        "qry_img_path": [pair.image for pair in queries],
+        "tgt_text": [pair.text for pair in positives],
+        "tgt_img_path": [pair.image for pair in positives],
+        "pred": [one.predicted for one in scored],
+        "pred_text": [pair.text for pair in answers],
+        "pred_img_path": [pair.image for pair in answers],
+        "rank": [one.rank for one in scored],
+        "rank_original": [one.rank_original for one in scored],
+        "scores": pyarrow.array([one.scores for one in scored], pyarrow.list_(pyarrow.float32())),
+    }
+    with replacing(path) as new:
+        pyarrow.parquet.write_table(pyarrow.table(columns), new, compression="zstd")
+
+
+def _write_json(path: Path, value: Any, indent: int) -> None:
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False))
