@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -56,8 +56,10 @@ class PackedBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self: Batch, f: Callable[[Tensor], Tensor]) -> Batch:
-        values = {x.name: getattr(self, x.name) for x in fields(self)}
-        return replace(self, **{k: f(v) for k, v in values.items() if isinstance(v, Tensor)})
+        tensors: dict[str, Any] = {
+            x.name: f(value) for x in fields(self) if isinstance(value := getattr(self, x.name), Tensor)
+        }
+        return replace(self, **tensors)
 
 
 def num_image_tokens(grid: Grid, merged_per_side: int) -> int:

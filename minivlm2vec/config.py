@@ -156,11 +156,9 @@ def _decoder(raw: dict[str, Any]) -> DecoderConfig:
         "num_hidden_layers", "max_position_embeddings", "original_max_position_embeddings",
     )  # fmt: skip
     floats = ("rms_norm_eps", "rope_theta")
-    config = DecoderConfig(
-        **{k: _get(raw, k, int) for k in ints},
-        **{k: float(_get(raw, k, (int, float))) for k in floats},
-        rope_scaling=_rope_scaling(raw),
-    )
+    numbers: dict[str, Any] = {k: _get(raw, k, int) for k in ints}
+    numbers |= {k: float(_get(raw, k, (int, float))) for k in floats}
+    config = DecoderConfig(**numbers, rope_scaling=_rope_scaling(raw))
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"hidden_act is {raw['hidden_act']!r}; only 'silu' is supported")
     _divides("hidden_size", config.hidden_size, "num_attention_heads", config.num_attention_heads)

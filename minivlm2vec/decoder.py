@@ -103,7 +103,7 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of x; with a residual, the norm of x + residual, and x + residual."""
+        """The norm of x [..., D]; with a residual, a pair: the norm of x + residual, and x + residual."""
         if residual is None:
             return ops.rms_norm(x, self.weight, self.eps, backend=self.backend)
         return ops.add_rms_norm(x, residual, self.weight, self.eps, backend=self.backend)

@@ -99,7 +99,7 @@ class Embedder:
         Raises CheckpointError (a ValueError) naming the file or tensor at fault; every tensor of an adapter must have
         a place in the model. Raises ValueError where options contradict each other.
         """
-        options = {"precision": precision, "prepack": prepack, "share_prefixes": share_prefixes,
+        options: dict[str, Any] = {"precision": precision, "prepack": prepack, "share_prefixes": share_prefixes,
                    "cuda_graphs": cuda_graphs}  # fmt: skip
         if precision == "bf16":
             dtype = _agreed_dtype(dtype)

@@ -29,7 +29,7 @@ def module_rows(config: VLM2VecConfig) -> list[Row]:
     """The parts top-down; equal layers are one row."""
     model, rows = empty_model(config), []
     for name, child in _children(model):
-        layers = list(child.layers) if hasattr(child, "layers") else []
+        layers: list[nn.Module] = [*getattr(child, "layers", ())]
         for sub_name, part in child.named_parameters():
             if not sub_name.startswith("layers."):
                 rows.append(Row(f"{name}.{sub_name}", _shape(part), part.numel()))

@@ -108,7 +108,7 @@ class LoraConfig:
         return alpha / rank**0.5 if self.use_rslora else alpha / rank
 
 
-class Place(NamedTuple):
+class RowSlice(NamedTuple):
     """Where a module of the checkpoint is in the model: rows start to stop of a Linear."""
 
     module: str
@@ -124,7 +124,7 @@ class Adapter(nn.Module):
         scale: s.
     """
 
-    def __init__(self, key: str, place: Place, A: Tensor, B: Tensor, magnitude: Tensor | None, scale: float):
+    def __init__(self, key: str, place: RowSlice, A: Tensor, B: Tensor, magnitude: Tensor | None, scale: float):
         super().__init__()
         self.key, self.start, self.stop, self.scale = key, place.start, place.stop, scale
         self.lora_A = nn.Parameter(A.float())
@@ -150,7 +150,7 @@ class AdaptedLinear(Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.requires_grad_(False)
         self.dropout = nn.Dropout(dropout)
-        self.adapters = nn.ModuleList()
+        self.adapters: Any = nn.ModuleList()  # of Adapter
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -205,7 +205,7 @@ def add_lora(model: M, config: LoraConfig, *, generator: torch.Generator | None 
         raise ValueError("exclude_modules: no module is left for an adapter")
     model.requires_grad_(False)
     for key, place in places.items():
-        linear = model.get_submodule(place.module)
+        linear: Any = model.get_submodule(place.module)
         r, (n, K) = config.rank(key), (place.stop - place.start, linear.in_features)
         A, B = _first_A(r, K, config.init_lora_weights, generator), torch.zeros(n, r)
         _attach(model, key, place, A, B, None, config)
@@ -252,8 +252,8 @@ def merge_adapter(model: M, folder: str | Path) -> M:
 
 def merge_lora(model: M) -> M:
     """Every adapted layer of the model becomes a plain one with the adapters in its weight. Returns the model."""
-    for name in [n for n, m in model.named_modules() if isinstance(m, AdaptedLinear)]:
-        model.set_submodule(name, model.get_submodule(name).merged())
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, AdaptedLinear)]:
+        model.set_submodule(name, layer.merged())
     return model
 
 
@@ -288,19 +288,19 @@ def adapter_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{a.key}.lora_magnitude_vector", a.lora_magnitude_vector
 
 
-def _places(model: nn.Module) -> dict[str, Place]:
+def _places(model: nn.Module) -> dict[str, RowSlice]:
     """Every module of the checkpoint that is a Linear, or rows of one, here."""
-    places = {}
+    places: dict[str, RowSlice] = {}
     for name, module in model.named_modules():
         if isinstance(module, Linear) and hasattr(module, "weight"):
             keys = [key.removesuffix(".weight") for key in keys_of(f"{name}.weight")]
             n = module.out_features // len(keys)
-            places |= {key: Place(name, i * n, (i + 1) * n) for i, key in enumerate(keys)}
+            places |= {key: RowSlice(name, i * n, (i + 1) * n) for i, key in enumerate(keys)}
     return places
 
 
 def _attach(
-    model: nn.Module, key: str, place: Place, A: Tensor, B: Tensor, magnitude: Tensor | None, config: LoraConfig
+    model: nn.Module, key: str, place: RowSlice, A: Tensor, B: Tensor, magnitude: Tensor | None, config: LoraConfig
 ) -> None:
     layer = model.get_submodule(place.module)
     if type(layer) is Linear:
@@ -357,7 +357,7 @@ def _dropped(model: nn.Module) -> tuple[str, ...]:
     return () if config is None else drop_prefixes(config)
 
 
-def _check(key: str, kinds: dict[str, Tensor], place: Place, model: nn.Module, config: LoraConfig) -> None:
+def _check(key: str, kinds: dict[str, Tensor], place: RowSlice, model: nn.Module, config: LoraConfig) -> None:
     needed = {"lora_A.weight", "lora_B.weight"} | ({"lora_magnitude_vector"} if config.use_dora else set())
     if set(kinds) != needed:
         raise CheckpointError(f"the adapter of {key} has {', '.join(sorted(kinds))}; {', '.join(sorted(needed))} are "

@@ -65,7 +65,8 @@ class VLM2Vec(nn.Module):
         norm), all tokens of them. Negative numbers count from the end."""
         n = len(self.decoder.layers)
         wanted = {layer: range(n)[layer] for layer in layers}
-        x, kept = self.embed(batch), {}
+        kept: dict[int, Tensor] = {}
+        x = self.embed(batch)
         packing = self.packing(batch, x.dtype)
         for number, layer in enumerate(self.decoder.layers):
             x = layer(x, packing)

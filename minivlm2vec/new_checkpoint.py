@@ -257,7 +257,8 @@ def _write_weights(
 
 
 def _shards(shapes: dict[str, tuple[int, ...]], itemsize: int, max_bytes: int) -> Iterator[list[str]]:
-    keys, size = [], 0
+    keys: list[str] = []
+    size = 0
     for key, shape in shapes.items():
         n = math.prod(shape) * itemsize
         if keys and size + n > max_bytes:

@@ -242,7 +242,7 @@ class Processor:
         return planned
 
 
-_EMPTY = np.empty(0, np.int64)
+_EMPTY: np.ndarray = np.empty(0, np.int64)
 
 
 def _text_and_images(item: Any) -> tuple[str | None, tuple[Any, ...]]:
@@ -293,7 +293,8 @@ def _with_prompt(text: str, prompt: str | None, has_images: bool) -> str:
     """Puts the instruction after the tags that begin the text; the text goes where it says "{text}", or behind."""
     if not prompt:
         return text
-    head = LEADING_TAGS.match(text).group() if has_images else ""
+    tags = LEADING_TAGS.match(text) if has_images else None
+    head = tags.group() if tags else ""
     body = text[len(head) :]
     return head + (prompt.replace("{text}", body) if "{text}" in prompt else prompt + body)
 

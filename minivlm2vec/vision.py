@@ -4,6 +4,7 @@ C crops, P patches per side, L = P * P + 1 positions (the class token first), D 
 """
 
 import functools
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -128,8 +129,8 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(width, eps=eps)
         self.backend = backend
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of x; with a residual, the norm of x + residual, and x + residual."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """The norm of x [..., D]; with a residual, a pair: the norm of x + residual, and x + residual."""
         if residual is None:
             return ops.layer_norm(x, self.weight, self.bias, self.eps, backend=self.backend)
         return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps, backend=self.backend)

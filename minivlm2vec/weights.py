@@ -410,7 +410,8 @@ def _begin_new(model: nn.Module, new: list[str], device: torch.device | str, dty
         return
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in new):
         module = model.get_submodule(owner)
-        if not hasattr(module, "reset_parameters"):
+        reset = getattr(module, "reset_parameters", None)
+        if not callable(reset):
             raise ValueError(f"{owner or type(model).__name__} is new and a {type(module).__name__}, which has no "
                              "reset_parameters to begin with")  # fmt: skip
         kept = {n: t for n, t in module.state_dict().items() if "." not in n and f"{owner}.{n}".lstrip(".") not in new}
@@ -418,7 +419,7 @@ def _begin_new(model: nn.Module, new: list[str], device: torch.device | str, dty
             like = _tensors(model)[name]
             _set(model, name, torch.empty_like(like, device=device, dtype=dtype if like.is_floating_point() else None))
         with torch.no_grad():
-            module.reset_parameters()
+            reset()
             for name, value in kept.items():
                 getattr(module, name).copy_(value)
     log.warning("%d new parameters begin by reset_parameters: %s", len(new), some(new, 6))

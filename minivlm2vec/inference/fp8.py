@@ -9,6 +9,7 @@ T tokens, K inputs, N outputs.
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +51,8 @@ def quantize(layer: nn.Linear, backend: str | None) -> None:
     weight, scale = ops.quantize_rows(layer.weight.detach(), backend=backend)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.scale = nn.Parameter(scale, requires_grad=False)
-    layer.backend = backend
     layer.__class__ = Fp8Linear
+    cast(Fp8Linear, layer).backend = backend
 
 
 class Fp8Linear(InferenceOnly, nn.Linear):

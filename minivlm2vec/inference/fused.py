@@ -8,7 +8,7 @@ each other and modules are not called, so hooks could not be told the truth. Hen
 R rows: as many as tokens T, or fewer where prefixes are shared (prefix.py). B sequences, D width, C crops, L positions.
 """
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,9 @@ class FusedLayerNorm(InferenceOnly, LayerNorm):
 
 
 class FusedDecoderLayer(InferenceOnly, DecoderLayer):
+    self_attn: "FusedAttention"
+    mlp: "FusedMLP"
+
     def forward(self, x: Tensor, packing: Packing) -> Tensor:  # [R, D] -> [R, D]
         return self.forward_(x.clone(), packing)
 
@@ -117,6 +120,9 @@ class FusedDecoderLayer(InferenceOnly, DecoderLayer):
 
 
 class FusedAttention(InferenceOnly, Attention):
+    qkv_proj: FusedLinear
+    o_proj: FusedLinear
+
     def add_to(self, x: Tensor, h: Tensor, p: Packing) -> Tensor:
         """x [R, D] residual stream, h [R, D] its norm -> x + attention."""
         q, k, v = self._split(self.qkv_proj(h), self.heads)
@@ -150,6 +156,9 @@ class FusedAttention(InferenceOnly, Attention):
 
 
 class FusedMLP(InferenceOnly, MLP):
+    gate_up_proj: FusedLinear
+    down_proj: FusedLinear
+
     def add_to(self, x: Tensor, h: Tensor) -> Tensor:
         """x [R, D] residual stream, h [R, D] its norm -> x + down(silu(gate h) * up h)."""
         return self.down_proj.add_(x, self.gate_up_proj.silu_mul(h))
@@ -177,7 +186,8 @@ class FusedVisionTower(InferenceOnly, VisionTower):
 
     def _through_layers(self, x: Tensor) -> Tensor:
         x = x.clone()
-        for layer in self.layers:
+        layers: Any = self.layers
+        for layer in layers:
             x = layer.forward_(x)
         return x[:, 1:]
 
@@ -191,6 +201,11 @@ class FusedVisionTower(InferenceOnly, VisionTower):
 
 
 class FusedVisionLayer(InferenceOnly, VisionLayer):
+    layer_norm1: FusedLayerNorm
+    layer_norm2: FusedLayerNorm
+    self_attn: "FusedVisionAttention"
+    mlp: "FusedVisionMLP"
+
     def forward(self, x: Tensor) -> Tensor:  # [C, L, D] -> [C, L, D]
         return self.forward_(x.clone())
 
@@ -205,6 +220,9 @@ class FusedVisionLayer(InferenceOnly, VisionLayer):
 
 
 class FusedVisionAttention(InferenceOnly, VisionAttention):
+    qkv_proj: FusedLinear
+    out_proj: FusedLinear
+
     def add_to(self, x: Tensor, h: Tensor, C: int, L: int, bias_is_in: bool) -> Tensor:
         """x [C * L, D] residual stream, h its norm -> x + attention."""
         q, k, v = self.qkv_proj(h).unflatten(1, (3, -1, self.head_dim)).unbind(1)
@@ -214,6 +232,9 @@ class FusedVisionAttention(InferenceOnly, VisionAttention):
 
 
 class FusedVisionMLP(InferenceOnly, VisionMLP):
+    fc1: FusedLinear
+    fc2: FusedLinear
+
     def add_to(self, x: Tensor, h: Tensor, bias_is_in: bool) -> Tensor:
         """x [C * L, D] residual stream, h its norm -> x + fc2(quick_gelu(fc1(h)))."""
         return self.fc2.add_(x, self.fc1.quick_gelu(h), bias_is_in=bias_is_in)
@@ -261,7 +282,7 @@ class FusedVLM2Vec(InferenceOnly, VLM2Vec):
 
     def decode_(self, x: Tensor, packing: Packing, *, normalize: bool) -> Tensor:
         """Input embeddings [R, D], which are written over -> vectors [B, D] float32."""
-        *layers, last = self.decoder.layers
+        *layers, last = cast("list[FusedDecoderLayer]", self.decoder.layers)
         for layer in layers:
             x = layer.forward_(x, packing)
         x, norm = last.last_(x, packing), self.decoder.norm
@@ -321,5 +342,5 @@ def is_plain(module: nn.Module, *, inside: bool = True) -> bool:
 def fuse(module: nn.Module, backend: str | None) -> None:
     """Turns a plain module into its fused form, in place; its children keep theirs."""
     if isinstance(module, nn.Linear):
-        module.backend = backend
+        module.__dict__["backend"] = backend
     module.__class__ = FUSED[type(module)]

@@ -10,7 +10,7 @@ one pass over the sorted texts finds every distinct beginning in the pack, howev
 T tokens, R rows, B sequences.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -49,15 +49,17 @@ class SharedBatch(PackedBatch):
 class SharedPacking(Packing):
     """The packing of a SharedBatch; cos and sin are [R, H / 2]."""
 
-    cu_seqlens_q: Tensor | None = None  # [B + 1] int32
-    max_seqlen_q: int | None = None
-    key_index: Tensor | None = None  # [T]
+    cu_seqlens_q: Tensor = field(kw_only=True)  # [B + 1] int32
+    max_seqlen_q: int = field(kw_only=True)
+    key_index: Tensor = field(kw_only=True)  # [T]
 
     @classmethod
     def of(cls, batch: SharedBatch, config: DecoderConfig, dtype: torch.dtype) -> "SharedPacking":
         cos, sin = rope_tables(batch.position_ids, batch.cu_seqlens_q, config)  # who shares is short, see below
-        rows = (batch.cu_seqlens_q, max(batch.row_lengths), batch.key_index)
-        return cls(batch.cu_seqlens, batch.max_seqlen, cos.to(dtype), sin.to(dtype), True, *rows)
+        return cls(
+            batch.cu_seqlens, batch.max_seqlen, cos.to(dtype), sin.to(dtype),
+            cu_seqlens_q=batch.cu_seqlens_q, max_seqlen_q=max(batch.row_lengths), key_index=batch.key_index,
+        )  # fmt: skip
 
 
 def share_prefixes(

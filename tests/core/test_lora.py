@@ -17,7 +17,7 @@ from minivlm2vec.lora import (
     AdaptedLinear,
     Adapter,
     LoraConfig,
-    Place,
+    RowSlice,
     add_lora,
     exclude_frozen,
     load_adapter,
@@ -57,7 +57,7 @@ def adapted(dora: bool, bias: bool, dropout: float = 0.0) -> AdaptedLinear:
     layer = AdaptedLinear(randomize(Linear(24, 40, bias=bias)), dropout)
     for start in (8, 24):
         magnitude = torch.ones(16) if dora else None
-        place = Place("", start, start + 16)
+        place = RowSlice("", start, start + 16)
         layer.adapters.append(Adapter(str(start), place, torch.zeros(4, 24), torch.zeros(16, 4), magnitude, 0.5))
     return stir(layer)
 
