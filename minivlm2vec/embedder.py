@@ -4,7 +4,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -134,6 +134,18 @@ class Embedder:
         """Length of a vector."""
         return self.model.config.decoder.hidden_size
 
+    @overload
+    def encode(
+        self, inputs: Sequence[Any], *, prompt: str | None = ..., num_crops: int | None = ...,
+        max_length: int | None = ..., batch_tokens: int = ..., normalize: bool = ..., convert_to: Literal["numpy"] = ...,
+        show_progress: bool = ...,
+    ) -> np.ndarray: ...  # fmt: skip
+    @overload
+    def encode(
+        self, inputs: Sequence[Any], *, prompt: str | None = ..., num_crops: int | None = ...,
+        max_length: int | None = ..., batch_tokens: int = ..., normalize: bool = ..., convert_to: Literal["torch"],
+        show_progress: bool = ...,
+    ) -> Tensor: ...  # fmt: skip
     def encode(
         self,
         inputs: Sequence[Any],
@@ -194,6 +206,10 @@ class Embedder:
             prompt = _one_of(prompt, prompts.task(prompt_name).document)
         return self.encode(inputs, prompt=prompt, **options)
 
+    @overload
+    def similarity(self, a: np.ndarray, b: np.ndarray | Tensor) -> np.ndarray: ...
+    @overload
+    def similarity(self, a: Tensor, b: np.ndarray | Tensor) -> Tensor: ...
     def similarity(self, a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> np.ndarray | Tensor:
         """Cosine similarity [A, B] of vectors [A, D] and [B, D], in float32; a tensor where `a` is one."""
         as_numpy = isinstance(a, np.ndarray)
