@@ -45,15 +45,15 @@ def score_rows(vectors: np.ndarray, rows: NumberedRows, block: int = 256) -> lis
     positive's own index is the same input listed again: no model can tell it from the positive, so it is not
     counted against it.
 
-    Cosines are computed in float64 and rounded to float32, so that equal vectors tie whatever order they are
-    summed in. ValueError for vectors that are not finite or zero.
+    Cosines are computed in float64 and rounded to 12 places and to float32, so that equal vectors tie whatever order
+    they are summed in, also where their cosine is 0. ValueError for vectors that are not finite or zero.
     """
     unit = unit_rows(vectors)
     scored = []
     for start in range(0, len(rows), block):
         part = rows[start : start + block]
         used, places = np.unique(np.concatenate([np.asarray(targets) for _, targets in part]), return_inverse=True)
-        cosines = (unit[[query for query, _ in part]] @ unit[used].T).astype(np.float32)
+        cosines = (unit[[query for query, _ in part]] @ unit[used].T).round(12).astype(np.float32)
         ends = np.cumsum([len(targets) for _, targets in part])
         for i, (_, targets) in enumerate(part):
             columns = places[ends[i] - len(targets) : ends[i]]

@@ -197,7 +197,7 @@ def model_weights(model: VLM2Vec, ranks: Ranks) -> dict[str, Tensor]:
     for name, p in model.named_parameters():
         keys = keys_of(name)
         value = _on_host(p, ranks, dtype)
-        weights |= {key: part.contiguous() for key, part in zip(keys, value.tensor_split(len(keys)), strict=True)}
+        weights |= {key: part.clone() for key, part in zip(keys, value.tensor_split(len(keys)), strict=True)}
     return weights
 
 

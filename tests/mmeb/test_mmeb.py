@@ -149,6 +149,16 @@ def test_agrees_with_the_originals_algorithm_ties_included(seed, candidates, cop
     assert (one.rank_original, one.rank) == (1 + above, 1 + above + tied)
 
 
+def test_equal_vectors_tie_at_a_cosine_of_zero():
+    """Sums of products that cancel come out as 1e-17 or so, and not alike for all columns of a matrix product."""
+    rng = np.random.default_rng(3)
+    query = rng.integers(-9, 10, 48).astype(np.float32)
+    across = np.concatenate([query[24:], -query[:24]])
+    vectors = np.stack([query, *[across] * 37])
+    (one,) = score_rows(vectors, [(0, range(1, 38))])
+    assert (one.rank_original, one.rank, one.predicted) == (1, 37, 0) and not one.scores.any()
+
+
 def test_agrees_with_the_originals_algorithm_on_random_vectors():
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((300, 64)).astype(np.float32)
