@@ -7,6 +7,7 @@ pipeline.py    rows -> vectors, images decoded ahead of the model
 parts.py       OUT.parts: what is finished, so that a killed run goes on
 writers.py     parts -> .npy, .safetensors, .parquet, .lance
 progress.py    what it tells meanwhile
+job.py         what one run has to do
 embedding.py   plan, compute, assemble, publish: all of the above in a row
 vectors.py     reads back what was written
 retrieval.py   exact search, and Lance's index
@@ -18,7 +19,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .embedding import Job, Summary, assemble, compute, embed, plan, publish
+    from .embedding import Summary, assemble, compute, embed, plan, publish
+    from .job import Job
     from .options import EmbedOptions, ModelSpec, Query, SearchOptions
     from .page import write_gallery, write_hits
     from .progress import Progress, Timing
@@ -53,7 +55,8 @@ __all__ = [
     "write_hits",
 ]
 _NAMES = {
-    "embedding": ("Job", "Summary", "assemble", "compute", "embed", "plan", "publish"),
+    "embedding": ("Summary", "assemble", "compute", "embed", "plan", "publish"),
+    "job": ("Job",),
     "options": ("EmbedOptions", "ModelSpec", "Query", "SearchOptions"),
     "page": ("write_gallery", "write_hits"),
     "progress": ("Progress", "Timing"),

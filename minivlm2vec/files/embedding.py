@@ -11,13 +11,12 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from minivlm2vec_kernels.ops import choose_backend
@@ -27,75 +26,16 @@ from ..distributed import Ranks
 from ..embedder import Embedder
 from ..errors import Option, OptionError
 from . import writers
+from .job import Job
 from .options import Checkpoint, EmbedOptions, ModelSpec
 from .parts import Parts
 from .pipeline import Pipeline
 from .progress import Progress, Timing
 from .rows import BadRow, BadRowError, Columns, digest_of
-from .sources import Index, JsonLines, Part, Table, open_table, spool_folder, spool_stdin
+from .sources import Index, JsonLines, Table, open_table, spool_folder, spool_stdin
 from .vectors import LanceDataset, open_vectors
 
 NOT_COMPARED = {"text_column", "image_column", "image_root", "batch_tokens", "part_rows"}  # may differ when appending
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be done. A context manager: it holds the lock on OUT.parts.
-
-    Fields:
-        source: as the caller named it; table: what is read, after spooling; index: what a pass over it told.
-        columns: where a row keeps its text and images.
-        settings: everything that the caller decides about the vectors and the file's form. A run goes on, and a file
-            counts as finished, only under the same settings. What rounds otherwise and no more (the device, its number
-            of threads, the kernels, torch's version) is no setting, so that a run can go on elsewhere: the parts say
-            what they were computed with, see `computed_with`.
-        stat: size and time of change of the table before it was read.
-        listed: of a folder: how many images were found, and how many other files were left out.
-        todo: numbers of the parts that are still to be computed; changed: how many of these had been finished, before
-            their image files changed.
-        complete: OUT is there and finished, made by this very job.
-    """
-
-    source: str
-    table: Table
-    index: Index
-    columns: Columns
-    out: Path
-    parts: Parts
-    options: EmbedOptions
-    checkpoint: Checkpoint
-    settings: dict[str, Any]
-    stat: tuple[int, int]
-    listed: tuple[int, int] | None = None
-    todo: tuple[int, ...] = ()
-    changed: int = 0
-    complete: bool = False
-    held: ExitStack = field(default_factory=ExitStack, repr=False)
-
-    @property
-    def numbers(self) -> range:
-        """Of all parts."""
-        return range(-(-self.index.num_rows // self.options.part_rows))
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype({"float32": "<f4", "float16": "<f2"}[self.options.store])
-
-    def num_rows(self, numbers: Sequence[int]) -> int:
-        """Of these parts."""
-        size = self.options.part_rows
-        return sum(min(size, self.index.num_rows - number * size) for number in numbers)
-
-    def rows(self, numbers: Sequence[int]) -> Iterator[Part]:
-        return self.table.parts(self.index, numbers, self.options.part_rows, self.columns.names())
-
-    def __enter__(self) -> "Job":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.complete:
-            self.parts.remove()
-        self.held.close()
 
 
 @dataclass(frozen=True)

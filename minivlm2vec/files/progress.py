@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from .rows import BadRow
 
 if TYPE_CHECKING:
-    from .embedding import Job
+    from .job import Job
 
 
 @dataclass(frozen=True)
