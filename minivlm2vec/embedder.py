@@ -137,8 +137,8 @@ class Embedder:
     @overload
     def encode(
         self, inputs: Sequence[Any], *, prompt: str | None = ..., num_crops: int | None = ...,
-        max_length: int | None = ..., batch_tokens: int = ..., normalize: bool = ..., convert_to: Literal["numpy"] = ...,
-        show_progress: bool = ...,
+        max_length: int | None = ..., batch_tokens: int = ..., normalize: bool = ...,
+        convert_to: Literal["numpy"] = ..., show_progress: bool = ...,
     ) -> np.ndarray: ...  # fmt: skip
     @overload
     def encode(
