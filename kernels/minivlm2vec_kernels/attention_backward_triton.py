@@ -224,7 +224,7 @@ def _add_queries(
 
 # ---------------------------------------------------------------------------------------------------- their settings
 
-# pass -> largest head dim -> tile. Settled by what the compiler makes of them (tests/kernels/aot_table.json): these
+# pass -> largest head dim -> tile. Settled by what the compiler makes of them (tests/kernels/aot/table.json): these
 # spill nowhere; `python -m bench.run --sweep --only attention_backward` times them beside others.
 TILES = {
     "dq": {256: Tile(64, 32, 4, 2)},

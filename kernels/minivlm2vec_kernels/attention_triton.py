@@ -212,7 +212,7 @@ class Tile(NamedTuple):
 
 
 # (queries, keys) of the longest sequence, up to which a row holds -> tile. Settled by what the compiler makes
-# of them (tests/kernels/aot_table.json) and by the share of useful work; `python -m bench.bench_attention --sweep`
+# of them (tests/kernels/aot/table.json) and by the share of useful work; `python -m bench.bench_attention --sweep`
 # times them beside others. No descriptors for short sequences: making one takes about as long as the rest.
 ANY = 2**31
 SHORT = {

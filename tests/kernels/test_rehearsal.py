@@ -1,4 +1,4 @@
-"""On a machine without a card: what is to happen on one, on a pretended one (pretend_card.py)."""
+"""On a machine without a card: what is to happen on one, on a pretended one (pretended/card.py)."""
 
 import re
 import subprocess
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card: pytest -m gpu")
 
 
-RUNS = {"rehearsal": ("tests/kernels/rehearsal.py",), "gpu": ("-m", "gpu", "tests")}
+RUNS = {"rehearsal": ("tests/kernels/pretended/rehearsal.py",), "gpu": ("-m", "gpu", "tests")}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def reports() -> dict[str, str]:
 
 
 def pytest_on_a_pretended_card(arguments: tuple[str, ...]) -> str:
-    command = [sys.executable, "-m", "pytest", "-p", "tests.kernels.pretended", "-q", "--tb=short", *arguments]
+    command = [sys.executable, "-m", "pytest", "-p", "tests.kernels.pretended.plugin", "-q", "--tb=short", *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env=compiling_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -11,7 +11,7 @@ none runs. What comes back to the CPU is zeros (True for booleans). So code, dev
 graph may hold are tested; numbers and times are not.
 
 torch.compile is the identity in here, and there are no gradients: autograd asks for a driver. Needs a machine without a
-card. `tests/kernels/pretended.py` brings it to pytest.
+card. `plugin.py` brings it to pytest.
 """
 
 import functools

@@ -1,10 +1,10 @@
 """Compile every kernel ahead of time for sm_80, sm_90 and sm_100 and read what came out. Needs no GPU.
 
-    python -m tests.kernels.aot                    compare all specs with tests/kernels/aot_table.json
+    python -m tests.kernels.aot                    compare all specs with tests/kernels/aot/table.json
     python -m tests.kernels.aot --write            compile all specs and write the table for this Triton version
     python -m tests.kernels.aot --only attention   only kernels whose name contains the word
 
-A kernel file `x_triton.py` registers its compile specs in `tests/kernels/aot_specs/x.py`: a function `specs()` that
+A kernel file `x_triton.py` registers its compile specs in `tests/kernels/aot/specs/x.py`: a function `specs()` that
 returns a list of `Spec`. Modules there are found by themselves. Kernels must not be under TRITON_INTERPRET=1.
 
 What is read per (Triton version, kernel, config, arch):
@@ -14,20 +14,18 @@ What is read per (Triton version, kernel, config, arch):
     wgmma       HGMMA instructions in the SASS; where a spec promises them, their count on sm_90 must not fall
 """
 
-import argparse
 import importlib
 import json
 import os
 import pkgutil
 import re
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TABLE = Path(__file__).with_name("aot_table.json")
+TABLE = Path(__file__).with_name("table.json")
 ARCHS = (80, 90, 100)
 REGISTER_SLACK = 8  # registers per thread a kernel may grow before the table has to be written again
 
@@ -60,10 +58,8 @@ Measured = dict[str, int]
 
 
 def all_specs(only: str = "", quick: bool = False) -> list[Spec]:
-    from tests.kernels import aot_specs
-
-    modules = sorted(m.name for m in pkgutil.iter_modules(aot_specs.__path__))
-    specs = [s for m in modules for s in importlib.import_module(f"tests.kernels.aot_specs.{m}").specs()]
+    modules = sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).with_name("specs"))]))
+    specs = [s for m in modules for s in importlib.import_module(f"{__name__}.specs.{m}").specs()]
     keys = [s.key(0) for s in specs]
     assert len(set(keys)) == len(keys), f"two specs of one name: {sorted(k for k in keys if keys.count(k) > 1)}"
     return [s for s in specs if only in s.kernel and (s.quick or not quick)]
@@ -175,25 +171,3 @@ def write_table(measured: dict[str, Measured], only: str) -> None:
         rows = [f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(table[version].items())]
         blocks.append(f'  "{version}": {{\n' + ",\n".join(rows) + "\n  }")
     TABLE.write_text("{\n" + ",\n".join(blocks) + "\n}\n")  # one line an entry: readable in a diff
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="write the table instead of comparing with it")
-    parser.add_argument("--only", default="", help="only kernels whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="only the specs of the default tests")
-    args = parser.parse_args()
-    specs = all_specs(args.only, args.quick)
-    measured = measure_all(specs)
-    for key, values in measured.items():
-        print(f"{key:90s}", " ".join(f"{k} {v:6d}" for k, v in values.items()))
-    table = {} if args.write else read_table().get(triton_version(), {})
-    found = problems(specs, measured, table)
-    print(*found, sep="\n")
-    if args.write and not found:
-        write_table(measured, args.only)
-    return 1 if found else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

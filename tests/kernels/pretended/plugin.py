@@ -1,9 +1,12 @@
-"""pytest on a pretended card (see pretend_card.py):
+"""pytest on a pretended card (see card.py). What is to happen on a card:
 
-    python -m pytest -p tests.kernels.pretended tests/kernels/rehearsal.py     what is to happen on a card
-    python -m pytest -p tests.kernels.pretended -m gpu                 the tests that need a card, as far as they go
+    python -m pytest -p tests.kernels.pretended.plugin tests/kernels/pretended/rehearsal.py
 
-Assertions of the latter are about numbers, which are not there: that one fails is reported as skipped, like a gradient;
+The tests that need a card, as far as they go:
+
+    python -m pytest -p tests.kernels.pretended.plugin -m gpu
+
+Their assertions are about numbers, which are not there: one that fails is reported as skipped, and so is a gradient;
 any other error is an error.
 """
 
@@ -14,7 +17,7 @@ import pytest
 import torch
 import torch._dynamo
 
-from tests.kernels.pretend_card import Card, NoGradients, pretend_card
+from tests.kernels.pretended.card import Card, NoGradients, pretend_card
 
 _pretending = pretend_card()
 _card = _pretending.__enter__()  # before conftest.py asks for a card

@@ -1,6 +1,6 @@
 """What is to happen on a card, on a pretended one:
 
-python -m pytest -p tests.kernels.pretended tests/kernels/rehearsal.py
+python -m pytest -p tests.kernels.pretended.plugin tests/kernels/pretended/rehearsal.py
 """
 
 import re

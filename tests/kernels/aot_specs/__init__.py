@@ -1,1 +1,0 @@
-"""Compile specs, one module a kernel file; see tests/kernels/aot.py."""

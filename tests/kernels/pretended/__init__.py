@@ -1,0 +1,1 @@
+"""What is to happen on a card, on one that is not there: see card.py."""
