@@ -365,7 +365,10 @@ def _made_otherwise(path: Path, job: Job, settings: dict[str, Any], source: dict
     if not differ:
         rows = f"{source['num_rows']:,} rows then, {job.index.num_rows:,} now"
         differ = [f"the source has changed since ({rows})"]
-    return OptionError(f"{path} was made otherwise: {'; '.join(differ)}. ", Option("overwrite"), " begins anew")
+    said = f"{path} was made otherwise: {'; '.join(differ)}. "
+    if job.options.append:  # it excludes overwrite
+        return OptionError(f"{said}Remove {path} to begin anew")
+    return OptionError(said, Option("overwrite"), " begins anew")
 
 
 def _short(name: str, value: Any) -> str:
