@@ -27,7 +27,7 @@ MINI = Path(__file__).parents[1] / "mini" / "data" / "MMEB-train"  # the sets th
 
 
 class Pictures(Protocol):
-    """Where a row's pictures are: `mmeb.dataset.Images`, or what a source of rows has in its place."""
+    """Where a row's pictures are: `rows.Images`, or what a source of rows has in its place."""
 
     @property
     def place(self) -> Path:
