@@ -11,10 +11,12 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
+from minivlm2vec_kernels.ops import BACKENDS
+
 from . import prompts
 from .batch import PackedBatch
 from .errors import InputError
-from .inference import FusedVLM2Vec
+from .inference import FusedVLM2Vec, check_options
 from .inference import optimize as optimized
 from .lora import merge_adapter
 from .model import VLM2Vec
@@ -104,6 +106,9 @@ class Embedder:
         if precision == "bf16":
             dtype = _agreed_dtype(dtype)
         given = {name: value for name, value in options.items() if value is not None}
+        check_options(**given)
+        if backend not in (None, *BACKENDS):
+            raise ValueError(f"backend is one of {', '.join(BACKENDS)}, got {backend!r}")
         if not optimize and any(value and value != "bf16" for value in given.values()):
             raise ValueError(f"optimize=False gives the plain model, which has no {', no '.join(given)}")
         folder = resolve(name_or_path, revision=revision, local_files_only=local_files_only)

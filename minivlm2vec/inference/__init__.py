@@ -75,16 +75,21 @@ def optimize(
     return _fuse_whole(model, share_prefixes, cuda_graphs) if whole else model
 
 
-def _check(model: VLM2Vec, precision: str | None, prepack: bool | None, cuda_graphs: bool | None) -> None:
-    device, dtype = model.device, model.dtype
+def check_options(*, precision: str | None = None, prepack: bool | None = None, **_: object) -> None:
+    """Raises ValueError for options of `optimize` that fit no model."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision is 'bf16' or 'fp8', got {precision!r}")
+    if precision == "fp8" and prepack:
+        raise ValueError("precision='fp8' and prepack=True exclude each other")
+
+
+def _check(model: VLM2Vec, precision: str | None, prepack: bool | None, cuda_graphs: bool | None) -> None:
+    check_options(precision=precision, prepack=prepack)
+    device, dtype = model.device, model.dtype
     if precision == "bf16" and dtype != torch.bfloat16:
         raise ValueError(f"precision 'bf16' is for bfloat16 models, got {dtype}; dtype=torch.bfloat16 loads one")
     if precision == "fp8":
         check_fp8(device, dtype)
-        if prepack:
-            raise ValueError("precision='fp8' and prepack=True exclude each other")
     if prepack and not can_prepack(device, dtype):
         raise ValueError(f"prepack is for float32 and bfloat16 on a CPU with oneDNN, got {dtype} on {device}")
     if any(isinstance(module, InferenceOnly) for module in model.modules()):
@@ -133,4 +138,4 @@ def _fuse_whole(model: VLM2Vec, share_prefixes: bool, cuda_graphs: bool | None) 
     return model
 
 
-__all__ = ["FusedVLM2Vec", "InferenceOnly", "optimize"]
+__all__ = ["FusedVLM2Vec", "InferenceOnly", "check_options", "optimize"]

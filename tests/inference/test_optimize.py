@@ -246,6 +246,16 @@ def test_options_that_contradict_each_other(folder, plain):
         optimize(optimize(plain.model))
 
 
+@pytest.mark.parametrize("options, message", [
+    ({"backend": "nonsense"}, "backend is one of auto, triton, torch, got 'nonsense'"),
+    ({"precision": "int4"}, "precision is 'bf16' or 'fp8', got 'int4'"),
+    ({"precision": "fp8", "prepack": True}, "exclude each other"),
+])  # fmt: skip
+def test_what_fits_no_model_is_told_before_anything_is_read(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "no such folder", **options)
+
+
 def test_precision_bf16_is_bfloat16(folder):
     for optimized in (True, False):
         e = load(folder, precision="bf16", optimize=optimized)
