@@ -194,7 +194,7 @@ def assemble(job: Job) -> Assembled:
 def publish(assembled: Assembled) -> Summary:
     """Moves the files in place, or appends the rows, and removes the parts."""
     job, head = assembled.job, assembled.head
-    if _appends(job):
+    if "" not in assembled.suffixes:
         writers.append_lance(job.out, job.parts.folder / "append.json", head, _pieces(job))
     writers.move(assembled.written, job.out, assembled.suffixes)
     job.parts.remove()
@@ -389,7 +389,7 @@ def _check_space(job: Job, todo: Sequence[int]) -> None:
     """Refuses a disk on which the vectors alone have no place: those of the parts that are still to be computed and,
     beside the parts, those of OUT."""
     job.parts.remove_assembled()
-    vector = job.settings["dimension"] * job.dtype.itemsize
+    vector = job.settings["dimension"] * job.dtype.itemsize  # bytes
     needed = (job.num_rows(todo) + job.index.num_rows) * vector
     usage = shutil.disk_usage(job.parts.folder)
     if usage.total and needed > usage.free:  # some file systems do not tell

@@ -159,8 +159,7 @@ def test_progress_is_told(table, checkpoint, embedder, tmp_path):
     [("out.txt", {}, "OUT ends in"), ("out.npy", {"append": True}, "append adds to a Lance dataset, and excludes over"),
      ("out.npy", {"text_column": "caption"}, "text_column 'caption' is no column of the table; it has text, image"),
      ("out.parquet", {"vector_column": "text"}, "has a column 'text' already; vector_column gives"),
-     ("out.lance", {"vector_column": "row_number"}, "has a column 'row_number' already"),
-     ("folder.npy", {}, "a folder"),
+     ("out.lance", {"vector_column": "row_number"}, "has a column 'row_number' already"), ("folder.npy", {}, "folder"),
      ("made.npy", {}, "does not say what made it; overwrite replaces it")],
 )  # fmt: skip
 @pytest.mark.usefixtures("no_model")
