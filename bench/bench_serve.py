@@ -155,8 +155,8 @@ def closed_loop(args, url: str, mode: str, mix: str, items: list, clients: int, 
 def overload(args, mix: str, items: list, fastest: float, direct: float) -> Row:
     """Twice what the server answered before, by time and not by answers."""
     rate = 2 * fastest / args.inputs_per_request
-    house = str(max(8, int(rate / 2)))  # a second of work, so that it is full soon
-    with server(args, "--max-requests", house) as url:
+    most = str(max(8, int(rate / 2)))  # a second of work, so that the server is full soon
+    with server(args, "--max-requests", most) as url:
         run_clients(url, items, args.inputs_per_request, clients=8, seconds=min(args.seconds, 3))  # it knows its speed
         load = run_clients(url, items, args.inputs_per_request, rate=rate, seconds=args.seconds)
         after = run_clients(url, items, args.inputs_per_request, clients=1, seconds=1)
