@@ -409,7 +409,7 @@ def _load(job: Job, ranks: Ranks) -> Embedder:
 
 def _check_embedder(job: Job, embedder: Embedder) -> None:
     """Refuses an Embedder that makes other vectors than the settings say."""
-    dtype = str(embedder.model.decoder.norm.weight.dtype).removeprefix("torch.")
+    dtype = str(embedder.model.dtype).removeprefix("torch.")
     own = {"dimension": embedder.dimension, "num_crops": embedder.processor.num_crops, "computed_in": dtype}
     differ = [f"{name} is {value!r} in the embedder and {job.settings[name]!r} in the job"
               for name, value in own.items() if value != job.settings[name]]  # fmt: skip

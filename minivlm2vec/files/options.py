@@ -41,7 +41,7 @@ class ModelSpec:
         if not embedder.name:
             raise OptionError("the embedder has no name: ", Option("model"), " tells which checkpoint it is of")
         name, _, adapter = embedder.name.partition(" + ")
-        dtype: Any = str(embedder.model.decoder.norm.weight.dtype).removeprefix("torch.")
+        dtype: Any = str(embedder.model.dtype).removeprefix("torch.")
         return cls(name, adapter or None, dtype=dtype, num_crops=embedder.processor.num_crops, local_files_only=True)
 
     def locate(self) -> "Checkpoint":
