@@ -309,6 +309,7 @@ def _torch_patches(card: Card) -> Iterator[mock._patch]:
         "nonzero": functools.partialmethod(_nonzero, card=card),
         "__getitem__": _get_item,
         "__setitem__": _set_item,
+        "__float__": lambda x: float(x.item()),
         "__format__": lambda x, form: format(x.item() if x.dim() == 0 else str(x), form),
     }
     for name, method in own_methods.items():
