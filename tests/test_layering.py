@@ -23,7 +23,7 @@ CORE = {
     "projector": {"batch", "config", "linear"},
     "decoder": {"batch", "config", "linear"},
     "model": {"batch", "config", "decoder", "projector", "vision"},
-    "weights": {"config", "errors", "model"},
+    "weights": {"atomic", "config", "errors", "model"},
     "lora": {"errors", "linear", "weights"},
     "prompts": set(),
     "inference": {"batch", "config", "decoder", "linear", "model", "projector", "vision"},
