@@ -58,8 +58,8 @@ class Trainer:
     Args:
         config: see `TrainConfig`; the parts below stand in for what it describes.
         device: default CUDA where there is one, else the CPU. Under torchrun each process has its own GPU.
-        model: a model of your own, on `config.model`'s configuration and tokenizer. What does not require gradients
-            stays as it is.
+        model: a model of your own, for `config.model`'s configuration and tokenizer, in the dtype that it is to be
+            trained in. What does not require gradients stays as it is.
         data: a `RowSource`.
         loss: see `Loss`.
         optimizer, schedule, callbacks: see `optim.MakeOptimizer`, `optim.Schedule` and `Callback` above.

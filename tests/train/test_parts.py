@@ -1,6 +1,10 @@
 """Parts of a run that are the user's own: model, rows, loss, optimizer, schedule, callbacks; and what a state holds."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,8 @@ from minivlm2vec.train.data import Row
 from minivlm2vec.train.loss import contrastive_loss
 from minivlm2vec.train.model import set_training
 from minivlm2vec.weights import load_model
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +40,8 @@ class Numbers:
         return self.batch(-1, n)
 
 
-def config(base, out, *, steps=2, save=0, **other) -> TrainConfig:
-    optim = OptimConfig(batch_size=3, chunk_size=2, steps=steps, warmup=0, lr=1e-3)
+def config(base, out, *, steps=2, save=0, batch_size=3, **other) -> TrainConfig:
+    optim = OptimConfig(batch_size=batch_size, chunk_size=2, steps=steps, warmup=0, lr=1e-3)
     return TrainConfig(str(base), str(out), DataConfig(workers=1), optim=optim, log=LogConfig(save=save), **other)
 
 
@@ -292,3 +298,34 @@ def test_a_model_that_is_given_keeps_what_it_froze(base, tmp_path):
     t = trainer(base, tmp_path, model=model)
     assert t.model is model and all(name.startswith("decoder.layers.1.") for name in t.parameters)
     assert t.parameters
+
+
+# --- several processes -------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.train.test_parts import OPTIMIZERS, Scaled, normed_model, same_state, stopped_and_resumed
+import torch
+
+base, out = sys.argv[1], Path(sys.argv[2])
+for kind in ("ddp", "fsdp"):
+    parts = {"model": lambda: normed_model(base), "loss": Scaled, "optimizer": lambda: OPTIMIZERS["sgd"]}
+    parts["settings"] = lambda: {"distributed": kind, "batch_size": 4}
+    whole, resumed = stopped_and_resumed(base, out / kind, **parts)
+    same_state(whole, resumed)
+    for a, b in zip(whole.model.buffers(), resumed.model.buffers(), strict=True):
+        assert torch.equal(a, b)
+    statistics = whole.ranks.gather(whole.model.pooling.norm.running_mean[None])
+    assert not torch.equal(*statistics), "each process has its own"
+print("well")
+"""
+
+
+def test_two_processes_resume_their_own_statistics_and_any_optimizer(base, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    command += [str(tmp_path / "script.py"), str(base), str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("well") == 2, done.stderr[-3000:]
