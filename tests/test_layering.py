@@ -33,7 +33,11 @@ def test_the_contracts_between_parts_are_kept():
     """[tool.importlinter] in pyproject.toml: layers, independent parts, no circles."""
     pytest.importorskip("importlinter")
     out = subprocess.run(
-        [sys.executable, "-c", "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"],
+        [
+            sys.executable,
+            "-c",
+            "from importlinter.cli import lint_imports as lint; raise SystemExit(lint(no_cache=True))",
+        ],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "PYTHONUTF8": "1"},
         capture_output=True,
