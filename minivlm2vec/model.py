@@ -62,8 +62,10 @@ class VLM2Vec(nn.Module):
 
     def hidden_states(self, batch: PackedBatch, layers: Collection[int]) -> dict[int, Tensor]:
         """Hidden states [T, D] after the chosen decoder layers (0 is the first; the last is before the final
-        norm), all tokens of them. Negative numbers count from the end."""
+        norm), all tokens of them. Negative numbers count from the end. Raises ValueError for a layer that is none."""
         n = len(self.decoder.layers)
+        if unknown := [layer for layer in layers if layer not in range(-n, n)]:
+            raise ValueError(f"layers {unknown} are none of the decoder's: it has {n}, from {-n} to {n - 1}")
         wanted = {layer: range(n)[layer] for layer in layers}
         kept: dict[int, Tensor] = {}
         x = self.embed(batch)

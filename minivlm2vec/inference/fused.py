@@ -50,9 +50,15 @@ class InferenceOnly(nn.Module):
     _train = _refuse("be trained")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module | nn.Parameter) or name in self._modules:
+        if isinstance(value, nn.Module | nn.Parameter) or name in self._modules or name == "forward":
             self._replace()
         super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias"):  # of a packed layer, for torch.nn.utils and whoever else looks at them
+            raise AttributeError(f"{type(self).__name__} has no {name}: its numbers are stored otherwise, for inference "
+                                 "alone; load the model with optimize=False")  # fmt: skip
+        return super().__getattr__(name)
 
 
 class FusedLinear(InferenceOnly, Linear):

@@ -88,6 +88,12 @@ def test_a_layers_output_is_the_hidden_state(e, batch):
         close(f"layer {number}", x, kept[number], 1e-6)
 
 
+def test_layers_that_are_none_are_named(e, batch):
+    for layers in ([99], [-99, 0], ["0"]):
+        with pytest.raises(ValueError, match=r"are none of the decoder's: it has \d+, from -\d+ to \d+"):
+            e.model.hidden_states(batch, layers)
+
+
 @torch.no_grad()
 def test_a_hook_can_change_what_follows(e, batch):
     before = e.model(batch)

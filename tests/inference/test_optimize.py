@@ -13,6 +13,7 @@ from minivlm2vec import Embedder, VLM2Vec
 from minivlm2vec.decoder import DecoderLayer
 from minivlm2vec.inference import FusedVLM2Vec, InferenceOnly, optimize
 from minivlm2vec.inference.fused import FusedDecoderLayer, FusedVisionLayer, FusedVisionTower
+from minivlm2vec.inference.prepack import PackedLinear
 from minivlm2vec.new_checkpoint import new_checkpoint
 from tests.support.golden import synth_image
 from tests.support.helpers import close
@@ -112,6 +113,7 @@ def test_loading_weights_and_replacing_parts_are_refused(folder, plain):
         lambda: setattr(model, "projector", nn.Identity()),
         lambda: setattr(model, "pooling", torch.mean),
         lambda: setattr(model, "causal", False),
+        lambda: setattr(model.decoder.layers[1].mlp.down_proj, "forward", lambda x: x),
         lambda: setattr(model.decoder.layers[0].mlp, "down_proj", nn.Linear(3, 3)),
         lambda: model.decoder.layers.__setitem__(0, nn.Identity()),
         lambda: setattr(model.decoder.norm, "weight", nn.Parameter(torch.ones(3))),
@@ -264,3 +266,11 @@ def test_precision_bf16_is_bfloat16(folder):
 
 def test_the_fast_model_is_the_default(folder):
     assert type(load(folder).model) is FusedVLM2Vec
+
+
+def test_packed_weights_are_not_to_be_had(folder):
+    layer = load(folder).model.decoder.layers[0].mlp.down_proj
+    if not isinstance(layer, PackedLinear):
+        pytest.skip("this torch has no oneDNN")
+    with pytest.raises(AttributeError, match="no weight.*optimize=False"):
+        _ = layer.weight
