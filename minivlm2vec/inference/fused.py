@@ -55,10 +55,13 @@ class InferenceOnly(nn.Module):
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("weight", "bias"):  # of a packed layer, for torch.nn.utils and whoever else looks at them
-            raise AttributeError(f"{type(self).__name__} has no {name}: its numbers are stored otherwise, for inference "
-                                 "alone; load the model with optimize=False")  # fmt: skip
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name not in ("weight", "bias"):  # of a packed layer, for torch.nn.utils and whoever else looks at them
+                raise
+            how = "load the model with optimize=False"
+            raise AttributeError(f"{error}: its numbers are stored otherwise, for inference alone; {how}") from None
 
 
 class FusedLinear(InferenceOnly, Linear):
