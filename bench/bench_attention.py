@@ -130,7 +130,7 @@ def moved_elements(p: Problem) -> int:
 
 
 def all_providers(p: Problem, x: Inputs) -> dict[str, Provider]:
-    found = {"torch": partial(by_torch, p, x)}
+    found: dict[str, Provider] = {"torch": partial(by_torch, p, x)}
     if not x.q.is_cuda:
         return found
     found["triton"] = partial(by_triton, p, x)
@@ -252,7 +252,7 @@ def tile_providers(p: Problem, x: Inputs) -> dict[str, Provider]:
         for stages in (1, 2, 3, 4)
         for descriptors in ((False, True) if tma else (False,))
     ]
-    calls = {"torch": partial(by_torch, p, x), "triton": partial(by_triton, p, x)}
+    calls: dict[str, Provider] = {"torch": partial(by_torch, p, x), "triton": partial(by_triton, p, x)}
     for tile in tiles:
         name = f"{tile.BM}x{tile.BN} w{tile.warps} s{tile.stages} {'tma' if tile.tma else 'pointers'}"
         name += " (as triton)" if tile == chosen else ""

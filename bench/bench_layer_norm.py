@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from bench.common import Case, Work, compiled, entry, upcast
+from bench.common import Case, Provider, Work, compiled, entry, upcast
 from bench.shapes import V, dtype_of, randn, tower_rows
 from minivlm2vec_kernels import ops, torch_ops
 
@@ -34,7 +34,7 @@ def work(kernel: str, rows: int, device: torch.device, sweep: bool) -> Work:
     tensors = (x, *between, weight[0], bias[0])
     op, plain = getattr(ops, kernel), getattr(torch_ops, kernel)
     own = iter([(x.clone(), *tensors[1:]) for _ in range(3)])  # layer_norm_shift_ writes over x
-    providers = {"torch": partial(plain, *next(own), EPS)}
+    providers: dict[str, Provider] = {"torch": partial(plain, *next(own), EPS)}
     if device.type == "cuda":
         providers["triton"] = partial(op, *next(own), EPS, backend="triton")
         if sweep:

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.common import Case, Work, backward_work, compiled, upcast
+from bench.common import Case, Provider, Work, backward_work, compiled, upcast
 from bench.shapes import H, N, decoder_rows, dtype_of, randn
 from minivlm2vec_kernels import ops, torch_ops
 
@@ -33,7 +33,7 @@ def work(kernel: str, rows: int, device: torch.device) -> Work:
     qkv, (q, k, cos, sin) = inputs(rows, device)
     op, plain = getattr(ops, kernel), getattr(torch_ops, kernel)
     own = iter([qkv.clone().unflatten(1, (3, N, H)).unbind(1)[:2] for _ in range(3)])  # rope_ turns them at every run
-    providers = {"torch": partial(plain, *next(own), cos, sin)}
+    providers: dict[str, Provider] = {"torch": partial(plain, *next(own), cos, sin)}
     if device.type == "cuda":
         providers["triton"] = partial(op, *next(own), cos, sin, backend="triton")
         providers["torch.compile"] = partial(compiled(plain), *next(own), cos, sin)

@@ -2,7 +2,7 @@
 
 A bench file `bench_x.py` has `cases(device)` and may have `sweep(device)`, both yielding `Case`s. A case
 builds its tensors when its turn comes and names its providers: callables without arguments, on those tensors.
-"triton" is ours, "torch" the reference; the others are further baselines. All are checked before any is
+"triton" is ours, "torch" is torch_ops.py; the others are further baselines. All are checked before any is
 timed: no time is reported for an output whose error against float32 is more than twice the reference's.
 """
 

@@ -1,4 +1,5 @@
-"""The activations of the two MLPs: SwiGLU's silu(gate) * up with its gradient, and bias + quick_gelu.
+"""The activations of the two MLPs: SwiGLU's silu(gate) * up (Shazeer, arXiv 2002.05202) with its gradient, and CLIP's
+quick_gelu, y * sigmoid(1.702 y) (Hendrycks and Gimpel, arXiv 1606.08415), of y = x + bias. Computed in float32.
 
 Shapes: R rows, F features; a program takes BF features of one row.
 """

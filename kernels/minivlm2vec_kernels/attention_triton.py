@@ -19,7 +19,7 @@ What fits it to this model's shapes:
     Sequences that fit in one block of keys take no loop at all.
   - 577 = 9 * 64 + 1: up to TAIL queries or keys left over by whole tiles take one of TAIL, not a whole one.
 
-Where gradients are needed m + log2(l) is kept, from which attention_backward_triton.py has every p again.
+Where gradients are needed m + log2(l) is kept, from which attention_backward_triton.py computes every p again.
 """
 
 from typing import NamedTuple
@@ -271,8 +271,9 @@ def launch(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, max_seqlen_k: int, cu_seqlens_q: Tensor,
     max_seqlen_q: int, causal: bool, scale: float | None, tile: Tile, lse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`attention` with a given tile, for tests and for the bench's sweep. lse [N, Tq] float32 is filled
-    if given; then rows beyond the last sequence are zeros, as NaN times no gradient were a NaN in a weight's."""
+    """`attention` with a given tile, for tests and for the bench's sweep. lse [N, Tq] float32 is filled if given; then
+    rows beyond the last sequence are zeros, because a NaN there, times a gradient of zero, would be a NaN in the
+    gradient of a weight."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     check_inputs(q, k, v, cu_seqlens_k, cu_seqlens_q, scale)
     out = q.new_empty(q.shape) if lse is None else torch.zeros(q.shape, dtype=q.dtype, device=q.device)

@@ -1,5 +1,8 @@
 """uint8 crops to normalised patches in the model's dtype, the global view included, in one kernel.
 
+The global view is what torch's bicubic interpolation makes of the whole image (Keys, "Cubic convolution interpolation
+for digital image processing", 1981, with a = -0.75), which is what Phi-3.5-vision's processor calls. Float32 inside.
+
 Shapes: an image of h x w crops of S x S pixels; P = S / p patches of p x p pixels per side. Its views are the
         global view, then the crops. A program writes BO elements of one line of patches of one view:
         P patches of 3 * p * p, which lie end to end in the output, and read p rows of pixels.

@@ -1,4 +1,5 @@
-"""LayerNorm; residual add + LayerNorm, and LayerNorm + the next bias, in one pass over memory.
+"""LayerNorm (Ba et al., arXiv 1607.06450); residual add + LayerNorm, and LayerNorm + the bias of the product that
+follows, in one pass over memory. float16, bfloat16 or float32, sums in float32.
 
 Shapes: R rows, D width; a program takes BM whole rows of BD = the next power of two of D columns.
 """

@@ -1,5 +1,7 @@
 """Image features to the projector's input: 2x2 merge, row separators and the global separator as one gather.
 
+The order is that of `hd_feature_transform` in Phi-3.5-vision's modeling_phi3_v.py, with its names of the separators.
+
 Shapes: C crops of P x P patches, D width, m = P / 2. An image of h x w crops gives h * m lines of w * m + 1
         rows, one row for glb_GN, and m lines of m + 1 rows; a row has 4D channels. A program writes BR rows
         of BD = the next power of two of 4D channels.

@@ -1,5 +1,7 @@
 """Rows to 8-bit floating point, each with a scale of its own, in one pass over memory.
 
+The numbers are e4m3 without infinities, of which 448 is the greatest (Micikevicius et al., arXiv 2209.05433).
+
 Shapes: R rows, K columns; a program takes BM whole rows of BK = the next power of two of K columns.
 """
 

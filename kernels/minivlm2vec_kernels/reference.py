@@ -101,6 +101,7 @@ def linear_silu_mul(x: Tensor, gate_up_weight: Tensor) -> Tensor:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row divided by its scale, max |x| / 448, as e4m3 (Micikevicius et al., arXiv 2209.05433)."""
     scale = x.abs().amax(-1).float().clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
     return (x.float() / scale[..., None]).to(torch.float8_e4m3fn), scale
 
@@ -119,6 +120,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def image_patches(
     crops: Tensor, grids: Sequence[Grid], mean: Tensor, std: Tensor, patch_size: int, dtype: torch.dtype
 ) -> Tensor:
+    """(pixels / 255 - mean) / std of each crop, before them the whole image brought to a crop's size, cut into patches:
+    Phi-3.5-vision's processor and the unfolding of CLIP's convolution."""
     views = []
     for pixels, (rows, cols) in zip(crops.split([h * w for h, w in grids]), grids, strict=True):
         local = (pixels.permute(0, 3, 1, 2).float() / 255 - mean[:, None, None]) / std[:, None, None]
@@ -131,6 +134,8 @@ def image_patches(
 
 
 def merge_crops(features: Tensor, grids: Sequence[Grid], sub_GN: Tensor, glb_GN: Tensor) -> Tensor:
+    """`hd_feature_transform` of Phi-3.5-vision's modeling_phi3_v.py: the crops' rows, each ended by sub_GN; glb_GN; the
+    global view's."""
     width, out = 4 * features.shape[-1], []
     sub_GN, glb_GN = sub_GN.reshape(1, 1, width), glb_GN.reshape(1, width)
     for image, (rows, cols) in zip(features.split([1 + h * w for h, w in grids]), grids, strict=True):
@@ -152,6 +157,7 @@ def _end_rows(x: Tensor, separator: Tensor) -> Tensor:
 def pool_last_token(
     x: Tensor, cu_seqlens: Tensor, norm_weight: Tensor, eps: float, *, normalize: bool = True
 ) -> Tensor:
+    """The last row of each sequence, normed and brought to length one: VLM2Vec's pooling (arXiv 2410.05160)."""
     last = rms_norm(x[cu_seqlens[1:].long() - 1], norm_weight, eps).float()
     return F.normalize(last, dim=-1) if normalize else last
 

@@ -1,4 +1,5 @@
-"""RMSNorm, and residual add + RMSNorm, in one pass over memory; and their gradients, in one pass as well.
+"""RMSNorm (Zhang and Sennrich, arXiv 1910.07467), and residual add + RMSNorm, in one pass over memory; and their
+gradients, in one pass as well. float16, bfloat16 or float32, sums in float32.
 
 Shapes: R rows, D width; a program takes BM whole rows of BD = the next power of two of D columns. Backward, P
         programs share the rows, and each sums up the weight's gradient of its own.
@@ -126,7 +127,7 @@ def rms_norm_backward_kernel(
         dn = tl.load(dout + rows[:, None] * stride_dout + cols[None, :], mask=inside, other=0.0).to(tl.float32)
         n = n.to(tl.float32)
         scale = tl.rsqrt(tl.sum(n * n, axis=1) / D + tl.cast(eps, tl.float32))  # [BM]
-        scale = tl.where(rows < R, scale, 0.0)  # with eps = 0 it were infinite beyond the last row, and dw NaN
+        scale = tl.where(rows < R, scale, 0.0)  # with eps = 0 it would be infinite beyond the last row, and dw NaN
         n = n * scale[:, None]
         if DWEIGHT:
             dw += dn * n.to(dtype).to(tl.float32)  # as forward: what the weight was multiplied with

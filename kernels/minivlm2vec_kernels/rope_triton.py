@@ -1,4 +1,7 @@
-"""Rotary position embedding of q and k in one launch: in place, or into new tensors where gradients are needed.
+"""Rotary position embedding (Su et al., arXiv 2104.09864) of q and k in one launch: into new tensors, or in place.
+
+The halves a and b of a head are turned against each other, as in GPT-NeoX and Llama, not neighbouring numbers as in the
+paper. float16, bfloat16 or float32; products in float32, cos and sin rounded to q's dtype first.
 
 Shapes: T packed tokens, N query heads, Nkv key-value heads, H head dim. A program takes one token: all its
         query and key heads, so that its cos and sin are read once.
@@ -44,7 +47,8 @@ def rope_kernel(
     """(a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of a head; float32 inside, cos and sin
     rounded to q's dtype first. BACKWARD: the transpose of that matrix, which is the same with -sin.
 
-    out_q, out_k may be q and k. Everything is loaded before anything is stored: loads cannot pass a store."""
+    out_q, out_k may be q and k. Everything is loaded before anything is stored: the compiler moves no load before a
+    store that precedes it."""
     token = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BH)  # [BH]
     dtype = q.dtype.element_ty
