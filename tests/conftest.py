@@ -33,6 +33,12 @@ if DEVICE == "cpu" and importlib.util.find_spec("triton"):
     _let_interpreter_convert_scalars()
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_every_time() -> None:
+    """Tests that draw without a generator of their own draw the same at every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def device() -> str:
     """Where kernels run in this process: the card, or the CPU under the interpreter."""

@@ -32,7 +32,7 @@ def test_every_method_equals_the_plain_layer(dtype, bias):
     assert [type(x) for x in (fused, packed, whole)] == [FusedLinear, PackedLinear, PackedLinear]
     x, residual = torch.randn(7, 96).to(dtype), torch.randn(7, 160).to(dtype)
     strided = torch.randn(7, 200).to(dtype)[:, :96]
-    y, atol = plain(x), 2e-6 if dtype == torch.float32 else 0.04
+    y, atol = plain(x), 5e-6 if dtype == torch.float32 else 0.04
     gate, up = y.chunk(2, dim=1)
     for layer in (fused, packed, whole):
         close("forward", layer(x), y, atol)
