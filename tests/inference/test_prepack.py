@@ -32,20 +32,24 @@ def test_every_method_equals_the_plain_layer(dtype, bias):
     assert [type(x) for x in (fused, packed, whole)] == [FusedLinear, PackedLinear, PackedLinear]
     x, residual = torch.randn(7, 96).to(dtype), torch.randn(7, 160).to(dtype)
     strided = torch.randn(7, 200).to(dtype)[:, :96]
-    y, atol = plain(x), 5e-6 if dtype == torch.float32 else 0.04
+    y, share = plain(x), 2e-6 if dtype == torch.float32 else 0.02
     gate, up = y.chunk(2, dim=1)
+
+    def near(name, ours, expected):
+        close(name, ours, expected, share * max(1.0, float(expected.abs().max())))
+
     for layer in (fused, packed, whole):
-        close("forward", layer(x), y, atol)
-        close("strided", layer(strided), plain(strided), atol)
-        close("add_", layer.add_(residual.clone(), x), residual + y, atol)
-        close("silu_mul", layer.silu_mul(x), F.silu(gate) * up, atol) if not bias else None
-        close("first rows", layer.rows(x, 0, 64), y[:, :64], atol)
-        close("last rows", layer.rows(x, 64, None), y[:, 64:], atol)
+        near("forward", layer(x), y)
+        near("strided", layer(strided), plain(strided))
+        near("add_", layer.add_(residual.clone(), x), residual + y)
+        near("silu_mul", layer.silu_mul(x), F.silu(gate) * up) if not bias else None
+        near("first rows", layer.rows(x, 0, 64), y[:, :64])
+        near("last rows", layer.rows(x, 64, None), y[:, 64:])
         if bias:
-            close("quick_gelu", layer.quick_gelu(x), y * torch.sigmoid(1.702 * y), atol)
+            near("quick_gelu", layer.quick_gelu(x), y * torch.sigmoid(1.702 * y))
             ahead = layer.bias_ahead()
             if ahead is not None:
-                close("bias ahead", layer.add_(residual + ahead, x, bias_is_in=True), residual + y, atol)
+                near("bias ahead", layer.add_(residual + ahead, x, bias_is_in=True), residual + y)
 
 
 def test_the_whole_model(tmp_path):
