@@ -162,11 +162,11 @@ def load_weights(
     Strict in all else: a tensor that is missing, unexpected, of another shape, or not finite raises CheckpointError.
     """
     sources = read_headers(folder)
-    plan = assign(model, sources, skip=skip)
+    plan, tensors = assign(model, sources, skip=skip), _tensors(model)
     checks: dict[str, Tensor] = {}
     items = tqdm(plan.items(), desc="Loading weights", unit="tensor", disable=not show_progress)
     for name, parts in items:
-        like = _tensors(model)[name]
+        like = tensors[name]
         is_parameter = isinstance(like, nn.Parameter)
         value = torch.empty(like.shape, dtype=dtype if is_parameter else like.dtype, device=device)
         for rows, source in zip(value.split([s.shape[0] for s in parts]) if like.ndim else [value], parts, strict=True):
@@ -174,7 +174,7 @@ def load_weights(
         _set(model, name, value)
         if value.is_floating_point():
             checks[name] = value.sum(dtype=torch.float32)  # NaN and infinities survive a sum
-    _begin_new(model, [name for name in _tensors(model) if name not in plan], device, dtype)
+    _begin_new(model, {name: t for name, t in tensors.items() if name not in plan}, device, dtype)
     _check_finite(model, checks)
     _check_tied(sources)
 
@@ -404,7 +404,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | buffers
 
 
-def _begin_new(model: nn.Module, new: list[str], device: torch.device | str, dtype: torch.dtype) -> None:
+def _begin_new(model: nn.Module, new: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype) -> None:
     """Fills what the checkpoint has no tensor for, by the modules' own `reset_parameters`."""
     if not new:
         return
@@ -416,13 +416,13 @@ def _begin_new(model: nn.Module, new: list[str], device: torch.device | str, dty
                              "reset_parameters to begin with")  # fmt: skip
         kept = {n: t for n, t in module.state_dict().items() if "." not in n and f"{owner}.{n}".lstrip(".") not in new}
         for name in (n for n in new if n.rpartition(".")[0] == owner):
-            like = _tensors(model)[name]
+            like = new[name]
             _set(model, name, torch.empty_like(like, device=device, dtype=dtype if like.is_floating_point() else None))
         with torch.no_grad():
             reset()
             for name, value in kept.items():
                 getattr(module, name).copy_(value)
-    log.warning("%d new parameters begin by reset_parameters: %s", len(new), some(new, 6))
+    log.warning("%d new parameters begin by reset_parameters: %s", len(new), some([*new], 6))
 
 
 def _check_finite(model: nn.Module, sums: dict[str, Tensor]) -> None:
