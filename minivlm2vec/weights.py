@@ -243,10 +243,16 @@ def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
             raise ValueError(f"{name} is on the meta device: it has no values to save")
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinite values")
-        keys = keys_of(name)
-        parts = [p.clone() for p in value.tensor_split(len(keys))] if len(keys) > 1 else [value.contiguous()]
-        tensors |= dict(zip(keys, parts, strict=True))
+        tensors |= under_keys(name, value)
     return tensors
+
+
+def under_keys(name: str, value: Tensor) -> dict[str, Tensor]:
+    """A parameter under the checkpoint's keys. Rows of the tower's qkv_proj are copied, as files hold no views."""
+    keys = keys_of(name)
+    if len(keys) == 1:
+        return {keys[0]: value.contiguous()}
+    return dict(zip(keys, (part.clone() for part in value.tensor_split(len(keys))), strict=True))
 
 
 def write_checkpoint(

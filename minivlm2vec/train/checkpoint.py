@@ -23,7 +23,7 @@ from ..distributed import Ranks
 from ..errors import some
 from ..lora import LoraConfig, adapter_tensors, write_adapter
 from ..model import VLM2Vec
-from ..weights import keys_of, write_checkpoint
+from ..weights import under_keys, write_checkpoint
 from . import engine
 
 
@@ -193,11 +193,11 @@ def model_weights(model: VLM2Vec, ranks: Ranks) -> dict[str, Tensor]:
     """The model's parameters under the checkpoint's keys, in the dtype of its config, and its persistent buffers;
     whole and on the host."""
     dtype: torch.dtype = getattr(torch, model.config.dtype)
-    weights = {keys_of(name)[0]: _on_host(b, ranks) for name, b in persistent_buffers(model).items()}
+    weights: dict[str, Tensor] = {}
+    for name, b in persistent_buffers(model).items():
+        weights |= under_keys(name, _on_host(b, ranks))
     for name, p in model.named_parameters():
-        keys = keys_of(name)
-        value = _on_host(p, ranks, dtype)
-        weights |= {key: part.clone() for key, part in zip(keys, value.tensor_split(len(keys)), strict=True)}
+        weights |= under_keys(name, _on_host(p, ranks, dtype))
     return weights
 
 
