@@ -1,7 +1,8 @@
 """VLM2Vec-Full in plain PyTorch and Triton: any mix of text and images to one vector."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .lazy import lazy_names
 
 if TYPE_CHECKING:
     from .batch import PackedBatch
@@ -31,14 +32,7 @@ _HOMES = {
     "VLM2VecConfig": "config",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Imports the public names when they are first used, so that `import minivlm2vec` does not import torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _HOMES)  # `import minivlm2vec` does not import torch
 
 
 def __dir__() -> list[str]:

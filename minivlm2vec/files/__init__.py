@@ -15,8 +15,9 @@ page.py        hits and galleries as a web page
 ray.py         the same in a Ray Data pipeline
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .embedding import Summary, assemble, compute, embed, plan, publish
@@ -66,15 +67,7 @@ _NAMES = {
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 
-
-def __getattr__(name: str) -> Any:
-    """Imports the public names when they are first used: `import minivlm2vec.files` imports neither torch nor
-    pyarrow."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _HOMES)  # `import minivlm2vec.files` imports neither torch nor pyarrow
 
 
 def __dir__() -> list[str]:

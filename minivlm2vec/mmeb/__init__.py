@@ -14,8 +14,9 @@ mteb_model        the model as mteb wants one (extra `mteb`)
 sentence_module   the model as a sentence-transformers module (extra `sentence-transformers`)
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .evaluation import EvaluateOptions, evaluate
@@ -23,17 +24,12 @@ if TYPE_CHECKING:
     from .results import Results
 
 _HOMES = {
-    "EvaluateOptions": ".evaluation",
-    "Progress": ".progress",
-    "ProgressBars": ".progress",
-    "Results": ".results",
-    "evaluate": ".evaluation",
+    "EvaluateOptions": "evaluation",
+    "Progress": "progress",
+    "ProgressBars": "progress",
+    "Results": "results",
+    "evaluate": "evaluation",
 }
 __all__ = ["EvaluateOptions", "Progress", "ProgressBars", "Results", "evaluate"]
 
-
-def __getattr__(name: str) -> Any:
-    """Imports the public names when they are first used: `subsets` is all that the command's --help needs."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name], __name__), name)
+__getattr__ = lazy_names(__name__, _HOMES)  # `subsets` is all that the command's --help needs

@@ -15,18 +15,15 @@ batching   jobs of all requests -> batches for the model's one thread
 server     uvicorn, with a drain and bounded headers: what `minivlm2vec serve` runs
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .app import create_app
     from .options import Access, Batching, Limits, RemoteImages, ServeOptions
 
 __all__ = ["Access", "Batching", "Limits", "RemoteImages", "ServeOptions", "create_app"]
+_HOMES = {name: "app" if name == "create_app" else "options" for name in __all__}
 
-
-def __getattr__(name: str) -> Any:
-    """Imports the public names when they are first used: the options need neither torch nor the extra."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(".app" if name == "create_app" else ".options", __name__), name)
+__getattr__ = lazy_names(__name__, _HOMES)  # the options need neither torch nor the extra

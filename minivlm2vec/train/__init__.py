@@ -16,24 +16,25 @@ log          log.jsonl, TensorBoard
 pictures     sheets of queries and their nearest targets
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .config import DataConfig, LogConfig, LossConfig, OptimConfig, TrainConfig, read_config
     from .trainer import Trainer, TrainingError, check_data, train
 
 _HOMES = {
-    "DataConfig": ".config",
-    "LogConfig": ".config",
-    "LossConfig": ".config",
-    "OptimConfig": ".config",
-    "TrainConfig": ".config",
-    "Trainer": ".trainer",
-    "TrainingError": ".trainer",
-    "check_data": ".trainer",
-    "read_config": ".config",
-    "train": ".trainer",
+    "DataConfig": "config",
+    "LogConfig": "config",
+    "LossConfig": "config",
+    "OptimConfig": "config",
+    "TrainConfig": "config",
+    "Trainer": "trainer",
+    "TrainingError": "trainer",
+    "check_data": "trainer",
+    "read_config": "config",
+    "train": "trainer",
 }
 __all__ = [
     "DataConfig",
@@ -48,9 +49,4 @@ __all__ = [
     "train",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Imports the public names when they are first used: a process that only draws rows needs no torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name], __name__), name)
+__getattr__ = lazy_names(__name__, _HOMES)  # a process that only draws rows needs no torch
