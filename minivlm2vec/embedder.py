@@ -15,7 +15,7 @@ from minivlm2vec_kernels.ops import BACKENDS
 
 from . import prompts
 from .batch import PackedBatch
-from .errors import InputError
+from .errors import InputError, at_least_one
 from .inference import FusedVLM2Vec, check_options
 from .inference import optimize as optimized
 from .lora import merge_adapter
@@ -339,9 +339,7 @@ def _one_ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def _check_options(batch_tokens: int, max_length: int | None, num_crops: int | None, convert_to: str) -> None:
-    for name, value in (("batch_tokens", batch_tokens), ("max_length", max_length), ("num_crops", num_crops)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; at least 1 is needed")
+    at_least_one(batch_tokens=batch_tokens, max_length=max_length, num_crops=num_crops)
     if convert_to not in ("numpy", "torch"):
         raise ValueError(f"convert_to is 'numpy' or 'torch', got {convert_to!r}")
 

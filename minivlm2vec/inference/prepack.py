@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from minivlm2vec_kernels import ops
+from minivlm2vec_kernels.torch_ops import quick_gelu_
 
 from .fused import InferenceOnly
 
@@ -73,7 +73,7 @@ class PackedLinear(InferenceOnly, nn.Linear):
         return ops.silu_mul(self(x), backend=self.backend)
 
     def quick_gelu(self, x: Tensor) -> Tensor:
-        return F.silu(self(x).mul_(1.702), inplace=True).mul_(1 / 1.702)
+        return quick_gelu_(self(x))
 
     def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
         stop = self.out_features if stop is None else stop
