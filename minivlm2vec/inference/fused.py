@@ -18,7 +18,7 @@ from minivlm2vec_kernels import ops
 
 from ..batch import Grid, PackedBatch
 from ..decoder import MLP, Attention, Decoder, DecoderLayer, Packing, RMSNorm
-from ..linear import Linear
+from ..linear import Embedding, Linear
 from ..model import VLM2Vec
 from ..vision import LayerNorm, VisionAttention, VisionLayer, VisionMLP, VisionTower
 from .prefix import WEIGHT_BOUND_ROWS, SharedBatch, SharedPacking, share_prefixes
@@ -272,8 +272,10 @@ class FusedVLM2Vec(InferenceOnly, VLM2Vec):
     graphs: Any
 
     def prepare(self, batch: PackedBatch) -> PackedBatch:
-        """The same batch, on the host, texts' common beginnings there once where that pays."""
-        if not self.sharing:
+        """The same batch, on the host, texts' common beginnings there once where that pays. Not where embed_tokens is
+        another's or has a hook: it may look at more than a token at a time."""
+        table = self.decoder.embed_tokens
+        if not (self.sharing and type(table) in (Embedding, nn.Embedding) and is_unchanged(table)):
             return batch
         longest, kind = self.config.decoder.original_max_position_embeddings, self.device.type
         return share_prefixes(batch, longest, weight_bound_rows=WEIGHT_BOUND_ROWS.get(kind, 256))
@@ -336,15 +338,22 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def is_plain(module: nn.Module, *, inside: bool = True) -> bool:
-    """Whether a module is one of the plain model's, unchanged: its class is, it has no hooks, no `forward` of its own,
-    and its parameters are no tensor subclass. inside: and so is everything in it."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    """Whether a module is one of the plain model's, unchanged. inside: and so is everything in it."""
     return (
         type(module) in FUSED
-        and not any(hooks)
+        and is_unchanged(module)
+        and (not inside or all(is_plain(child) for child in module.children()))
+    )
+
+
+def is_unchanged(module: nn.Module) -> bool:
+    """Whether a module does what its class says: it has no hooks, no `forward` of its own, and its parameters are no
+    tensor subclass."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return (
+        not any(hooks)
         and "forward" not in vars(module)
         and all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
-        and (not inside or all(is_plain(child) for child in module.children()))
     )
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from minivlm2vec import Embedder
 from minivlm2vec.batch import PackedBatch, cumulative
-from minivlm2vec.inference import optimize
+from minivlm2vec.inference import FusedVLM2Vec, optimize
 from minivlm2vec.inference.prefix import SharedBatch, pays, share_prefixes
 from minivlm2vec.info import empty_model
 from minivlm2vec.model import VLM2Vec
@@ -104,6 +104,27 @@ def test_all_tokens_too(model, texts):
         assert (kept[layer] - x).abs().max() <= 2e-6 * x.abs().max()
 
 
+class Scaled(torch.nn.Embedding):
+    pass
+
+
+@pytest.mark.parametrize("change", ["hook", "pre-hook", "class"])
+def test_embeddings_that_may_look_further_are_not_shared(folder, change):
+    e = Embedder.from_pretrained(folder, device="cpu", show_progress=False)
+    items = [e.load(e.plan(INSTRUCTION + x)) for x in ("a" * 9, "b" * 9, "c" * 9, "d" * 9)]
+    assert isinstance(e.prepare(items), SharedBatch)
+    table = e.model.decoder.embed_tokens
+    if change == "class":
+        table.__class__ = Scaled
+    else:
+        register = table.register_forward_hook if change == "hook" else table.register_forward_pre_hook
+        handle = register(lambda *args: None)
+    assert not isinstance(e.prepare(items), SharedBatch)
+    if change != "class":
+        handle.remove()
+        assert isinstance(e.prepare(items), SharedBatch)
+
+
 def test_only_causal_attention_can_share(e):
     model = empty_model(e.model.config).to_empty(device="cpu")
     model.causal = False
@@ -124,10 +145,11 @@ def test_long_sequences_and_images_take_no_part(e):
     assert (e.model(shared) - e.model(batch)).abs().max() <= 2e-6
 
 
-def test_work_is_saved(e):
+def test_work_is_saved(e, monkeypatch):
     """Rows that pass through the decoder: with a common instruction, the instruction's once."""
     rows = []
-    hook = e.model.decoder.embed_tokens.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    embed = FusedVLM2Vec.embed
+    monkeypatch.setattr(FusedVLM2Vec, "embed", lambda self, b: rows.append(len(b.input_ids)) or embed(self, b))
     items = [INSTRUCTION + chr(97 + i) * 8 for i in range(16)]
     try:
         e.model.sharing = True
@@ -135,7 +157,6 @@ def test_work_is_saved(e):
         e.model.sharing = False
         whole = e.encode(items)
     finally:
-        hook.remove()
         e.model.sharing = False
     n = len(e.plan(INSTRUCTION))
     assert rows[1] - rows[0] == 15 * n, rows
