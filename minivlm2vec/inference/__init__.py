@@ -63,6 +63,8 @@ def optimize(
     layers = {n: m for n, m in model.named_modules() if type(m) in (VisionLayer, DecoderLayer) and is_plain(m)}
     for name, layer in layers.items():
         for inner, module in list(layer.named_modules(prefix=name)):
+            if isinstance(module, InferenceOnly):  # layers may share it
+                continue
             if not _store_otherwise(model, inner, module, packs=packs, keep=keep):
                 fuse(module, model.backend)
     if type(model.projector) is Projector:

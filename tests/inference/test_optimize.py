@@ -186,6 +186,8 @@ CHANGES = {
     "a forward of its own": lambda m: setattr(m.decoder.layers[0].mlp, "forward", lambda x: 0.5 * x),
     "an adapter": adapted,
     "a pooling": lambda m: setattr(m, "pooling", lambda x, cu_seqlens: x[cu_seqlens[:-1].long()]),
+    "a shared MLP": lambda m: setattr(m.decoder.layers[2], "mlp", m.decoder.layers[0].mlp),
+    "shared attention in the tower": lambda m: setattr(m.vision.layers[1], "self_attn", m.vision.layers[0].self_attn),
     "not causal": lambda m: setattr(m, "causal", False),
     "a tower": lambda m: setattr(m, "vision", Mean(m.config.vision)),
     "a projector's matrix": lambda m: m.projector.mlp.__setitem__(0, Twice(m.projector.mlp[0])),
