@@ -177,6 +177,7 @@ def load_weights(
     _begin_new(model, {name: t for name, t in tensors.items() if name not in plan}, device, dtype)
     _check_finite(model, checks)
     _check_tied(sources)
+    _check_filled(model)
 
 
 def assign(model: VLM2Vec, sources: list[Source], *, skip: Sequence[str] = ()) -> dict[str, list[Source]]:
@@ -219,7 +220,8 @@ def save_model(
     appears when it is whole. Configuration and tokenizer are copied from `source`: a checkpoint folder, by default that
     which the model was loaded from; config.json says the model's dtype.
 
-    Raises FileExistsError where the folder is there already (unless overwrite), ValueError for a model that cannot be
+    Raises FileExistsError where the folder is there already (overwrite replaces all that is in a checkpoint's folder,
+    and no other), ValueError for a model that cannot be
     saved: with adapters that are not merged (see `lora.save_adapter`), on the meta device, or not finite.
     """
     source = source or getattr(model, "checkpoint", None)
@@ -228,6 +230,8 @@ def save_model(
     folder = Path(folder)
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists; overwrite=True replaces it")
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise FileExistsError(f"{folder} is no checkpoint, so overwrite=True does not replace it")
     write_checkpoint(folder, checkpoint_tensors(model), source=source, max_shard_size=max_shard_size)
     return folder
 
@@ -440,6 +444,14 @@ def _check_finite(model: nn.Module, sums: dict[str, Tensor]) -> None:
         if bad:
             raise CheckpointError(f"{name} holds {bad:,} values that are NaN or infinite, of "
                                   f"{value.numel():,}")  # fmt: skip
+
+
+def _check_filled(model: nn.Module) -> None:
+    """Raises ValueError for a tensor that is left without values: a buffer that no checkpoint holds."""
+    left = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    if left:
+        raise ValueError(f"{some(left)}: a model is built on the meta device, and no checkpoint holds buffers with "
+                         "persistent=False; make them with device=\"cpu\", or in `forward`")  # fmt: skip
 
 
 def _check_tied(sources: list[Source]) -> None:

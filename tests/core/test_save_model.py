@@ -170,3 +170,26 @@ def test_another_tower_may_use_the_names_of_layers_that_are_dropped(folder, tmp_
     model = load_model(folder, model_class=Whole, skip=(f"vision.layers.{number}.",))
     again = load_model(save_model(model, tmp_path / "saved"), model_class=Whole)
     assert torch.equal(again.vision.layers[number].weight, model.vision.layers[number].weight)
+
+
+def test_a_folder_that_is_no_checkpoint_is_never_replaced(folder, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "note").write_text("mine")
+    with pytest.raises(FileExistsError, match="is no checkpoint"):
+        save_model(load_model(folder), mine, overwrite=True)
+    assert (mine / "note").exists()
+
+
+def test_a_buffer_that_nobody_fills_is_named(folder):
+    class Scaled(VLM2Vec):
+        device_of_gain = None
+
+        def __init__(self, config, *, backend=None):
+            super().__init__(config, backend=backend)
+            self.register_buffer("gain", torch.full((1,), 2.0, device=self.device_of_gain), persistent=False)
+
+    with pytest.raises(ValueError, match=r'gain: .*persistent=False; make them with device="cpu"'):
+        load_model(folder, model_class=Scaled)
+    Scaled.device_of_gain = "cpu"
+    assert load_model(folder, model_class=Scaled).gain == 2
