@@ -119,11 +119,11 @@ def plan(source: str | os.PathLike, out: str | os.PathLike, options: EmbedOption
         _check_run(job, begun, manifest)
         complete = _check_out(job)
         finished = [n for n in parts.finished() if n in job.numbers] if begun == manifest else []
-        kept = [] if complete else _unchanged(job, finished)
-        todo = () if complete else tuple(n for n in job.numbers if n not in set(kept))
+        kept = set() if complete else set(_unchanged(job, finished))
+        todo = () if complete else tuple(n for n in job.numbers if n not in kept)
         if not complete:
             _check_space(job, todo)
-        for number in set(parts.finished()) - set(kept):
+        for number in set(parts.finished()) - kept:
             parts.discard(number)
         if begun != manifest:
             parts.begin(manifest)

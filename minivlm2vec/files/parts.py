@@ -87,7 +87,7 @@ class Parts:
         write_bytes(self.manifest_path, json.dumps(manifest, indent=1).encode())
 
     def write_todo(self, numbers: list[int]) -> None:
-        (self.folder / "todo.json").write_text(json.dumps(numbers), encoding="utf-8")
+        write_bytes(self.folder / "todo.json", json.dumps(numbers).encode())
 
     def todo(self) -> list[int]:
         """What `write_todo` wrote, in whichever process."""

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -259,7 +260,7 @@ class _RowReader:
 
         pieces = []
         while start < stop:
-            group = next(g for g in range(len(self.bounds) - 1) if self.bounds[g] <= start < self.bounds[g + 1])
+            group = bisect_right(self.bounds, start) - 1
             if group != self.group:
                 self._enter(group)
             batch = self._next(start, min(stop, self.bounds[group + 1]))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..extras import import_lancedb, import_pyarrow
-from .writers import KEY, META, ROW_NUMBER, ROWS
+from .writers import KEY, META, ROW_NUMBER, ROWS, beside
 
 CHUNK_BYTES = 64 << 20
 REFINE = 10  # an index brings so many times as many rows as asked, which are then scored exactly
@@ -71,11 +72,11 @@ class FlatFile(VectorFile):
 
     def rows(self, numbers: Iterable[int]) -> dict[int, dict[str, Any]]:
         wanted = set(numbers)
-        path = self.path.with_name(self.path.name + ROWS)
+        path = beside(self.path, ROWS)
         if not path.is_file():
             return {n: {} for n in wanted}
         with open(path, "rb") as f:
-            return {i: json.loads(line) for i, line in enumerate(f) if i in wanted}
+            return {i: json.loads(line) for i, line in enumerate(islice(f, max(wanted, default=-1) + 1)) if i in wanted}
 
     def vectors(self, numbers: Iterable[int]) -> Tensor:
         return self.tensor[torch.tensor(list(numbers), dtype=torch.int64)].float()
@@ -198,7 +199,7 @@ def open_vectors(path: str | Path) -> VectorFile | LanceDataset:
 
 
 def _npy_meta(path: Path) -> dict[str, Any] | None:
-    meta = path.with_name(path.name + META)
+    meta = beside(path, META)
     return _known(json.loads(meta.read_text(encoding="utf-8"))) if meta.is_file() else None
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -198,7 +198,7 @@ def _numbered(head: Head, pieces: Pieces, first: int) -> Any:
     """A stream of Arrow batches for .lance: the columns, the row's number from `first` on, the vector."""
     pa = import_pyarrow("for columns of Arrow")
     columns = head.schema.append(pa.field(ROW_NUMBER, pa.int64()))
-    schema = _with_vectors(Head(**{**vars(head), "schema": columns}))
+    schema = _with_vectors(replace(head, schema=columns))
     settings = head.meta["settings"]
 
     def batches() -> Iterator[Any]:
