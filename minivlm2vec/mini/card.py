@@ -118,7 +118,7 @@ The architecture of Phi-3.5-vision as VLM2Vec uses it, in small: {facts["paramet
 
 def _data(concepts: dict[str, int], more_styles: bool) -> str:
     packages = (*sources.PACKAGES, *(sources.MORE_STYLES if more_styles else ()))
-    works = "\n".join(f"| {one.credit} | npm `{one.spec}` | {one.licence} |" for one in packages)
+    works = "\n".join(one.credit_row for one in packages)
     more = " and, beyond mini-MMEB's own sets, Noto v1, Firefox OS and EmojiOne where they have a concept"
     credits = "Twemoji and EmojiOne" if more_styles else "Twemoji"
     text = f"""\

@@ -20,7 +20,7 @@ from ..mmeb.dataset import Dataset, Rows
 from ..mmeb.encode import Encoder
 from ..mmeb.evaluation import EvaluateOptions, evaluate
 from ..mmeb.progress import ProgressBars
-from ..mmeb.score import METRICS, Figures
+from ..mmeb.score import Figures
 from ..mmeb.subsets import META_TASKS
 from ..rows import read_jsonl
 from ..weights import read_headers
@@ -166,9 +166,7 @@ def averages(figures: dict[str, Figures], sets: dict[str, dict]) -> dict[str, di
 
 
 def _named(figures: Figures) -> dict[str, Any]:
-    values = zip(METRICS, figures.mean, figures.replicates.T, strict=True)
-    wanted = {"precision@1", "mrr"}
-    return {name: _interval(mean, replicates) for name, mean, replicates in values if name in wanted}
+    return {name: one for name, one in figures.as_dict().items() if name in ("precision@1", "mrr")}
 
 
 def _interval(mean: float, replicates: np.ndarray) -> dict[str, float]:

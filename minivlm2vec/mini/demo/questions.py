@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ...mmeb.dataset import Dataset
 from ...rows import Pair, read_jsonl
 from ..world.concepts import HELD_OUT_STYLE
-from ..world.tasks import INSTRUCTIONS, PICTURE
+from ..world.tasks import INSTRUCTIONS, PICTURE, own_part
 
 CATALOGUES = {"seen": "pictures_seen.jsonl", "new": "pictures.jsonl"}  # of the single pictures
 
@@ -40,8 +40,7 @@ class Kind:
 
     def own(self, text: str) -> str:
         """What a query's text says beside the instruction."""
-        head, _, tail = self.instruction.partition("{}")
-        return text[len(head) : len(text) - len(tail)] if "{}" in self.instruction else ""
+        return own_part(self.instruction, text)
 
 
 SEARCH = Kind("Text -> image", INSTRUCTIONS["Emoji-t2i"][0])

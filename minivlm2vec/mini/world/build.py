@@ -248,8 +248,7 @@ def _train_row(query: Stored, positive: Stored, hard_negatives: tuple[Stored, ..
 
 
 def _paraphrased(one: tasks.TaskSet, text: str, rng: random.Random) -> str:
-    head, tail = one.instructions[0].split("{}") if "{}" in one.instructions[0] else (one.instructions[0], "")
-    return rng.choice(one.instructions).format(text[len(head) : len(text) - len(tail)])
+    return rng.choice(one.instructions).format(tasks.own_part(one.instructions[0], text))
 
 
 # --- files -----------------------------------------------------------------------------------------------
@@ -329,13 +328,9 @@ def write_attribution(folder: Path, plan: Plan, tarballs: dict[sources.Package, 
     for package, name in ((sources.NOTO, "emoji-datasource"), (sources.EMOJIBASE, "emojibase-data")):
         (_, text), *_ = sources.members(tarballs[package], "package/LICENSE", "")  # Twemoji's is Noto's
         (licences / f"{name}.txt").write_bytes(text)
-    lines = [_ATTRIBUTION, *(_credit(package) for package in sources.PACKAGES)]
+    lines = [_ATTRIBUTION, *(package.credit_row for package in sources.PACKAGES)]
     lines.append(f"\nBuilt with seed {plan.seed}.\n")
     (folder / "ATTRIBUTION.md").write_text("\n".join(lines), encoding="utf-8")
-
-
-def _credit(package: sources.Package) -> str:
-    return f"| {package.credit} | npm `{package.spec}` | {package.licence} |"
 
 
 _ATTRIBUTION = """# Where the pictures and words come from

@@ -30,6 +30,11 @@ class Package:
         return f"{self.name}@{self.version}"
 
     @property
+    def credit_row(self) -> str:
+        """Of a table: work, package, licence."""
+        return f"| {self.credit} | npm `{self.spec}` | {self.licence} |"
+
+    @property
     def filename(self) -> str:
         """The name `npm pack` gives the tarball."""
         return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"

@@ -56,6 +56,12 @@ class TaskSet:
         return Row(Item(text, row.query.image), row.positive, row.hard_negatives)
 
 
+def own_part(instruction: str, text: str) -> str:
+    """What a text says in the place of the instruction's "{}"; "" where it has none."""
+    head, _, tail = instruction.partition("{}")
+    return text[len(head) : len(text) - len(tail)] if "{}" in instruction else ""
+
+
 # --- classification --------------------------------------------------------------------------------------
 
 
