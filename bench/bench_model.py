@@ -36,7 +36,7 @@ from minivlm2vec.config import VLM2VecConfig
 from minivlm2vec.inference import FusedVLM2Vec, optimize
 from minivlm2vec.inference.graphs import MAX_TOKENS, GraphedModel, PaddedModel
 from minivlm2vec.inference.prefix import SharedBatch, share_prefixes
-from minivlm2vec.info import empty_model, image_flops, text_flops
+from minivlm2vec.info import empty_model, image_flops, text_flops, tower_flops
 from minivlm2vec.model import VLM2Vec
 from minivlm2vec.new_checkpoint import base_config
 from minivlm2vec_kernels import ops
@@ -208,14 +208,10 @@ def compiled_whole(model: VLM2Vec, batch: PackedBatch, work: Workload) -> dict[s
 def tower_case(config, device, crops: int) -> Case:
     """One tall image, whose crops and global view are `crops` in all."""
     dtype, grid = dtype_of(device, "tower"), (crops - 1, 1)
-    v = config.vision
-    layer = 2 * v.num_positions * (4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size)
-    layer += 4 * v.num_positions**2 * v.hidden_size
-    patches = 2 * v.patches_per_side**2 * 3 * v.patch_size**2 * v.hidden_size
     weights = sum(p.numel() for p in empty_model(config).vision.parameters()) * dtype.itemsize
     return Case(
         "tower", f"{crops} crops", dtype,
-        flops=crops * ((v.num_hidden_layers - 1) * layer + patches), bytes=weights, memory_bound=False,
+        flops=tower_flops(config, crops), bytes=weights, memory_bound=False,
         items={"crops": crops}, build=functools.partial(build_tower, config, device, dtype, grid),
         check=check_vectors, warm_ups=WARM_UPS,
     )  # fmt: skip

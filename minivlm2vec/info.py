@@ -56,12 +56,18 @@ def text_flops(config: VLM2VecConfig, length: int, *, last_only: bool = True) ->
 def image_flops(config: VLM2VecConfig, grid: Grid) -> int:
     """Those of one image's tower and projector (not of its tokens in the decoder)."""
     v, d = config.vision, config.decoder
-    D, L, crops = v.hidden_size, v.num_positions, grid[0] * grid[1] + 1
+    tokens = num_image_tokens(grid, v.merged_per_side)
+    projector = 2 * tokens * (4 * v.hidden_size * d.hidden_size + d.hidden_size**2)
+    return tower_flops(config, grid[0] * grid[1] + 1) + projector
+
+
+def tower_flops(config: VLM2VecConfig, crops: int) -> int:
+    """Those of the tower for so many crops, global views counted in."""
+    v = config.vision
+    D, L = v.hidden_size, v.num_positions
     layer = 2 * L * (4 * D * D + 2 * D * v.intermediate_size) + 4 * L * L * D
     patches = 2 * (L - 1) * 3 * v.patch_size**2 * D
-    tokens = num_image_tokens(grid, v.merged_per_side)
-    projector = 2 * tokens * (4 * D * d.hidden_size + d.hidden_size**2)
-    return crops * ((v.num_hidden_layers - 1) * layer + patches) + projector
+    return crops * ((v.num_hidden_layers - 1) * layer + patches)
 
 
 def report(config: VLM2VecConfig) -> dict:
