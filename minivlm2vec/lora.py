@@ -265,11 +265,11 @@ def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, *, ba
     tensors = {name: t.detach() for name, t in adapter_tensors(model)}
     if not tensors:
         raise ValueError("the model has no adapter to write")
-    write_adapter(tensors, folder, config, base_model=base_model)
+    write_adapter(folder, tensors, config, base_model=base_model)
 
 
 def write_adapter(
-    tensors: dict[str, Tensor], folder: str | Path, config: LoraConfig, *, base_model: str | None = None
+    folder: str | Path, tensors: dict[str, Tensor], config: LoraConfig, *, base_model: str | None = None
 ) -> None:
     """`save_adapter` of tensors as `adapter_tensors` names them."""
     folder = Path(folder)

@@ -8,7 +8,7 @@ from which the run goes on exactly. Safetensors and JSON alone.
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from ..atomic import replacing
 from ..distributed import Ranks
 from ..errors import some
-from ..lora import LoraConfig, adapter_tensors, write_adapter
+from ..lora import adapter_tensors
 from ..model import VLM2Vec
-from ..weights import under_keys, write_checkpoint
+from ..weights import under_keys
 from . import engine
 
 
@@ -90,10 +90,15 @@ class RunState:
         names = {id(p): name for name, p in self.parameters.items()}
         ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Any]] = {}
+        found: dict[str, dict[str, str]] = {}
+        for full in keys:
+            if full.startswith("optimizer/"):
+                _, key, name = full.split("/", 2)
+                found.setdefault(name, {})[key] = full
         for i, p in enumerate(ordered):
             name = names[id(p)]
-            found = {k.split("/")[1]: k for k in keys if k.startswith("optimizer/") and k.split("/", 2)[2] == name}
-            own = {key: engine.as_held(read(full), p) for key, full in found.items()} | values.get(name, {})
+            own = {key: engine.as_held(read(full), p) for key, full in found.get(name, {}).items()}
+            own |= values.get(name, {})
             if own:
                 state[i] = own
         return state
@@ -157,8 +162,8 @@ def write(
     out: Path,
     step: int,
     state: RunState,
-    weights: Mapping[str, Tensor],
-    write_weights: Callable[[Path, Mapping[str, Tensor]], None],
+    weights: dict[str, Tensor],
+    write_weights: Callable[[Path, dict[str, Tensor]], None],
     settings: dict[str, Any],
 ) -> Path:
     """Writes step-<step>/; to be called by all processes, of which the first writes. It appears when it is whole.
@@ -205,15 +210,6 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """By name, those that belong to the module's state."""
     kept = module.state_dict().keys()
     return {name: b for name, b in module.named_buffers() if name in kept}
-
-
-def write_model(folder: Path, weights: Mapping[str, Tensor], *, source: Path) -> None:
-    """A checkpoint folder, with the configuration and tokenizer of the one that the run began from."""
-    write_checkpoint(folder, dict(weights), source=source)
-
-
-def write_adapter_files(folder: Path, weights: Mapping[str, Tensor], *, lora: LoraConfig, base_model: str) -> None:
-    write_adapter(dict(weights), folder, lora, base_model=base_model)
 
 
 def _read_json(folder: Path) -> dict[str, Any]:

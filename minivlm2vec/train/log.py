@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..atomic import write_text
 from ..extras import import_extra
 
 
@@ -50,5 +51,5 @@ class Log:
 def _continued(path: Path, step: int) -> TextIO:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    write_text(path, "".join(line + "\n" for line in kept))
     return path.open("a", encoding="utf-8")

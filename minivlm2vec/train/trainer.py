@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ..distributed import Ranks
 from ..errors import some
+from ..lora import write_adapter
 from ..model import VLM2Vec
 from ..processor import Loaded, Processor
 from ..rows import Pair
-from ..weights import resolve
+from ..weights import resolve, write_checkpoint
 from . import checkpoint, engine
 from .config import TrainConfig
 from .data import NONE, Pictures, Row, RowSource, open_data
@@ -156,20 +157,24 @@ class Trainer:
         size = self.config.optim.chunk_size or len(prepared.inputs)
         chunks = [prepared.inputs[i : i + size] for i in range(0, len(prepared.inputs), size)]
 
+        hits = 0.0
+
         def loss(vectors: Tensor) -> Tensor:
-            value = self.loss(self.ranks.gather(vectors[:n]), self.ranks.gather(vectors[n:]), about)
+            nonlocal hits
+            queries, targets = (self.ranks.gather(part) for part in (vectors[:n], vectors[n:]))
+            value = self.loss(queries, targets, about)
             if not value.isfinite():
                 raise self._error("the loss is", value.item(), prepared, vectors)
+            hits = hit_rate(queries, targets, about)
             return value
 
         first_pass = engine.keeping_buffers(self.model, lambda chunk: self._encode(self.engine.encoder, chunk))
-        value, vectors = cached_backward(
+        value, _ = cached_backward(
             first_pass, chunks, loss,
             device=self.device, again=lambda chunk: self._encode(self.engine.trained, chunk), hold=self.engine.hold,
             scale=self.ranks.world, dummies=self.engine.dummy_chunks(len(chunks)),
         )  # fmt: skip
-        gathered = self.ranks.gather(vectors[:n]), self.ranks.gather(vectors[n:])
-        return float(value), hit_rate(*gathered, about)
+        return float(value), hits
 
     def own_rows(self, step: int) -> list[Row]:
         """This process' share of the rows of a step, counted from 0."""
@@ -181,10 +186,10 @@ class Trainer:
         """Writes a checkpoint of the present step; to be called by all processes."""
         if self.lora is not None:
             weights = checkpoint.adapter_weights(self.model, self.ranks)
-            write = partial(checkpoint.write_adapter_files, lora=self.lora, base_model=self.config.model)
+            write = partial(write_adapter, config=self.lora, base_model=self.config.model)
         else:
             weights = checkpoint.model_weights(self.model, self.ranks)
-            write = partial(checkpoint.write_model, source=self.source)
+            write = partial(write_checkpoint, source=self.source)
         return checkpoint.write(self.out, self.step, self._state(), weights, write, self._settings())
 
     def write_pictures(self) -> None:
