@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
@@ -19,6 +19,17 @@ class Pair(NamedTuple):
 
     text: str
     image: str  # path inside the image folder or zip, "" for none
+
+
+class HasPictures(Protocol):
+    """Where the pictures of rows come from."""
+
+    def source(self, path: str, /) -> Any: ...
+
+
+def as_input(pair: Pair, images: HasPictures) -> str | dict[str, Any]:
+    """What `Processor.plan` and `encode` take for it. A text that names <|image_1|> without an image stays as it is."""
+    return {"text": pair.text, "image": images.source(pair.image)} if pair.image else pair.text
 
 
 class Images:
@@ -88,6 +99,11 @@ class Images:
         if self.archive:
             return [name[: -len(path)] for name in self.archive.NameToInfo if name.endswith("/" + path)]
         return [f"{folder.name}/" for folder in sorted(self.place.iterdir()) if folder.is_dir()]
+
+
+def row_files(folder: Path, beginning: str) -> list[Path]:
+    """The files of rows in a folder whose names begin so, in order."""
+    return sorted((*folder.glob(f"{beginning}*.parquet"), *folder.glob(f"{beginning}*.jsonl")))
 
 
 def read_rows(path: Path) -> Iterator[Any]:

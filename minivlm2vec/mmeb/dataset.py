@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..rows import Images, Pair, check_columns, make_pair, read_rows
+from ..rows import Images, Pair, check_columns, make_pair, read_rows, row_files
 from . import subsets
 from .subsets import HUB_NAME, Subset
 
@@ -154,7 +154,7 @@ def _find_subsets(root: Path) -> dict[str, Subset]:
     """In the order of MMEB's own table, then of subsets.json, then by name."""
     about_path = root / "subsets.json"
     about = json.loads(about_path.read_text(encoding="utf-8")) if about_path.exists() else {}
-    present = {one.name for one in root.iterdir() if one.is_dir() and _files(one)}
+    present = {one.name for one in root.iterdir() if one.is_dir() and row_files(one, "test")}
     order = [name for name in dict.fromkeys((*subsets.MMEB, *about, *sorted(present))) if name in present]
     return {name: _subset(name, about.get(name)) for name in order}
 
@@ -167,13 +167,9 @@ def _subset(name: str, about: dict | None) -> Subset:
     return subsets.MMEB.get(name, Subset(name, "other", ""))
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted((*folder.glob("test*.parquet"), *folder.glob("test*.jsonl")))
-
-
 def _read(folder: Path, limit: int | None) -> Iterator[dict[str, Any]]:
     number = 0
-    for path in _files(folder):
+    for path in row_files(folder, "test"):
         for row in read_rows(path):
             if number == limit:
                 return

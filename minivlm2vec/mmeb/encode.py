@@ -17,7 +17,7 @@ import numpy as np
 from ..atomic import open_replacing
 from ..distributed import Ranks
 from ..errors import InputError
-from ..rows import Images, Pair
+from ..rows import Images, Pair, as_input
 
 _PROBES = ("Represent the given text.\n", "<|image_1|>\nRepresent the given image with the following question: what?\n")
 
@@ -75,11 +75,6 @@ class VectorStore:
         if vectors.ndim != 2 or len(vectors) != len(pairs):
             raise ValueError(f"encode gave an array of shape {vectors.shape} for {len(pairs)} inputs")
         return vectors
-
-
-def as_input(pair: Pair, images: Images) -> str | dict[str, Any]:
-    """What `encode` takes for it. A text that names <|image_1|> without an image stays as it is."""
-    return {"text": pair.text, "image": images.source(pair.image)} if pair.image else pair.text
 
 
 def fingerprint(encoder: Encoder, options: dict[str, Any], ranks: Ranks) -> str:

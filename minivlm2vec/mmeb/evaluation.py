@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..distributed import Ranks
+from ..errors import at_least_one
 from ..extras import import_pyarrow
 from . import score
 from .dataset import Dataset, Rows, open_dataset
@@ -61,8 +62,7 @@ class EvaluateOptions:
     name: str = ""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or (self.limit is not None and self.limit < 1):
-            raise ValueError(f"batch_size and limit are at least 1, got {self.batch_size} and {self.limit}")
+        at_least_one(batch_size=self.batch_size, limit=self.limit)
 
     def for_encode(self) -> dict[str, Any]:
         crops = {} if self.num_crops is None else {"num_crops": self.num_crops}

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..rows import Images, Pair, check_columns, make_pair, read_rows
+from ..rows import Images, Pair, check_columns, make_pair, read_rows, row_files
 from .config import DataConfig
 
 COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path")
@@ -53,10 +53,6 @@ class Row:
     @property
     def pairs(self) -> tuple[Pair, ...]:
         return (self.query, *self.positives, *self.negatives)
-
-    def item(self, pair: Pair) -> dict[str, Any]:
-        """The pair as `Processor.plan` takes it."""
-        return {"text": pair.text, "image": self.images.source(pair.image)} if pair.image else {"text": pair.text}
 
 
 class RowSource(Protocol):
@@ -219,16 +215,12 @@ def _root(root: str | None) -> Path:
     return path
 
 
-def _files(folder: Path, variant: str) -> list[Path]:
-    return sorted((*folder.glob(f"{variant}*.parquet"), *folder.glob(f"{variant}*.jsonl")))
-
-
 def _find_sets(root: Path, variant: str) -> list[str]:
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and _files(p, variant))
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and row_files(p, variant))
 
 
 def _read_files(folder: Path, variant: str) -> Iterator[Any]:
-    files = _files(folder, variant)
+    files = row_files(folder, variant)
     if not files:
         raise FileNotFoundError(f"{folder} holds no {variant}*.parquet and no {variant}*.jsonl")
     for path in files:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..processor import Loaded, Processor
-from ..rows import Pair
+from ..rows import Pair, as_input
 from .data import Pictures, Row, content_id
 from .loss import Targets
 
@@ -54,7 +54,6 @@ class RowLoader:
     def load(self, name: str, pair: Pair, images: Pictures) -> Loaded:
         """One pair; `name` is its row's, for messages."""
         try:
-            item = {"text": pair.text} | ({"image": images.source(pair.image)} if pair.image else {})
-            return self.processor.load(self.processor.plan(item, max_length=self.max_length))
+            return self.processor.load(self.processor.plan(as_input(pair, images), max_length=self.max_length))
         except (ValueError, OSError) as e:
             raise ValueError(f"{name}: {e}") from e

@@ -21,9 +21,9 @@ from minivlm2vec.mini import bundled
 from minivlm2vec.mini.world import build
 from minivlm2vec.mmeb import EvaluateOptions, Progress, ProgressBars, dataset, evaluate, report, score, subsets
 from minivlm2vec.mmeb.dataset import Dataset, open_dataset
-from minivlm2vec.mmeb.encode import VectorStore, as_input, fingerprint
+from minivlm2vec.mmeb.encode import VectorStore, fingerprint
 from minivlm2vec.mmeb.score import METRICS, CollapsedEmbeddings, figures, score_rows
-from minivlm2vec.rows import Images, Pair
+from minivlm2vec.rows import Images, Pair, as_input
 from tests.support.files_data import make_adapter
 
 MINI = bundled() / "MMEB-eval"

@@ -15,6 +15,7 @@ from minivlm2vec import Embedder
 from minivlm2vec.cli import main
 from minivlm2vec.lora import LoraConfig
 from minivlm2vec.new_checkpoint import new_checkpoint
+from minivlm2vec.rows import as_input
 from minivlm2vec.train import engine
 from minivlm2vec.train.config import DataConfig, LogConfig, LossConfig, OptimConfig, TrainConfig, read_config
 from minivlm2vec.train.data import TrainingData
@@ -259,8 +260,8 @@ def test_the_gradient_is_that_of_plain_code(base, tmp_path):
     ours = gradients(t)
     rows = t.own_rows(0)
     t.model.zero_grad()
-    q = t.model(t.processor([r.item(r.query) for r in rows]))
-    p = t.model(t.processor([r.item(r.positives[0]) for r in rows]))
+    q = t.model(t.processor([as_input(r.query, r.images) for r in rows]))
+    p = t.model(t.processor([as_input(r.positives[0], r.images) for r in rows]))
     loss = F.cross_entropy(q @ p.T / 0.02, torch.arange(len(rows)))
     loss.backward()
     assert t.value == pytest.approx(loss.item(), rel=1e-5)

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...embedder import Embedder
-from ...mmeb.encode import as_input
 from ...mmeb.score import METRICS, Scored, figures, unit_rows
-from ...rows import Images, Pair
+from ...rows import Images, Pair, as_input
 from .questions import SEARCH, DemoData, Question, QuestionSet
 
 TIMED_QUERIES = 9
