@@ -42,7 +42,8 @@ class InferenceOnly(nn.Module):
     state_dict = load_state_dict = _load_from_state_dict = _refuse("be saved or loaded")
     __deepcopy__ = __reduce_ex__ = _refuse("be copied or pickled")
     _apply = _refuse("be moved or cast")
-    _replace = _refuse("have a part replaced")
+    compile = _refuse("be compiled")
+    _replace = add_module = register_module = __delattr__ = _refuse("have a part replaced")
 
     def train(self, mode: bool = True) -> Any:
         return self._train() if mode else super().train(False)

@@ -82,6 +82,8 @@ REFUSED = {
     "state_dict": lambda m: m.state_dict(),
     "to": lambda m: m.to(torch.float64),
     "half": lambda m: m.half(),
+    "compile": lambda m: m.compile(),
+    "add_module": lambda m: m.add_module("another", nn.Identity()),
 }
 
 
@@ -116,6 +118,9 @@ def test_loading_weights_and_replacing_parts_are_refused(folder, plain):
         lambda: setattr(model.decoder.layers[1].mlp.down_proj, "forward", lambda x: x),
         lambda: setattr(model.decoder.layers[0].mlp, "down_proj", nn.Linear(3, 3)),
         lambda: model.decoder.layers.__setitem__(0, nn.Identity()),
+        lambda: model.decoder.layers.append(nn.Identity()),
+        lambda: model.decoder.layers.__delitem__(0),
+        lambda: delattr(model.decoder, "norm"),
         lambda: setattr(model.decoder.norm, "weight", nn.Parameter(torch.ones(3))),
         lambda: model.set_submodule("decoder.layers.1.self_attn", nn.Identity()),
     ]
