@@ -1,5 +1,6 @@
 """Prometheus metrics of one server, in a registry of its own."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -36,10 +37,15 @@ class Metrics:
             "request_seconds", "Seconds from the start of a request to its answer (status 200 only)", SECONDS
         )
         if device.type == "cuda":
-            self._gauge("gpu_memory_allocated_bytes", "GPU memory in tensors", lambda: _memory(device)[0])
-            self._gauge("gpu_memory_reserved_bytes", "GPU memory reserved by PyTorch", lambda: _memory(device)[1])
-            self._gauge("gpu_memory_peak_bytes", "Peak of the GPU memory in tensors", lambda: _memory(device)[2])
-            self._gauge("gpu_memory_total_bytes", "Total memory of the GPU", lambda: _memory(device)[3])
+            self._watch_memory(device)
+
+    def _watch_memory(self, device: torch.device) -> None:
+        cuda, total = torch.cuda, torch.cuda.get_device_properties(device).total_memory
+        self._gauge("gpu_memory_allocated_bytes", "GPU memory in tensors", lambda: cuda.memory_allocated(device))
+        self._gauge("gpu_memory_reserved_bytes", "GPU memory reserved by PyTorch", lambda: cuda.memory_reserved(device))
+        peak = functools.partial(cuda.max_memory_allocated, device)
+        self._gauge("gpu_memory_peak_bytes", "Peak of the GPU memory in tensors", peak)
+        self._gauge("gpu_memory_total_bytes", "Total memory of the GPU", lambda: total)
 
     def watch_queue(self, waiting: Callable[[], tuple[int, int]]) -> None:
         """waiting() returns how many inputs and tokens are in the queue."""
@@ -64,13 +70,3 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(f"minivlm2vec_{name}", text, buckets=buckets, registry=self.registry)
-
-
-def _memory(device: torch.device) -> tuple[int, int, int, int]:
-    """Bytes: allocated, reserved, peak of allocated, total."""
-    return (
-        torch.cuda.memory_allocated(device),
-        torch.cuda.memory_reserved(device),
-        torch.cuda.max_memory_allocated(device),
-        torch.cuda.get_device_properties(device).total_memory,
-    )

@@ -6,6 +6,7 @@ same checks.
 """
 
 import asyncio
+import functools
 import ipaddress
 import socket
 import ssl
@@ -139,9 +140,14 @@ class ImageFetcher:
             raise _refused(f"{param}: the host has an address that is not public", param)
         return addresses[0]
 
+    @functools.cached_property
+    def _tls(self) -> ssl.SSLContext:
+        """Made once: it reads the certificates of the system."""
+        return ssl.create_default_context()
+
     async def _get(self, target: Target, address: str, param: str) -> tuple[int, str, bytes]:
         """Status, Location and body of one GET to `address`; the name is still checked against the certificate."""
-        tls = ssl.create_default_context() if target.scheme == "https" else None
+        tls = self._tls if target.scheme == "https" else None
         name = target.host if tls else None
         reader, writer = await asyncio.open_connection(address, target.port, ssl=tls, server_hostname=name)
         try:

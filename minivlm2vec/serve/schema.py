@@ -70,6 +70,7 @@ class Message(Strict):
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 Conversation = Annotated[list[Message], Field(min_length=1, max_length=3)]  # see inputs.py for the two around one
+Conversations = Annotated[list[Conversation], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
 
 
 def _input_kind(value: Any) -> str | None:
@@ -99,7 +100,7 @@ Input = Annotated[
     | Annotated[TokenIds, Tag("ids")]
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True), Tag("ids_list")]
     | Annotated[Conversation, Tag("conversation")]
-    | Annotated[list[Conversation], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True), Tag("conversations")],
+    | Annotated[Conversations, Tag("conversations")],
     Discriminator(
         _input_kind,
         custom_error_type="input",
@@ -107,8 +108,7 @@ Input = Annotated[
     ),
 ]
 Messages = Annotated[
-    Annotated[Conversation, Tag("conversation")]
-    | Annotated[list[Conversation], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True), Tag("conversations")],
+    Annotated[Conversation, Tag("conversation")] | Annotated[Conversations, Tag("conversations")],
     Discriminator(
         _messages_kind,
         custom_error_type="messages",

@@ -20,7 +20,7 @@ from ..processor import Loaded, Planned
 from .batching import Batcher, Launch, ModelError, RequestJobs, launcher
 from .decoding import DecodingPool
 from .errors import APIError, bad_request
-from .inputs import IdsInput, ImageSource, Input, Part, PartsInput, RequestReader, TextInput
+from .inputs import IdsInput, ImageSource, Input, PartsInput, RequestReader, TextInput
 from .limiter import RequestLimiter
 from .metrics import Metrics
 from .options import ServeOptions
@@ -121,48 +121,36 @@ class EmbeddingService:
 
     async def _fetch(self, inputs: list[Input]) -> list[Input]:
         """Puts the bytes of remote images beside their URLs; together no more than a body may have."""
-        if not any(map(_is_remote, inputs)):
-            return inputs
         window, total = asyncio.Semaphore(FETCHES), 0
 
-        async def fetch(part: Part) -> Part:
+        async def fetch(image: ImageSource) -> ImageSource:
             nonlocal total
-            if isinstance(part, str) or not part.is_remote:
-                return part
+            if not image.is_remote:
+                return image
             async with window:
-                data = await self.fetcher.fetch(part.url, part.name)
+                data = await self.fetcher.fetch(image.url, image.name)
             total += len(data)
             if total > self.limits.max_body_bytes:
                 raise APIError(413, f"the images are together larger than {self.limits.max_body_bytes:,} bytes")
-            return replace(part, data=data)
+            return replace(image, data=data)
 
-        async def fetch_all(x: Input) -> Input:
-            if isinstance(x, PartsInput) and _is_remote(x):
-                return PartsInput(x.name, await _gather(map(fetch, x.parts)))
-            return x
-
-        return await _gather(map(fetch_all, inputs))
+        return await _each_image(inputs, fetch)
 
     async def _measure(self, inputs: list[Input]) -> list[Input]:
         """Puts bytes and size beside every image, without decoding it. Raises InputError."""
         window = asyncio.Semaphore(self.embedder.num_workers)
 
-        async def measure(part: Part) -> Part:
-            if isinstance(part, str):
-                return part
+        async def measure(image: ImageSource) -> ImageSource:
             async with window:
-                data = part.data if part.is_remote else await self.in_thread(_read_data_uri, part)
-                size = await self.decoders.size(data, part.name)
-            return ImageSource(part.name, "", data, size)
+                data = image.data if image.is_remote else await self.in_thread(_read_data_uri, image)
+                size = await self.decoders.size(data, image.name)
+            return ImageSource(image.name, "", data, size)
 
-        async def measure_all(x: Input) -> Input:
-            return PartsInput(x.name, await _gather(map(measure, x.parts))) if isinstance(x, PartsInput) else x
-
-        return await _gather(map(measure_all, inputs))
+        return await _each_image(inputs, measure)
 
     def _pixels(self, inputs: list[Input]) -> int:
         """Pixels of all images of a request. Raises APIError 400."""
-        pixels = sum(image.pixels for x in inputs if isinstance(x, PartsInput) for image in x.images)
+        pixels = sum(image.pixels for image in _images(inputs))
         most = self.limits.max_request_pixels
         if pixels > most:
             message = f"the images have together {pixels:,} pixels; this server takes {most:,} in a request"
@@ -217,15 +205,26 @@ async def _gather(awaitables: Iterable[Awaitable[T]]) -> list[T]:
             future.cancel()
 
 
+def _images(inputs: Iterable[Input]) -> list[ImageSource]:
+    return [image for x in inputs if isinstance(x, PartsInput) for image in x.images]
+
+
+async def _each_image(inputs: list[Input], change: Callable[[ImageSource], Awaitable[ImageSource]]) -> list[Input]:
+    """The inputs, with what `change` makes of every image; texts cost nothing."""
+    changed = iter(await _gather(map(change, _images(inputs))))
+    return [
+        PartsInput(x.name, [part if isinstance(part, str) else next(changed) for part in x.parts])
+        if isinstance(x, PartsInput)
+        else x
+        for x in inputs
+    ]
+
+
 def _read_data_uri(source: ImageSource) -> bytes:
     try:
         return read_data_uri(source.url, name=source.name)
     except InputError as e:
         raise bad_request(str(e), source.name, "invalid_image_url") from None
-
-
-def _is_remote(x: Input) -> bool:
-    return isinstance(x, PartsInput) and any(image.is_remote for image in x.images)
 
 
 def _inline_cost(x: Input) -> int:
