@@ -107,6 +107,7 @@ class Embedder:
             dtype = _agreed_dtype(dtype)
         given = {name: value for name, value in options.items() if value is not None}
         check_options(**given)
+        at_least_one(num_crops=num_crops)
         if backend not in (None, *BACKENDS):
             raise ValueError(f"backend is one of {', '.join(BACKENDS)}, got {backend!r}")
         if not optimize and any(value and value != "bf16" for value in given.values()):

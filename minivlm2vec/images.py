@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from .errors import InputError
+from .errors import InputError, at_least_one
 
 if TYPE_CHECKING:
     from .batch import Grid  # not imported: processes that only decode images need no torch
@@ -52,8 +52,7 @@ def hd_size(width: int, height: int, num_crops: int, crop_size: int = 336) -> HD
 
     Raises ValueError where the image is too thin for one row of pixels to remain, or num_crops < 1.
     """
-    if num_crops < 1:
-        raise ValueError(f"num_crops is {num_crops}; at least 1 is needed")
+    at_least_one(num_crops=num_crops)
     if width < 1 or height < 1:
         raise ValueError(f"an image of {width} x {height} pixels is empty")
     long, short = max(width, height), min(width, height)

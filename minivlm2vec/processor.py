@@ -17,7 +17,7 @@ from PIL import Image
 
 from .batch import Grid, PackedBatch, cumulative, num_image_tokens
 from .config import CLIP_MEAN, CLIP_STD, VLM2VecConfig
-from .errors import CheckpointError, InputError
+from .errors import CheckpointError, InputError, at_least_one
 from .images import hd_size, image_crops, image_name, image_size, open_image
 from .tokenizer import Tokenizer
 
@@ -81,8 +81,7 @@ class Processor:
         fast_decode: bool = False,
         exif_transpose: bool = False,
     ):
-        if num_crops < 1:
-            raise ValueError(f"num_crops is {num_crops}; at least 1 is needed")
+        at_least_one(num_crops=num_crops)
         self.tokenizer = tokenizer
         self.config = config
         self.num_crops = num_crops
