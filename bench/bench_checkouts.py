@@ -6,8 +6,8 @@ image    one 4-crop image with 20 tokens of text at the published sizes, by the 
 plain    `mixed` by the plain model here, against the fast one here without prepack (OTHER is not run)
 
 Each side is a process of its own, with its checkout's code and random weights of the same seed; they compute in turn,
-A B A B …, while the other waits. Prints both medians, the ratio pair by pair (above 1: this one is faster) and the
-greatest difference of the vectors.
+A B A B …, while the other waits. MALLOC_MMAP_THRESHOLD_ and its kin, where set, hold for both. Prints both medians, the
+ratio pair by pair (above 1: this one is faster) and the greatest difference of the vectors.
 """
 
 import argparse
@@ -122,7 +122,10 @@ def main() -> None:
     parser.add_argument("other", type=Path, help="another checkout's folder")
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--repeat", type=int, default=9)
+    parser.add_argument("--repeat", type=int, default=9, help="pairs of runs")
+    parser.add_argument(
+        "--restarts", type=int, default=1, help="new processes so often: where memory lies moves a few %%"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     other = commit(args.other)
@@ -142,19 +145,21 @@ def compare(part: str, folder: str, dtype: str, args: argparse.Namespace) -> Non
     else:
         names, checkouts, ways = ("this", "other"), (ROOT, args.other.resolve()), ("", "")
     work = "mixed" if part == "plain" else part
-    sides = []
-    try:
-        for checkout, way in zip(checkouts, ways, strict=True):
-            sides.append(Side(checkout, work, folder, dtype, way, str(args.threads)))
-        warm = [side()[1] for side in sides]
-        pairs = [[side()[0] for side in sides] for _ in range(args.repeat)]
-    finally:
-        for side in sides:
-            side.close()
+    pairs: list[list[float]] = []
+    for _ in range(args.restarts):
+        sides = []
+        try:
+            for checkout, way in zip(checkouts, ways, strict=True):
+                sides.append(Side(checkout, work, folder, dtype, way, str(args.threads)))
+            warm = [side()[1] for side in sides]
+            pairs += [[side()[0] for side in sides] for _ in range(args.repeat)]
+        finally:
+            for side in sides:
+                side.close()
     a, b = (statistics.median(p[i] for p in pairs) for i in range(2))
     ratios = sorted(p[1] / p[0] for p in pairs)
     print(f"{part}, {dtype}: {names[0]} {a * 1e3:.0f} ms, {names[1]} {b * 1e3:.0f} ms; ratio "
-          f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}, {args.repeat} pairs); greatest "
+          f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}, {len(pairs)} pairs); greatest "
           f"difference of the vectors {abs(warm[0] - warm[1]).max():.1e}", flush=True)  # fmt: skip
 
 
