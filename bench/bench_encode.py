@@ -25,9 +25,10 @@ from PIL import Image
 
 from minivlm2vec import Embedder, VLM2VecConfig
 from minivlm2vec.inference import optimize
-from minivlm2vec.info import empty_model, image_flops, text_flops
+from minivlm2vec.info import image_flops, text_flops
 from minivlm2vec.new_checkpoint import base_config, byte_tokenizer, new_checkpoint
 from minivlm2vec.processor import Processor
+from minivlm2vec.weights import empty_model
 
 
 def main() -> None:

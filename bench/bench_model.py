@@ -36,9 +36,10 @@ from minivlm2vec.config import VLM2VecConfig
 from minivlm2vec.inference import FusedVLM2Vec, optimize
 from minivlm2vec.inference.graphs import MAX_TOKENS, GraphedModel, PaddedModel
 from minivlm2vec.inference.prefix import SharedBatch, share_prefixes
-from minivlm2vec.info import empty_model, image_flops, text_flops, tower_flops
+from minivlm2vec.info import image_flops, text_flops, tower_flops
 from minivlm2vec.model import VLM2Vec
 from minivlm2vec.new_checkpoint import base_config
+from minivlm2vec.weights import empty_model
 from minivlm2vec_kernels import ops
 
 FP8_COSINE = 0.9  # random weights are the hard case; what is asked of a trained model is another matter

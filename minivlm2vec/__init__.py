@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .errors import CheckpointError, InputError
     from .model import VLM2Vec
     from .processor import Processor
+    from .registry import load_plugin, register
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "Processor",
     "VLM2Vec",
     "VLM2VecConfig",
+    "load_plugin",
+    "register",
 ]
 _HOMES = {
     "CheckpointError": "errors",
@@ -30,6 +33,8 @@ _HOMES = {
     "Processor": "processor",
     "VLM2Vec": "model",
     "VLM2VecConfig": "config",
+    "load_plugin": "registry",
+    "register": "registry",
 }
 
 __getattr__ = lazy_names(__name__, _HOMES)  # `import minivlm2vec` does not import torch

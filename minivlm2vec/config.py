@@ -1,14 +1,17 @@
 """config.json -> frozen dataclasses, with the field names of config.json.
 
-No field has a default here: what the file must say is read from the file, and a key that is absent is an error
-that names it. One documented exception: the published config.json says nothing about the image tower beyond its
+No size has a default here: what the file must say is read from the file, and a key that is absent is an error
+that names it. Two documented exceptions. The published config.json says nothing about the image tower beyond its
 name, so the sizes of CLIP ViT-L/14-336 stand in CLIP_VIT_L_14_336, and `img_processor.vision_config` may
-override them (names as in transformers' CLIPVisionConfig).
+override them (names as in transformers' CLIPVisionConfig). And it has no key "minivlm2vec", which says what a changed
+model is made of (`Parts`).
 """
 
+import copy
+import difflib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ CLIP_VIT_L_14_336 = {
     "patch_size": 14,
     "layer_norm_eps": 1e-5,
 }
+
+OWN = "minivlm2vec"  # the key of config.json for what only this project knows
 
 
 @dataclass(frozen=True)
@@ -96,10 +101,40 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What a model is made of, by the names that are registered (registry.py), and whether a token sees only those
+    before it. As published, where config.json does not say otherwise under "minivlm2vec"."""
+
+    model: str = "vlm2vec"
+    tower: str = "clip"
+    projector: str = "hd_mlp"
+    pooling: str = "last_token"
+    causal: bool = True
+
+
+@dataclass(frozen=True)
 class VLM2VecConfig:
     vision: VisionConfig
     decoder: DecoderConfig
     dtype: str  # "bfloat16", "float16" or "float32": what the checkpoint's tensors are
+    parts: Parts = Parts()
+
+    def with_parts(self, **parts: Any) -> "VLM2VecConfig":
+        """The same sizes, other parts: with_parts(pooling="mean", causal=False). Raises ValueError, see `Parts`."""
+        return replace(self, parts=_parts(asdict(self.parts) | parts))
+
+    def written_into(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """The content of a config.json with this configuration in it; what is not known here stays as it is."""
+        raw, old = copy.deepcopy(raw), VLM2VecConfig.from_dict(raw)
+        for name, value in _changes(old.decoder, self.decoder).items():
+            raw[name] = asdict(value) | {"type": "longrope"} if isinstance(value, RopeScaling) else value
+        if changes := _changes(old.vision, self.vision):
+            raw["img_processor"].setdefault("vision_config", {}).update(changes)
+            raw["img_processor"]["image_dim_out"] = self.vision.hidden_size
+        raw.pop("dtype", None)
+        raw["torch_dtype"] = self.dtype
+        raw[OWN] = _changes(Parts(), self.parts)
+        return {key: value for key, value in raw.items() if key != OWN or value}
 
     @classmethod
     def from_json(cls, path: str | Path) -> "VLM2VecConfig":
@@ -127,7 +162,27 @@ class VLM2VecConfig:
         dtype = raw.get("torch_dtype", raw.get("dtype"))
         if dtype not in ("bfloat16", "float16", "float32"):
             raise CheckpointError(f"torch_dtype is {dtype!r}; expected bfloat16, float16 or float32")
-        return cls(vision=vision, decoder=decoder, dtype=dtype)
+        own = raw.get(OWN, {})
+        if not isinstance(own, dict):
+            raise CheckpointError(f"{OWN} is {own!r}; a table of the model's parts is needed")
+        return cls(vision=vision, decoder=decoder, dtype=dtype, parts=_parts(own))
+
+
+def _parts(raw: dict[str, Any]) -> Parts:
+    types = {f.name: f.type for f in fields(Parts)}
+    for key, value in raw.items():
+        if key not in types:
+            near = difflib.get_close_matches(key, types, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(types)}"
+            raise CheckpointError(f"{OWN}.{key} is no part of a model; {hint}")
+        if not isinstance(value, types[key]):  # type: ignore[arg-type]
+            raise CheckpointError(f"{OWN}.{key} is {value!r}; a {types[key].__name__} is needed")  # type: ignore[union-attr]
+    return Parts(**raw)
+
+
+def _changes(old: Any, new: Any) -> dict[str, Any]:
+    """The fields of `new` that are not as in `old`."""
+    return {f.name: getattr(new, f.name) for f in fields(new) if getattr(new, f.name) != getattr(old, f.name)}
 
 
 def _vision(raw: dict[str, Any]) -> VisionConfig:

@@ -3,7 +3,6 @@
 T packed tokens, B sequences, D width, N query heads, Nkv key-value heads, H head dim, F width of the MLP.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from minivlm2vec_kernels import ops
 from .batch import PackedBatch
 from .config import DecoderConfig
 from .linear import Embedding, Linear
+from .rope import rope_tables
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,13 @@ class Attention(nn.Module):
         self.o_proj = Linear(D, D, bias=False)
 
     def forward(self, x: Tensor, p: Packing) -> Tensor:  # [T, D] -> [T, D]
-        q, k, v = self.qkv_proj(x).unflatten(1, (-1, self.head_dim)).split(self.heads, dim=1)  # views [T, n, H]
-        q, k = ops.rope(q, k, p.cos, p.sin, backend=self.backend)
+        q, k, v = self.qkv(x, p)
         y = ops.attention(q, k, v, p.cu_seqlens, p.max_seqlen, causal=p.causal, backend=self.backend)
         return self.o_proj(y.flatten(1))
+
+    def qkv(self, x: Tensor, p: Packing) -> tuple[Tensor, Tensor, Tensor]:  # [T, D] -> [T, N or Nkv, H]
+        q, k, v = self.qkv_proj(x).unflatten(1, (-1, self.head_dim)).split(self.heads, dim=1)  # views
+        return *ops.rope(q, k, p.cos, p.sin, backend=self.backend), v
 
 
 class MLP(nn.Module):
@@ -107,36 +110,3 @@ class RMSNorm(nn.Module):
         if residual is None:
             return ops.rms_norm(x, self.weight, self.eps, backend=self.backend)
         return ops.add_rms_norm(x, residual, self.weight, self.eps, backend=self.backend)
-
-
-def rope_tables(position_ids: Tensor, cu_seqlens: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, H / 2] float32 of every token's rotation, times the attention factor.
-
-    LongRoPE has two sets of frequencies; a sequence longer than `original_max_position_embeddings` takes the long
-    one. The choice is made for each sequence by its own length. (The original makes it once for a padded batch, by
-    the longest row, so that there a long neighbour changes a short text's vector; ours equals the original run one
-    input at a time.)
-    """
-    frequencies, long = inverse_frequencies(config, position_ids.device)
-    if config.rope_scaling is not None:
-        lengths = cu_seqlens.diff()
-        is_long = lengths > config.original_max_position_embeddings
-        is_long = torch.repeat_interleave(is_long, lengths, output_size=len(position_ids))
-        frequencies = torch.where(is_long[:, None], long, frequencies)
-    return rotations(position_ids, frequencies, config)
-
-
-def rotations(position_ids: Tensor, frequencies: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, H / 2] float32 of position_ids [T] * frequencies [H / 2] or [T, H / 2], times the factor."""
-    angles = position_ids.float()[:, None] * frequencies
-    return angles.cos() * config.rope_attention_factor, angles.sin() * config.rope_attention_factor
-
-
-@functools.lru_cache(maxsize=16)  # copying them to a device waits for it, which no batch but the first should
-def inverse_frequencies(config: DecoderConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Those of short and of long sequences, [H / 2] float32 each. Frequency i is 1 / (factor_i * theta^(2 i / H))."""
-    H, scaling = config.head_dim, config.rope_scaling
-    base = config.rope_theta ** (torch.arange(0, H, 2, dtype=torch.int64, device="cpu").float() / H)
-    factors = (1.0,) if scaling is None else (scaling.short_factor, scaling.long_factor)
-    sets = [(1.0 / (torch.tensor(f, dtype=torch.float32, device="cpu") * base)).to(device) for f in factors]
-    return sets[0], sets[-1]

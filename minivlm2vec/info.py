@@ -8,6 +8,7 @@ from torch import nn
 from .batch import Grid, num_image_tokens
 from .config import VLM2VecConfig
 from .model import VLM2Vec
+from .weights import empty_model
 
 
 @dataclass(frozen=True)
@@ -19,15 +20,10 @@ class Row:
     parameters: int
 
 
-def empty_model(config: VLM2VecConfig, *, backend: str | None = None) -> VLM2Vec:
-    """The model without memory for its parameters."""
-    with torch.device("meta"):
-        return VLM2Vec(config, backend=backend)
-
-
 def module_rows(config: VLM2VecConfig) -> list[Row]:
     """The parts top-down; equal layers are one row."""
-    model, rows = empty_model(config), []
+    model: VLM2Vec = empty_model(config)
+    rows = []
     for name, child in _children(model):
         layers: list[nn.Module] = [*getattr(child, "layers", ())]
         for sub_name, part in child.named_parameters():

@@ -11,8 +11,10 @@ from minivlm2vec_kernels import ops
 from .batch import Grid
 from .config import VLM2VecConfig
 from .linear import Linear
+from .registry import register
 
 
+@register("projector", "hd_mlp")
 class Projector(nn.Module):
     """2x2 patches side by side (4 D wide), separators put in, then Linear, GELU (erf), Linear.
 

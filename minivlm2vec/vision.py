@@ -17,8 +17,10 @@ from .config import CLIP_MEAN as MEAN
 from .config import CLIP_STD as STD
 from .config import VisionConfig
 from .linear import Embedding, Linear
+from .registry import register
 
 
+@register("tower", "clip")
 class VisionTower(nn.Module):
     """Crops -> patch features.
 
@@ -107,10 +109,13 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [C, L, D] -> [C, L, D]
         C, L, _ = x.shape
-        q, k, v = rearrange(self.qkv_proj(x), "C L (three N H) -> three (C L) N H", three=3, H=self.head_dim)
         cu_seqlens = torch.arange(0, (C + 1) * L, L, dtype=torch.int32, device=x.device)
+        q, k, v = self.qkv(x)
         y = ops.attention(q, k, v, cu_seqlens, L, causal=False, backend=self.backend)
         return self.out_proj(rearrange(y, "(C L) N H -> C L (N H)", L=L))
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, ...]:  # [C, L, D] -> three [C * L, N, H]
+        return rearrange(self.qkv_proj(x), "C L (three N H) -> three (C L) N H", three=3, H=self.head_dim).unbind()
 
 
 class VisionMLP(nn.Module):

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TypeVar, cast
@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from .atomic import replacing
 from .config import VLM2VecConfig
 from .errors import CheckpointError, some
+from .linear import Embedding, Linear
 from .model import VLM2Vec
+from .registry import find, name_of
 
 _CLIP = "model.vision_embed_tokens.img_processor.vision_model."
 
@@ -49,6 +51,8 @@ CONFIGS = ("config.json", "preprocessor_config.json", "tokenizer.json")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 FILES = ["*.safetensors", "*.safetensors.index.json", *CONFIGS, "tokenizer_config.json", ADAPTER_CONFIG]
 MINI = Path(__file__).parent / "mini" / "checkpoint"  # the bundled checkpoint
+
+_ALIKE: dict[type[nn.Module], type[nn.Module]] = {Linear: nn.Linear, Embedding: nn.Embedding}  # one may stand for both
 
 log = logging.getLogger("minivlm2vec")
 M = TypeVar("M", bound=VLM2Vec)
@@ -127,21 +131,38 @@ def load_model(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
     model_class: type[M] | None = None,
+    config: VLM2VecConfig | None = None,
     skip: Sequence[str] = (),
     show_progress: bool = False,
 ) -> M:
     """Builds the model of a checkpoint folder and fills it; dtype None is that of config.json.
 
-    model_class: VLM2Vec (default), or a class derived from it. skip: see `load_weights`.
-    Returned in eval mode, without gradients. Raises CheckpointError naming the file or tensor at fault.
+    model_class: VLM2Vec or a class derived from it; default the one that config.json names (`registry.register`).
+    config: instead of config.json's, for other parts: VLM2VecConfig.from_json(folder).with_parts(pooling="mean").
+        What such a part has and the checkpoint has not begins by its own `reset_parameters`.
+    skip: see `load_weights`.
+    Returned in eval mode, without gradients. Raises CheckpointError naming the file, part or tensor at fault.
     """
-    config = VLM2VecConfig.from_json(folder)
-    with torch.device("meta"):
-        model = cast(M, (model_class or VLM2Vec)(config, backend=backend))
+    written = VLM2VecConfig.from_json(folder)
+    config = config or written
+    model = empty_model(config, backend=backend, model_class=model_class)
+    skip = (*skip, *new_parts(written, config))
     dtype = dtype or getattr(torch, config.dtype)
     load_weights(model, folder, device=device, dtype=dtype, skip=skip, show_progress=show_progress)
     model.checkpoint = Path(folder)
     return model.eval().requires_grad_(False)
+
+
+def empty_model(config: VLM2VecConfig, *, backend: str | None = None, model_class: type[M] | None = None) -> M:
+    """The model that a configuration describes, without memory for its parameters (on the meta device)."""
+    with torch.device("meta"):
+        return cast(M, (model_class or find("model", config.parts.model))(config, backend=backend))
+
+
+def new_parts(written: VLM2VecConfig, config: VLM2VecConfig) -> tuple[str, ...]:
+    """Beginnings of the names of parameters that a checkpoint of another configuration cannot have: "pooling."."""
+    places = {"tower": "vision.", "projector": "projector.", "pooling": "pooling."}
+    return tuple(p for kind, p in places.items() if getattr(written.parts, kind) != getattr(config.parts, kind))
 
 
 def load_weights(
@@ -218,11 +239,11 @@ def save_model(
 
     Parameters and buffers have the published names where they have a place there, and their own elsewhere. The folder
     appears when it is whole. Configuration and tokenizer are copied from `source`: a checkpoint folder, by default that
-    which the model was loaded from; config.json says the model's dtype.
+    which the model was loaded from; config.json says the model's dtype, sizes and parts.
 
     Raises FileExistsError where the folder is there already (overwrite replaces all that is in a checkpoint's folder,
-    and no other), ValueError for a model that cannot be
-    saved: with adapters that are not merged (see `lora.save_adapter`), on the meta device, or not finite.
+    and no other), ValueError for a model that cannot be saved: with adapters that are not merged (see
+    `lora.save_adapter`), on the meta device, not finite, or changed in a way that config.json does not tell.
     """
     source = source or getattr(model, "checkpoint", None)
     if source is None:
@@ -232,8 +253,47 @@ def save_model(
         raise FileExistsError(f"{folder} exists; overwrite=True replaces it")
     if folder.exists() and not (folder / "config.json").is_file():
         raise FileExistsError(f"{folder} is no checkpoint, so overwrite=True does not replace it")
-    write_checkpoint(folder, checkpoint_tensors(model), source=source, max_shard_size=max_shard_size)
+    tensors = checkpoint_tensors(model)
+    config = described(model)
+    dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
+    if unknown := dtypes - set(DTYPES.values()):
+        raise ValueError(f"the model holds {unknown.pop()}; {', '.join(map(str, DTYPES.values()))} can be saved")
+    if len(dtypes) == 1:
+        config = replace(config, dtype=str(dtypes.pop()).removeprefix("torch."))
+    write_checkpoint(folder, tensors, config, source=source, max_shard_size=max_shard_size)
     return folder
+
+
+def described(model: VLM2Vec) -> VLM2VecConfig:
+    """The model's configuration, its parts as they are now: what config.json says of it.
+
+    Raises ValueError naming the modules that a model made from that configuration would not have, and in which nothing
+    that is registered stands; what is saved has to come back.
+    """
+    parts = {"model": model, "tower": model.vision, "projector": model.projector, "pooling": model.pooling}
+    names = {kind: name_of(kind, part) for kind, part in parts.items()}
+    config = model.config.with_parts(causal=model.causal, **{kind: n for kind, n in names.items() if n is not None})
+    if names["model"] is None:
+        raise ValueError(f"{type(model).__name__} is not registered, so that config.json cannot name it: put "
+                         '@register("model", NAME) above the class')  # fmt: skip
+    if changed := _differences(model, empty_model(config)):
+        raise ValueError(
+            f"a model made from the config.json would be another: {some(changed)}. Register the part "
+            "(@register, see minivlm2vec/registry.py), or make the change in a registered class"
+        )
+    return config
+
+
+def _differences(model: VLM2Vec, again: VLM2Vec) -> list[str]:
+    """What the first has and the second has not: kinds of modules, shapes of tensors, the pooling."""
+    ours, theirs = (
+        {n: _ALIKE.get(type(m), type(m)).__name__ for n, m in one.named_modules()}
+        | {n: f"a tensor {list(t.shape)}" for n, t in _tensors(one).items()}
+        | {"pooling": getattr(one.pooling, "__qualname__", type(one.pooling).__name__)}
+        for one in (model, again)
+    )
+    names = [n for n in ours | theirs if n and ours.get(n) != theirs.get(n)]
+    return [f"{n} is {ours.get(n, 'nothing')}, and would be {theirs.get(n, 'nothing')}" for n in names]
 
 
 def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -260,13 +320,16 @@ def under_keys(name: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def write_checkpoint(
-    folder: Path, tensors: dict[str, Tensor], *, source: str | Path, max_shard_size: str = "5GB"
+    folder: Path,
+    tensors: dict[str, Tensor],
+    config: VLM2VecConfig,
+    *,
+    source: str | Path,
+    max_shard_size: str = "5GB",
 ) -> None:
-    """Writes tensors under the checkpoint's keys, and the configuration and tokenizer of the folder `source`."""
-    config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
-    dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
-    if len(dtypes) == 1:
-        config["torch_dtype"] = str(dtypes.pop()).removeprefix("torch.")
+    """Writes tensors under the checkpoint's keys, the configuration, and the tokenizer of the folder `source`, whose
+    config.json keeps what is not known here."""
+    raw = config.written_into(json.loads((Path(source) / "config.json").read_text(encoding="utf-8")))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder) as new:
         new.mkdir()
@@ -274,7 +337,7 @@ def write_checkpoint(
         for name in COPIED:
             if (Path(source) / name).is_file():
                 shutil.copyfile(Path(source) / name, new / name)
-        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (new / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
 def parameter_of(key: str) -> tuple[str, int]:

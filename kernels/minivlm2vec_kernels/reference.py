@@ -33,18 +33,37 @@ def attention(
 
     Scores and sums are float32 at least; probabilities are rounded to v's dtype, as tensor cores want them.
     """
+    probabilities = attention_probabilities(q, k, cu_seqlens, causal=causal, scale=scale, cu_seqlens_q=cu_seqlens_q)
+    v, starts = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1), cu_seqlens.tolist()
+    outs = [
+        torch.einsum("nqk,knh->qnh", wide(p.to(v.dtype)), wide(v[start:stop])).to(q.dtype)
+        for p, start, stop in zip(probabilities, starts[:-1], starts[1:], strict=True)
+    ]
+    rest = q[sum(len(y) for y in outs) :]
+    return torch.cat([*outs, torch.zeros_like(rest)])  # rows beyond the last sequence
+
+
+def attention_probabilities(
+    q: Tensor,  # [Tq, N, H]
+    k: Tensor,  # [Tk, Nkv, H]
+    cu_seqlens: Tensor,  # [B + 1]
+    *,
+    causal: bool,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,  # [B + 1]
+) -> list[Tensor]:  # [N, Lq, Lk] of each sequence
+    """softmax(scale * q k^T) of each sequence, float32 at least. A query that sees no key has zeros."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # [Tk, N, H]
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # [Tk, N, H]
     k_starts = cu_seqlens.tolist()
     q_starts = k_starts if cu_seqlens_q is None else cu_seqlens_q.tolist()
-    outs = []
+    found = []
     for q0, q1, k0, k1 in zip(q_starts[:-1], q_starts[1:], k_starts[:-1], k_starts[1:], strict=True):
         scores = scale * torch.einsum("qnh,knh->nqk", wide(q[q0:q1]), wide(k[k0:k1]))
         above = torch.ones_like(scores, dtype=torch.bool).triu(1 + (k1 - k0) - (q1 - q0))  # the last sees the last
         hidden = above & causal
-        p = scores.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden, 0)  # no key: zeros, not NaN
-        outs.append(torch.einsum("nqk,knh->qnh", wide(p.to(v.dtype)), wide(v[k0:k1])).to(q.dtype))
-    return torch.cat([*outs, torch.zeros_like(q[q_starts[-1] :])])  # rows beyond the last sequence
+        found.append(scores.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden, 0))
+    return found
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -189,6 +189,8 @@ def _one_each(n: int, device: torch.device) -> Tensor:
 class FusedVisionTower(InferenceOnly, VisionTower):
     """Crops do not see each other, so they pass through the layers in chunks, which bounds memory."""
 
+    stands_for = VisionTower  # in the registry
+
     def forward(self, crops: Tensor, grids: tuple[Grid, ...], *, crops_per_chunk: int | None = None) -> Tensor:
         x = self.pre_layrnorm(self.embeddings(crops, grids))
         parts = [self._through_layers(part) for part in x.split(crops_per_chunk or self._crops_per_chunk(x))]
@@ -269,6 +271,7 @@ class FusedVLM2Vec(InferenceOnly, VLM2Vec):
         graphs: None, or what replays small batches as CUDA graphs (graphs.py).
     """
 
+    stands_for = VLM2Vec
     sharing: bool
     graphs: Any
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from minivlm2vec_kernels import choose_backend
 
 from ..batch import PackedBatch
-from ..decoder import Packing, inverse_frequencies, rotations
+from ..decoder import Packing
 from ..model import VLM2Vec
+from ..rope import inverse_frequencies, rotations
 from .fused import FusedVLM2Vec
 from .prefix import SharedBatch
 

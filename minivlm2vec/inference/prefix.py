@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..batch import PackedBatch, cumulative
 from ..config import DecoderConfig
-from ..decoder import Packing, rope_tables
+from ..decoder import Packing
+from ..rope import rope_tables
 
 # Below so many rows a matrix product takes as long as reading its weights, so that fewer rows save nothing: peak
 # FLOP/s over bandwidth in bytes/s, for bf16. H100: 798e12 / 3.0e12 = 266; H200: 183. On a CPU, some tens at most.

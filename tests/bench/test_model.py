@@ -8,8 +8,8 @@ from bench import bench_model, common, run
 from bench.bench_model import COMMON, FULL, batch_of, bytes_of, check_vectors, flops_of
 from bench.common import Case, Work
 from minivlm2vec.config import VLM2VecConfig
-from minivlm2vec.info import empty_model
 from minivlm2vec.new_checkpoint import base_config
+from minivlm2vec.weights import empty_model
 from tests.support.helpers import close
 
 CPU = torch.device("cpu")

@@ -10,9 +10,9 @@ import torch
 
 from minivlm2vec import Embedder
 from minivlm2vec.batch import PackedBatch, num_image_tokens
-from minivlm2vec.decoder import rope_tables
 from minivlm2vec.images import hd_size
 from minivlm2vec.new_checkpoint import new_checkpoint, random_tensor, tensor_shapes
+from minivlm2vec.rope import rope_tables
 from minivlm2vec.tokenizer import Tokenizer
 from minivlm2vec_kernels import ops
 from tests.support.golden import ALL, BUNDLED, FIXTURES, SHARED, Case, exists, golden_checkpoint, sample, tokenizer_file

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import nn
 
 from minivlm2vec import Embedder, VLM2Vec
-from minivlm2vec.decoder import rope_tables
 from minivlm2vec.linear import Linear
 from minivlm2vec.new_checkpoint import new_checkpoint
+from minivlm2vec.rope import rope_tables
 from tests.support.golden import synth_image
 from tests.support.helpers import close
 
@@ -90,7 +90,7 @@ def test_a_layers_output_is_the_hidden_state(e, batch):
 
 def test_layers_that_are_none_are_named(e, batch):
     for layers in ([99], [-99, 0], ["0"]):
-        with pytest.raises(ValueError, match=r"are none of the decoder's: it has \d+, from -\d+ to \d+"):
+        with pytest.raises(ValueError, match=r"are none of the \d+ that there are, from -\d+ to \d+"):
             e.model.hidden_states(batch, layers)
 
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from minivlm2vec import CheckpointError, Embedder, VLM2Vec
+from minivlm2vec import CheckpointError, Embedder, VLM2Vec, register
 from minivlm2vec.lora import LoraConfig, add_lora
 from minivlm2vec.new_checkpoint import new_checkpoint
 from minivlm2vec.weights import load_model, read_headers, save_model
@@ -72,6 +72,7 @@ class LinearProjector(nn.Module):
         raise NotImplementedError
 
 
+@register("model", "changed")
 class Changed(VLM2Vec):
     """Another projector with statistics, and a pooling with a parameter."""
 
@@ -120,8 +121,9 @@ def test_strict_both_ways(folder, tmp_path):
     with pytest.raises(CheckpointError, match=r"tensors have no place: .*img_projection"):
         load_model(folder, model_class=Changed, skip=("pooling.", "projector.linear", "projector.norm"))
     saved = save_model(load_model(folder, model_class=Changed, skip=("projector.", "pooling.")), tmp_path / "saved")
+    assert type(load_model(saved)) is Changed, "config.json names it"
     with pytest.raises(CheckpointError, match="does not fit the model"):
-        load_model(saved)
+        load_model(saved, model_class=VLM2Vec)
 
 
 def test_new_parts_need_a_beginning(folder):
@@ -158,6 +160,7 @@ def test_what_cannot_be_saved(folder, tmp_path):
 
 
 def test_another_tower_may_use_the_names_of_layers_that_are_dropped(folder, tmp_path):
+    @register("model", "whole")
     class Whole(VLM2Vec):
         def __init__(self, config, *, backend=None):
             super().__init__(config, backend=backend)

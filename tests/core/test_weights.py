@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minivlm2vec import CheckpointError, Embedder, VLM2VecConfig
-from minivlm2vec.info import empty_model
 from minivlm2vec.new_checkpoint import base_config, new_checkpoint, random_tensor, tensor_shapes
-from minivlm2vec.weights import FUSED, drop_prefixes, load_model, parameter_of, resolve
+from minivlm2vec.weights import FUSED, drop_prefixes, empty_model, load_model, parameter_of, resolve
 
 CLIP = "model.vision_embed_tokens.img_processor.vision_model."
 

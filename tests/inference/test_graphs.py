@@ -16,9 +16,9 @@ from minivlm2vec import Embedder
 from minivlm2vec.inference import FusedVLM2Vec, optimize
 from minivlm2vec.inference.graphs import MAX_TOKENS, Bucket, GraphedModel, PaddedModel, bucket_of
 from minivlm2vec.inference.prefix import share_prefixes
-from minivlm2vec.info import empty_model
 from minivlm2vec.model import VLM2Vec
 from minivlm2vec.new_checkpoint import new_checkpoint
+from minivlm2vec.weights import empty_model
 from minivlm2vec_kernels import attention
 from tests.inference.test_prefix import pack
 from tests.support.golden import synth_image

@@ -13,9 +13,9 @@ from minivlm2vec import Embedder
 from minivlm2vec.batch import PackedBatch, cumulative
 from minivlm2vec.inference import FusedVLM2Vec, optimize
 from minivlm2vec.inference.prefix import SharedBatch, pays, share_prefixes
-from minivlm2vec.info import empty_model
 from minivlm2vec.model import VLM2Vec
 from minivlm2vec.new_checkpoint import new_checkpoint
+from minivlm2vec.weights import empty_model
 from tests.support.golden import synth_image
 from tests.support.helpers import randomize
 

@@ -1,0 +1,138 @@
+"""What happened on the way to a vector: hidden states and attention probabilities, layer by layer.
+
+Attention is computed by its formula here, and the model goes on with that, so gradients flow through the probabilities.
+"""
+
+from collections.abc import Collection
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minivlm2vec_kernels import reference
+
+from .batch import PackedBatch
+from .decoder import Attention, Packing
+from .vision import VisionAttention
+
+Layers = bool | Collection[int]  # all, none, or these; negative numbers count from the end
+
+
+@dataclass(frozen=True)
+class Trace:
+    """B sequences of L tokens each, T in all; N heads; C crops of P positions. Layers are named as they were asked for.
+
+    Fields:
+        batch: what was traced.
+        vectors: [B, E] float32.
+        hidden_states: {layer: [T, D]} after the decoder's layers.
+        attentions: {layer: [N, L, L] of each sequence}; rows are queries, and each sums to one.
+        vision_hidden_states: {layer: [C, P, D]} after the tower's layers.
+        vision_attentions: {layer: [C, N, P, P]}.
+        merged_per_side: rows of image tokens a crop.
+    """
+
+    batch: PackedBatch
+    vectors: Tensor
+    merged_per_side: int
+    hidden_states: dict[int, Tensor] = field(default_factory=dict)
+    attentions: dict[int, list[Tensor]] = field(default_factory=dict)
+    vision_hidden_states: dict[int, Tensor] = field(default_factory=dict)
+    vision_attentions: dict[int, Tensor] = field(default_factory=dict)
+
+    def image_map(self, values: Tensor, image: int = 0) -> Tensor:
+        """values [T] of all tokens -> [rows, columns] of those that show an image of the batch, as they lie on the
+        canvas that the image was put on (`images.hd_size` says where), without those of its global view."""
+        m = self.merged_per_side
+        sizes = [(h * m, w * m) for h, w in self.batch.grids]
+        if image not in range(len(sizes)):
+            raise ValueError(f"image {image} is none of the batch's, which has {len(sizes)}")
+        counts = [h * (w + 1) + 1 + m * (m + 1) for h, w in sizes]  # see `batch.num_image_tokens`
+        of_images = values.new_zeros(sum(counts)).index_copy(0, self.batch.image_source, values[self.batch.image_index])
+        h, w = sizes[image]
+        start = sum(counts[:image])
+        return of_images[start : start + h * (w + 1)].view(h, w + 1)[:, :w]  # without the rows' ends
+
+
+def trace(
+    model: Any,  # a VLM2Vec
+    batch: PackedBatch,
+    *,
+    attentions: Layers = False,
+    hidden_states: Layers = False,
+    vision: Layers = False,
+) -> Trace:
+    """Runs the plain model on a batch and keeps what is asked for.
+
+    attentions, hidden_states: of which layers of the decoder; True for all.
+    vision: of which layers of the tower too, for whichever of the two is asked for.
+
+    Raises ValueError for a layer that is none, or whose attention is another module than the plain model's.
+    """
+    kept: dict[str, dict[int, Any]] = {}
+    with ExitStack() as hooks:
+        for prefix, part, chosen in (("", model.decoder, True), ("vision_", model.vision, vision)):
+            for kind, layers in (("hidden_states", hidden_states), ("attentions", attentions)):
+                wanted = layers if chosen is True else chosen if layers is not False else False
+                found = kept.setdefault(prefix + kind, {})
+                for name, layer in _chosen(part, wanted).items():
+                    hook = _keep_output if kind == "hidden_states" else _keep_attention
+                    hooks.callback(hook(layer, found, name).remove)
+        vectors = model(batch)
+    return Trace(batch, vectors, model.config.vision.merged_per_side, **kept)
+
+
+def numbered(layers: Collection[int], n: int) -> dict[int, int]:
+    """{as it was asked for: which it is, from 0} of n layers. Raises ValueError for a layer that is none."""
+    if unknown := [layer for layer in layers if layer not in range(-n, n)]:
+        raise ValueError(f"layers {unknown} are none of the {n} that there are, from {-n} to {n - 1}")
+    return {layer: range(n)[layer] for layer in layers}
+
+
+def _chosen(part: nn.Module, layers: Layers) -> dict[int, nn.Module]:
+    if layers is False:
+        return {}
+    found = getattr(part, "layers", None)
+    if found is None:
+        raise ValueError(f"a {type(part).__name__} has no `layers` to trace")
+    return {name: found[n] for name, n in numbered(range(len(found)) if layers is True else layers, len(found)).items()}
+
+
+def _keep_output(layer: nn.Module, kept: dict[int, Any], name: int) -> Any:
+    return layer.register_forward_hook(lambda module, args, output: kept.update({name: output}))
+
+
+def _keep_attention(layer: nn.Module, kept: dict[int, Any], name: int) -> Any:
+    attention = getattr(layer, "self_attn", None)
+    if not isinstance(attention, Attention | VisionAttention):
+        raise ValueError(f"layer {name} is a {type(layer).__name__} whose self_attn is a {type(attention).__name__}: "
+                         "only the plain model's attention can be traced")  # fmt: skip
+
+    def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        kept[name], again = _by_formula(module, *args)
+        return again
+
+    return attention.register_forward_hook(hook)
+
+
+def _by_formula(attention: Any, x: Tensor, packing: Packing | None = None) -> tuple[Any, Tensor]:
+    """Probabilities, and what the module makes of them: of a pack x [T, D], or of crops x [C, P, D]."""
+    q, k, v = attention.qkv(x) if packing is None else attention.qkv(x, packing)
+    if packing is not None:
+        p = reference.attention_probabilities(q, k, packing.cu_seqlens, causal=packing.causal)
+        return p, attention.o_proj(_weighted(p, v, q.shape[1]).to(x.dtype))
+    C, P, _ = x.shape
+    cu_seqlens = torch.arange(0, (C + 1) * P, P, device=x.device)
+    p = reference.attention_probabilities(q, k, cu_seqlens, causal=False)
+    return torch.stack(p), attention.out_proj(_weighted(p, v, q.shape[1]).to(x.dtype).view_as(x))
+
+
+def _weighted(
+    probabilities: list[Tensor], v: Tensor, heads: int
+) -> Tensor:  # [N, L, L] each, [T, Nkv, H] -> [T, N * H]
+    values = v.float().repeat_interleave(heads // v.shape[1], dim=1).split([p.shape[-1] for p in probabilities])
+    return torch.cat([torch.einsum("nqk,knh->qnh", p, x) for p, x in zip(probabilities, values, strict=True)]).flatten(
+        1
+    )
