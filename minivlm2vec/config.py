@@ -126,14 +126,14 @@ class VLM2VecConfig:
     def written_into(self, raw: dict[str, Any]) -> dict[str, Any]:
         """The content of a config.json with this configuration in it; what is not known here stays as it is."""
         raw, old = copy.deepcopy(raw), VLM2VecConfig.from_dict(raw)
-        for name, value in _changes(old.decoder, self.decoder).items():
+        for name, value in changes(old.decoder, self.decoder).items():
             raw[name] = asdict(value) | {"type": "longrope"} if isinstance(value, RopeScaling) else value
-        if changes := _changes(old.vision, self.vision):
-            raw["img_processor"].setdefault("vision_config", {}).update(changes)
+        if vision := changes(old.vision, self.vision):
+            raw["img_processor"].setdefault("vision_config", {}).update(vision)
             raw["img_processor"]["image_dim_out"] = self.vision.hidden_size
         raw.pop("dtype", None)
         raw["torch_dtype"] = self.dtype
-        raw[OWN] = _changes(Parts(), self.parts)
+        raw[OWN] = changes(Parts(), self.parts)
         return {key: value for key, value in raw.items() if key != OWN or value}
 
     @classmethod
@@ -180,7 +180,7 @@ def _parts(raw: dict[str, Any]) -> Parts:
     return Parts(**raw)
 
 
-def _changes(old: Any, new: Any) -> dict[str, Any]:
+def changes(old: Any, new: Any) -> dict[str, Any]:
     """The fields of `new` that are not as in `old`."""
     return {f.name: getattr(new, f.name) for f in fields(new) if getattr(new, f.name) != getattr(old, f.name)}
 

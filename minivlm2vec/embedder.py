@@ -15,10 +15,11 @@ from minivlm2vec_kernels.ops import BACKENDS
 
 from . import prompts
 from .batch import PackedBatch
+from .config import VLM2VecConfig
 from .errors import InputError, at_least_one
 from .inference import FusedVLM2Vec, check_options
 from .inference import optimize as optimized
-from .lora import merge_adapter
+from .lora import merge_adapter, with_adapters_parts
 from .model import VLM2Vec
 from .processor import Loaded, Planned, Processor
 from .weights import load_model, resolve
@@ -58,7 +59,8 @@ class Embedder:
         revision: str | None = None,
         local_files_only: bool = False,
         backend: str | None = None,
-        model_class: type[VLM2Vec] = VLM2Vec,
+        model_class: type[VLM2Vec] | None = None,
+        config: VLM2VecConfig | None = None,
         skip: Sequence[str] = (),
         adapter: str | os.PathLike | None = None,
         fast_decode: bool = False,
@@ -81,7 +83,9 @@ class Embedder:
             revision: a branch, tag or commit on the Hub.
             local_files_only: never ask the network.
             backend: "auto", "triton" or "torch" for the kernels; default MINIVLM2VEC_BACKEND, else auto.
-            model_class: what is built from config.json and filled: VLM2Vec, or a class derived from it.
+            model_class: VLM2Vec or a class derived from it; default the one that config.json names.
+            config: instead of config.json's, for other parts; see `weights.load_model`. Default: config.json's, with
+                the parts that the adapter was trained for.
             skip: beginnings of names of new parameters, for which the checkpoint has no tensor; see
                 `weights.load_weights`.
             adapter: a LoRA or DoRA in PEFT's format, a folder or a name on the Hub such as "TIGER-Lab/VLM2Vec-LoRA"
@@ -113,21 +117,30 @@ class Embedder:
         if not optimize and any(value and value != "bf16" for value in given.values()):
             raise ValueError(f"optimize=False gives the plain model, which has no {', no '.join(given)}")
         folder = resolve(name_or_path, revision=revision, local_files_only=local_files_only)
+        adapter_folder = resolve(adapter, local_files_only=local_files_only) if adapter is not None else None
+        if adapter_folder is not None and config is None:
+            config = with_adapters_parts(VLM2VecConfig.from_json(folder), adapter_folder)
         model = load_model(
             folder,
             model_class=model_class,
+            config=config,
             device=device or default_device(),
             dtype=dtype,
             backend=backend,
             skip=skip,
             show_progress=show_progress,
         )
-        if adapter is not None:
-            merge_adapter(model, resolve(adapter, local_files_only=local_files_only))
+        if adapter_folder is not None:
+            merge_adapter(model, adapter_folder)
         if optimize:
             model = optimized(model, **given)
         processor = Processor.from_pretrained(
-            folder, model.config, num_crops=num_crops, fast_decode=fast_decode, exif_transpose=exif_transpose
+            folder,
+            model.config,
+            num_crops=num_crops,
+            fast_decode=fast_decode,
+            exif_transpose=exif_transpose,
+            num_image_tokens=model.num_image_tokens,
         )
         return cls(model, processor, name=str(name_or_path) if adapter is None else f"{name_or_path} + {adapter}")
 
@@ -138,7 +151,7 @@ class Embedder:
     @property
     def dimension(self) -> int:
         """Length of a vector."""
-        return self.model.config.decoder.hidden_size
+        return self.model.dimension
 
     @overload
     def encode(

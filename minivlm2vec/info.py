@@ -1,6 +1,6 @@
 """What a model is made of and what it costs: for `minivlm2vec info` and the benches' floors."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ def module_rows(config: VLM2VecConfig) -> list[Row]:
     """The parts top-down; equal layers are one row."""
     model: VLM2Vec = empty_model(config)
     rows = []
-    for name, child in _children(model):
+    for name, child in model.named_children():
         layers: list[nn.Module] = [*getattr(child, "layers", ())]
         for sub_name, part in child.named_parameters():
             if not sub_name.startswith("layers."):
@@ -82,7 +82,8 @@ def report(config: VLM2VecConfig) -> dict:
             "total": tower + decoder,
         }
     return {
-        "dimension": config.decoder.hidden_size,
+        "parts": asdict(config.parts),
+        "dimension": empty_model(config).dimension,
         "max_tokens": config.decoder.max_position_embeddings,
         "crop_size": config.vision.image_size,
         "dtype": config.dtype,
@@ -107,6 +108,7 @@ def as_text(config: VLM2VecConfig) -> str:
         "",
         f"vector: {r['dimension']} numbers; longest input: {r['max_tokens']:,} tokens; crops of {r['crop_size']} x "
         f"{r['crop_size']} pixels; {r['dtype']}",
+        "; ".join(f"{kind}: {name}" for kind, name in r["parts"].items()),
         f"one text token, of 30: {r['flops_per_text_token'] / 1e9:,.3f} GFLOP",
     ]
     for crops, image in r["flops_per_image"].items():
@@ -115,10 +117,6 @@ def as_text(config: VLM2VecConfig) -> str:
             f"(tower and projector {image['tower_and_projector'] / 1e12:,.3f}, decoder {image['decoder'] / 1e12:,.3f})"
         )
     return "\n".join(lines)
-
-
-def _children(model: VLM2Vec) -> list[tuple[str, nn.Module]]:
-    return [(name, getattr(model, name)) for name in ("vision", "projector", "decoder")]
 
 
 def _shape(tensor: torch.Tensor) -> str:

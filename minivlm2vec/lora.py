@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .config import OWN, VLM2VecConfig
 from .errors import CheckpointError, some
 from .linear import Linear
-from .weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, drop_prefixes, keys_of
+from .weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, drop_prefixes, keys_of, parameter_of, saved_tensors, under_keys
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -52,6 +53,9 @@ class LoraConfig:
         use_dora: see the top of this file.
         use_rslora: lora_alpha / sqrt(r) instead.
         rank_pattern, alpha_pattern: other r and lora_alpha for the modules whose names end in a regular expression.
+        modules_to_save: the same, of modules that are trained whole and kept in the adapter: a head, a projector.
+        parts: names of registered parts that the adapter was trained with, where they are not the base's
+            (`config.Parts`); under "minivlm2vec" in the file.
         init_lora_weights: how A begins: "gaussian", of deviation 1 / r (VLM2Vec's), or True, uniform (PEFT's
             default). B begins at zero, so that a new adapter changes nothing.
     """
@@ -66,6 +70,8 @@ class LoraConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     init_lora_weights: bool | str = "gaussian"
+    modules_to_save: tuple[str, ...] = ()
+    parts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if not isinstance(self.r, int) or self.r < 1:
@@ -85,6 +91,7 @@ class LoraConfig:
         if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
             raise CheckpointError(f"{path} describes no LoRA: peft_type is not 'LORA'")
         _refuse_unsupported(path, raw)
+        raw["parts"] = raw.pop(OWN, None)
         known = {k: raw[k] for k in cls.__dataclass_fields__ if raw.get(k) is not None}
         known |= {k: tuple(v) for k, v in known.items() if isinstance(v, list)}
         try:
@@ -94,7 +101,10 @@ class LoraConfig:
 
     def to_json(self, base_model: str | None = None) -> str:
         raw = {"peft_type": "LORA", "base_model_name_or_path": base_model, "bias": "none", "inference_mode": True}
-        return json.dumps(raw | asdict(self), indent=2) + "\n"
+        own = asdict(self)
+        if parts := own.pop("parts"):
+            own[OWN] = parts
+        return json.dumps(raw | own, indent=2) + "\n"
 
     def targets(self, key: str) -> bool:
         """Whether the checkpoint's module of that name is adapted; the rules are PEFT's."""
@@ -192,7 +202,8 @@ class AdaptedLinear(Linear):
 def add_lora(model: M, config: LoraConfig, *, generator: torch.Generator | None = None) -> M:
     """Freezes the model and puts new adapters on the modules that `config` targets. Returns the model.
 
-    generator: for A's first numbers, on the CPU. Raises ValueError where a target fits no module, or all are excluded.
+    generator: for A's first numbers, on the CPU. Raises ValueError where a target, or a module to save, fits no module,
+    or all are excluded.
     """
     places = _places(model)
     targets = config.target_modules
@@ -203,7 +214,10 @@ def add_lora(model: M, config: LoraConfig, *, generator: torch.Generator | None 
     places = {key: place for key, place in places.items() if config.targets(key)}
     if not places:
         raise ValueError("exclude_modules: no module is left for an adapter")
+    whole = whole_tensors(model, config)
     model.requires_grad_(False)
+    for tensor in whole.values():
+        tensor.requires_grad_(tensor.is_floating_point() and isinstance(tensor, nn.Parameter))
     for key, place in places.items():
         linear: Any = model.get_submodule(place.module)
         r, (n, K) = config.rank(key), (place.stop - place.start, linear.in_features)
@@ -228,6 +242,7 @@ def load_adapter(model: M, folder: str | Path) -> M:
     """
     config = LoraConfig.from_json(Path(folder) / CONFIG)
     tensors = _read_tensors(Path(folder) / WEIGHTS)
+    whole = _take_whole(model, tensors, config, Path(folder) / WEIGHTS)
     places, found = _places(model), _by_module(tensors, _dropped(model))
     lost = [f"{key}.{kind}" for key, kinds in found.items() for kind in kinds if key not in places]
     if lost or not found:
@@ -239,6 +254,8 @@ def load_adapter(model: M, folder: str | Path) -> M:
     for key, kinds in found.items():
         _check(key, kinds, places[key], model, config)
     model.requires_grad_(False)
+    for parameter in whole:
+        parameter.requires_grad_(True)
     for key, kinds in found.items():
         A, B, magnitude = kinds["lora_A.weight"], kinds["lora_B.weight"], kinds.get("lora_magnitude_vector")
         _attach(model, key, places[key], A, B, magnitude, config)
@@ -258,13 +275,16 @@ def merge_lora(model: M) -> M:
 
 
 def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, *, base_model: str | None = None) -> None:
-    """Writes the model's adapters as PEFT does: adapter_config.json and adapter_model.safetensors.
+    """Writes the model's adapters as PEFT does: adapter_config.json and adapter_model.safetensors, in which
+    `config.modules_to_save` lie too.
 
     base_model: what the adapters belong to, a folder or a Hub name, for the config.
     """
     tensors = {name: t.detach() for name, t in adapter_tensors(model)}
     if not tensors:
         raise ValueError("the model has no adapter to write")
+    for name, t in whole_tensors(model, config).items():
+        tensors |= under_keys(name, t.detach())
     write_adapter(folder, tensors, config, base_model=base_model)
 
 
@@ -286,6 +306,50 @@ def adapter_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield f"{a.key}.lora_B.weight", a.lora_B
         if a.lora_magnitude_vector is not None:
             yield f"{a.key}.lora_magnitude_vector", a.lora_magnitude_vector
+
+
+def whole_tensors(model: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
+    """Parameters and saved buffers of `config.modules_to_save`, but of modules that the model never computes (lm_head).
+    Raises ValueError for a name that fits none."""
+    tensors = saved_tensors(model)
+    computed = [one for one in config.modules_to_save if not f"{one}.".startswith(_dropped(model))]
+    found = {one: [n for n in tensors if _is_inside(n, (one,))] for one in computed}
+    if unused := [one for one, names in found.items() if not names]:
+        raise ValueError(f"modules_to_save: no module with parameters fits {', '.join(unused)}")
+    return {name: tensors[name] for names in found.values() for name in names}
+
+
+def with_adapters_parts(config: VLM2VecConfig, folder: str | Path) -> VLM2VecConfig:
+    """A base's configuration with the parts that the adapter of a folder was trained with."""
+    return config.with_parts(**LoraConfig.from_json(Path(folder) / CONFIG).parts)
+
+
+def _is_inside(name: str, modules: tuple[str, ...]) -> bool:
+    """Whether a tensor lies in one of these modules, by the checkpoint's names of them or the model's."""
+    paths = (name, *keys_of(name))
+    return any(_fits(modules, path[:i]) for path in paths for i, c in enumerate(path) if c == ".")
+
+
+def _take_whole(model: nn.Module, tensors: dict[str, Tensor], config: LoraConfig, file: Path) -> list[nn.Parameter]:
+    """Moves the tensors of `modules_to_save` out of an adapter's into the model; returns the parameters among them."""
+    try:
+        whole = whole_tensors(model, config)
+    except ValueError as e:
+        raise CheckpointError(f"{file}: {e}") from None
+    places = {
+        key: rows
+        for name, t in whole.items()
+        for key, rows in zip(keys_of(name), t.detach().tensor_split(len(keys_of(name))) if t.ndim else [t], strict=True)
+    }
+    if lost := [key for key in places if PREFIX + key not in tensors]:
+        raise CheckpointError(f"{file} has no {some(lost)}, which modules_to_save names")
+    for key, rows in places.items():
+        value = tensors.pop(PREFIX + key)
+        if value.shape != rows.shape:
+            raise CheckpointError(f"{key} in {file} has shape {list(value.shape)}, the model needs {list(rows.shape)}")
+        rows.copy_(value)
+    parameters = dict(model.named_parameters())
+    return [parameters[n] for n in {parameter_of(key)[0] for key in places} if n in parameters]
 
 
 def _places(model: nn.Module) -> dict[str, RowSlice]:
@@ -378,7 +442,7 @@ def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
                               "adapter to a plain LoRA with PEFT")  # fmt: skip
     if raw.get("bias", "none") != "none":
         raise CheckpointError(f"{path}: bias is {raw['bias']!r}; only 'none' is supported")
-    known = {*LoraConfig.__dataclass_fields__, *IRRELEVANT, "peft_type", "bias"}
+    known = {*LoraConfig.__dataclass_fields__, *IRRELEVANT, "peft_type", "bias", OWN}
     for key in raw.keys() - known:
         if raw[key]:
             raise CheckpointError(f"{path}: {key} is {raw[key]!r}, which is not supported")

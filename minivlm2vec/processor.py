@@ -6,8 +6,9 @@ The work is in two steps, so that inputs can be sorted by length before any imag
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ class Processor:
         num_crops: the most crops an image is cut into.
         fast_decode: JPEGs are decoded at a reduced scale: faster, not the same bits.
         exif_transpose: honour the EXIF orientation, which the original ignores.
+        num_image_tokens: how many tokens an image of a grid (h, w) of crops is given; default as the published
+            projector makes (`VLM2Vec.num_image_tokens` asks the model's own).
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Processor:
         num_crops: int = 4,
         fast_decode: bool = False,
         exif_transpose: bool = False,
+        num_image_tokens: Callable[[Grid], int] | None = None,
     ):
         at_least_one(num_crops=num_crops)
         self.tokenizer = tokenizer
@@ -87,6 +91,7 @@ class Processor:
         self.num_crops = num_crops
         self.fast_decode = fast_decode
         self.exif_transpose = exif_transpose
+        self.num_image_tokens = num_image_tokens or partial(_as_published, config.vision.merged_per_side)
 
     @classmethod
     def from_pretrained(
@@ -215,7 +220,7 @@ class Processor:
         return self.config.vision.image_size
 
     def _num_image_tokens(self, grids: Sequence[Grid]) -> int:
-        return sum(num_image_tokens(g, self.config.vision.merged_per_side) for g in grids)
+        return sum(map(self.num_image_tokens, grids))
 
     def _size(self, source: Any, name: str) -> tuple[int, int]:
         image = open_image(source, name=name)
@@ -239,6 +244,10 @@ class Processor:
                 name="text and images" if planned.grids else "text",
             )
         return planned
+
+
+def _as_published(merged_per_side: int, grid: Grid) -> int:
+    return num_image_tokens(grid, merged_per_side)
 
 
 _EMPTY: np.ndarray = np.empty(0, np.int64)

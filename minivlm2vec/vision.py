@@ -141,6 +141,15 @@ class LayerNorm(nn.LayerNorm):
         return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps, backend=self.backend)
 
 
+def normalized_images(
+    crops: Tensor, grids: tuple[Grid, ...], dtype: torch.dtype, *, backend: str | None = None
+) -> Tensor:
+    """What a tower that is no ViT starts from: crops as above -> (pixel / 255 - mean) / std, [C, 3, S, S]."""
+    mean, std = pixel_statistics(crops.device)
+    S = crops.shape[1]
+    return ops.image_patches(crops, grids, mean, std, S, dtype, backend=backend).view(-1, 3, S, S)
+
+
 @functools.lru_cache(maxsize=16)  # copying them to a device waits for it
 def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [3] float32 of CLIP's training pixels, in 0 .. 1."""

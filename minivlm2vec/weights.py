@@ -183,7 +183,7 @@ def load_weights(
     Strict in all else: a tensor that is missing, unexpected, of another shape, or not finite raises CheckpointError.
     """
     sources = read_headers(folder)
-    plan, tensors = assign(model, sources, skip=skip), _tensors(model)
+    plan, tensors = assign(model, sources, skip=skip), saved_tensors(model)
     checks: dict[str, Tensor] = {}
     items = tqdm(plan.items(), desc="Loading weights", unit="tensor", disable=not show_progress)
     for name, parts in items:
@@ -206,7 +206,7 @@ def assign(model: VLM2Vec, sources: list[Source], *, skip: Sequence[str] = ()) -
     drop = drop_prefixes(model.config)
     found: dict[str, dict[int, Source]] = defaultdict(dict)
     unexpected = []
-    tensors = {name: t for name, t in _tensors(model).items() if not name.startswith(tuple(skip))}
+    tensors = {name: t for name, t in saved_tensors(model).items() if not name.startswith(tuple(skip))}
     for source in sources:
         name, part = parameter_of(source.key)
         if name not in tensors:
@@ -288,7 +288,7 @@ def _differences(model: VLM2Vec, again: VLM2Vec) -> list[str]:
     """What the first has and the second has not: kinds of modules, shapes of tensors, the pooling."""
     ours, theirs = (
         {n: _ALIKE.get(type(m), type(m)).__name__ for n, m in one.named_modules()}
-        | {n: f"a tensor {list(t.shape)}" for n, t in _tensors(one).items()}
+        | {n: f"a tensor {list(t.shape)}" for n, t in saved_tensors(one).items()}
         | {"pooling": getattr(one.pooling, "__qualname__", type(one.pooling).__name__)}
         for one in (model, again)
     )
@@ -466,7 +466,7 @@ def _check_shape(name: str, like: Tensor, parts: list[Source]) -> None:
                                   f"{like.dtype}")  # fmt: skip
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters, and the buffers that a checkpoint holds; one that stands in several places under its first name."""
     buffers = {
         f"{prefix}.{name}".lstrip("."): b
@@ -502,7 +502,7 @@ def _check_finite(model: nn.Module, sums: dict[str, Tensor]) -> None:
     if not sums or torch.stack([s.cpu() for s in sums.values()]).isfinite().all():
         return
     for name in [n for n, s in sums.items() if not s.isfinite()]:
-        value = _tensors(model)[name]
+        value = saved_tensors(model)[name]
         bad = int((~value.isfinite()).sum())
         if bad:
             raise CheckpointError(f"{name} holds {bad:,} values that are NaN or infinite, of "

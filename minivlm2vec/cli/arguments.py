@@ -22,6 +22,23 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, positional: bool = F
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--local-files-only", action="store_true", help="never ask the network")
     parser.add_argument("--backend", choices=["auto", "triton", "torch"], help="kernels (default: auto)")
+    add_plugin_argument(parser)
+
+
+def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
+    """--plugin, which is obeyed while the arguments are parsed: what it registers is known to all that follows."""
+    parser.add_argument("--plugin", action="append", default=[], type=_plugin, metavar="FILE.py",
+                        help="run a Python file of your own, which registers parts of the model")  # fmt: skip
+
+
+def _plugin(path: str) -> str:
+    from ..registry import load_plugin
+
+    try:
+        load_plugin(path)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+    return path
 
 
 def load_embedder(args: argparse.Namespace, **options: Any):

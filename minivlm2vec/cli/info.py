@@ -4,11 +4,14 @@ import argparse
 import json
 from pathlib import Path
 
+from .arguments import add_plugin_argument
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Prints modules, shapes, parameters, bytes and FLOPs. Reads config.json alone."
     parser.add_argument("path", metavar="PATH", help='a checkpoint folder, a config.json, a Hub name, or "mini"')
     parser.add_argument("--json", action="store_true", help="for machines")
+    add_plugin_argument(parser)
     parser.set_defaults(run=run)
 
 

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from .arguments import add_plugin_argument
 from .messages import printed
 
 EXAMPLES = """\
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="see minivlm2vec/train/config.py")
     parser.add_argument("--check", action="store_true", help="read every row and decode every picture, then stop")
     parser.add_argument("--device", help="cuda, cuda:1, cpu (default: the best there is)")
+    add_plugin_argument(parser)
     parser.set_defaults(run=run)
 
 

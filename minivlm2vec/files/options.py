@@ -11,8 +11,9 @@ from .. import prompts
 from ..config import VLM2VecConfig
 from ..embedder import Embedder
 from ..errors import Option, OptionError, at_least_one
+from ..model import VLM2Vec
 from ..processor import Processor
-from ..weights import fingerprint, resolve
+from ..weights import empty_model, fingerprint, resolve
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -76,7 +77,8 @@ class Checkpoint:
 
     @property
     def dimension(self) -> int:
-        return self.config.decoder.hidden_size
+        model: VLM2Vec = empty_model(self.config)
+        return model.dimension
 
     @property
     def num_crops(self) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..atomic import replacing
 from ..distributed import Ranks
 from ..errors import some
-from ..lora import adapter_tensors
+from ..lora import LoraConfig, adapter_tensors, whole_tensors
 from ..model import VLM2Vec
 from ..weights import under_keys
 from . import engine
@@ -189,9 +189,12 @@ def write(
     return folder
 
 
-def adapter_weights(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
-    """The adapters' tensors, whole and on the host."""
-    return {name: _on_host(t, ranks) for name, t in adapter_tensors(model)}
+def adapter_weights(model: nn.Module, lora: LoraConfig, ranks: Ranks) -> dict[str, Tensor]:
+    """The adapters' tensors and those of modules that are saved with them, whole and on the host."""
+    weights = {name: _on_host(t, ranks) for name, t in adapter_tensors(model)}
+    for name, t in whole_tensors(model, lora).items():
+        weights |= under_keys(name, _on_host(t, ranks))
+    return weights
 
 
 def model_weights(model: VLM2Vec, ranks: Ranks) -> dict[str, Tensor]:

@@ -114,7 +114,10 @@ class TrainConfig:
     """A training run.
 
     Fields:
-        model: the checkpoint to begin from, a folder or Hub name.
+        model: the checkpoint to begin from, a folder or Hub name. In a TOML file also a table: [model] with
+            `checkpoint`, `plugins`, and other parts than the checkpoint's, such as `pooling = "attentive"`.
+        parts: those, by registered names; see `config.Parts`. What is new in them is trained from its beginning.
+        plugins: Python files of your own that register parts; see `registry.load_plugin`.
         out: the folder for checkpoints, logs and pictures.
         freeze: names of modules that stay as they are, such as "vision". With [lora] they get no adapter.
         gradient_checkpointing: layers are computed again in the backward pass instead of kept.
@@ -136,6 +139,8 @@ class TrainConfig:
     autocast: bool | None = None
     distributed: str = "ddp"
     seed: int = 0
+    parts: dict[str, Any] = field(default_factory=dict)
+    plugins: tuple[str, ...] = ()
 
     def __post_init__(self):
         _check(self)
@@ -149,9 +154,21 @@ def read_config(path: str | Path) -> TrainConfig:
     path = Path(path)
     try:
         raw = _toml().loads(path.read_text(encoding="utf-8"))
-        return build(TrainConfig, _with_source(raw), "")
+        return build(TrainConfig, _with_source(_with_parts(raw)), "")
     except (ValueError, TypeError) as e:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise ValueError(f"{path}: {e}") from None
+
+
+def _with_parts(raw: dict[str, Any]) -> dict[str, Any]:
+    """The file's settings, where [model] is a table."""
+    table = raw.get("model")
+    if not isinstance(table, dict):
+        return raw
+    if "checkpoint" not in table:
+        raise ValueError("model.checkpoint is missing: the folder or Hub name to begin from")
+    parts = {key: value for key, value in table.items() if key not in ("checkpoint", "plugins")}
+    plugins = {"plugins": table["plugins"]} if "plugins" in table else {}
+    return raw | plugins | {"model": table["checkpoint"], "parts": parts}
 
 
 def _with_source(raw: dict[str, Any]) -> dict[str, Any]:

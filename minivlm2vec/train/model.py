@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,38 +10,53 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..config import VLM2VecConfig, changes
 from ..lora import LoraConfig, add_lora, exclude_frozen
 from ..model import VLM2Vec
-from ..weights import load_model
+from ..weights import described, load_model, new_parts, saved_tensors
 from .config import TrainConfig
 
 
 def trainable_model(
     config: TrainConfig, source: Path, device: torch.device, model: VLM2Vec | None = None
-) -> tuple[VLM2Vec, LoraConfig | None]:
-    """The model of a run, and its adapters.
+) -> tuple[VLM2Vec, VLM2VecConfig, LoraConfig | None]:
+    """The model of a run, what its checkpoints say of it, and its adapters.
 
     model: the user's own, in which what does not require gradients stays frozen. By default all of `source` is
-    trained. `config.freeze` and `config.lora` apply to either.
+    trained, with the parts that `config.parts` names. `config.freeze` and `config.lora` apply to either.
+
+    Raises ValueError for a model that could not be loaded again from its checkpoints (`weights.described`).
     """
-    cuda = device.type == "cuda"
+    cuda, written = device.type == "cuda", VLM2VecConfig.from_json(source)
     if model is None:
         dtype = torch.bfloat16 if config.lora and cuda else torch.float32
-        model = load_model(source, device=device, dtype=dtype)
+        model = load_model(source, config=written.with_parts(**config.parts), device=device, dtype=dtype)
         model.requires_grad_(True)
+    elif config.parts:
+        raise ValueError(f"model.{next(iter(config.parts))} chooses a part of the model that is loaded, and a model is "
+                         "given")  # fmt: skip
+    recorded = described(model)
     model = model.to(device)
     _freeze(model, config.freeze)
-    lora = config.lora and exclude_frozen(config.lora, model)
+    lora = config.lora and _with_new_parts(exclude_frozen(config.lora, model), model, written, recorded)
     if lora:
         add_lora(model, lora, generator=torch.Generator().manual_seed(config.seed))
     if cuda:
-        for p in (p for p in model.parameters() if not p.requires_grad):
-            p.data = p.data.to(torch.bfloat16)
+        for p in model.parameters():
+            p.data = p.data.float() if p.requires_grad else p.data.to(torch.bfloat16)
     if config.gradient_checkpointing:
         _checkpoint_layers(model)
     if not any(p.requires_grad for p in model.vision.parameters()):
         _without_gradient(model.vision)
-    return model, lora
+    return model, recorded, lora
+
+
+def _with_new_parts(lora: LoraConfig, model: VLM2Vec, written: VLM2VecConfig, recorded: VLM2VecConfig) -> LoraConfig:
+    """The parts that are not the base's are trained whole and kept in the adapter, which names them."""
+    tensors = saved_tensors(model)
+    new = (part.rstrip(".") for part in new_parts(written, recorded) if any(n.startswith(part) for n in tensors))
+    modules = tuple(dict.fromkeys([*lora.modules_to_save, *new]))
+    return replace(lora, modules_to_save=modules, parts=changes(written.parts, recorded.parts))
 
 
 def set_training(module: nn.Module) -> None:

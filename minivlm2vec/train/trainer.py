@@ -15,6 +15,7 @@ from ..errors import some
 from ..lora import write_adapter
 from ..model import VLM2Vec
 from ..processor import Loaded, Processor
+from ..registry import load_plugin
 from ..rows import Pair
 from ..weights import resolve, write_checkpoint
 from . import checkpoint, engine
@@ -60,7 +61,8 @@ class Trainer:
         config: see `TrainConfig`; the parts below stand in for what it describes.
         device: default CUDA where there is one, else the CPU. Under torchrun each process has its own GPU.
         model: a model of your own, for `config.model`'s configuration and tokenizer, in the dtype that it is to be
-            trained in. What does not require gradients stays as it is.
+            trained in. What does not require gradients stays as it is. Its parts have registered names
+            (`registry.register`), under which its checkpoints bring them back.
         data: a `RowSource`.
         loss: see `Loss`.
         optimizer, schedule, callbacks: see `optim.MakeOptimizer`, `optim.Schedule` and `Callback` above.
@@ -72,6 +74,7 @@ class Trainer:
     Attributes:
         step: how many steps are done.
         parameters: those that are trained, by name.
+        recorded: what config.json of the checkpoints says of the model.
         lora: the adapters, or None.
         model, data, loss, optimizer, schedule, processor, ranks, device.
 
@@ -97,8 +100,15 @@ class Trainer:
         _check_batches(self.data, config.optim.batch_size, self.ranks)
         self.source = resolve(config.model)
         torch.manual_seed(config.seed + self.ranks.rank)
-        self.model, self.lora = trainable_model(config, self.source, self.device, model)
-        self.processor = Processor.from_pretrained(self.source, self.model.config, num_crops=config.data.num_crops)
+        for plugin in config.plugins:
+            load_plugin(plugin)
+        self.model, self.recorded, self.lora = trainable_model(config, self.source, self.device, model)
+        self.processor = Processor.from_pretrained(
+            self.source,
+            self.model.config,
+            num_crops=config.data.num_crops,
+            num_image_tokens=self.model.num_image_tokens,
+        )
         self.loader = RowLoader(
             self.processor, max_length=config.data.max_length, hard_negatives=config.loss.hard_negatives
         )
@@ -185,11 +195,11 @@ class Trainer:
     def save(self) -> Path:
         """Writes a checkpoint of the present step; to be called by all processes."""
         if self.lora is not None:
-            weights = checkpoint.adapter_weights(self.model, self.ranks)
+            weights = checkpoint.adapter_weights(self.model, self.lora, self.ranks)
             write = partial(write_adapter, config=self.lora, base_model=self.config.model)
         else:
             weights = checkpoint.model_weights(self.model, self.ranks)
-            write = partial(write_checkpoint, source=self.source)
+            write = partial(write_checkpoint, config=self.recorded, source=self.source)
         return checkpoint.write(self.out, self.step, self._state(), weights, write, self._settings())
 
     def write_pictures(self) -> None:

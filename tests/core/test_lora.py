@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minivlm2vec import Embedder
+from minivlm2vec import Embedder, register
 from minivlm2vec.config import VLM2VecConfig
 from minivlm2vec.errors import CheckpointError
 from minivlm2vec.linear import Linear
@@ -359,7 +360,8 @@ def test_nothing_is_changed_when_an_adapter_is_refused(folder, adapter):
         ({"peft_type": "IA3"}, "describes no LoRA"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"init_lora_weights": "pissa_niter_16"}, "changes the base model too"),
-        ({"modules_to_save": ["score"]}, "modules_to_save is"),
+        ({"modules_to_save": ["score"]}, "modules_to_save: no module with parameters fits score"),
+        ({"modules_to_save": ["img_projection"]}, r"has no .*img_projection\.0\.weight.*, which modules_to_save names"),
         ({"use_something_new": True}, "use_something_new is True, which is not supported"),
         ({"r": 0}, "r is 0"),
     ],
@@ -395,3 +397,91 @@ def test_a_target_that_fits_nothing_is_named(folder):
 def test_keys_of_is_the_inverse_of_parameter_of(folder):
     for name, _ in load_model(folder).named_parameters():
         assert [parameter_of(key) for key in keys_of(name)] == [(name, i) for i in range(len(keys_of(name)))]
+
+
+# --- modules that are trained whole ------------------------------------------------------------------------
+
+
+@register("pooling", "weighted")
+class Weighted(nn.Module):
+    """The last token by a matrix, with a buffer that counts."""
+
+    def __init__(self, config, backend=None):
+        super().__init__()
+        self.matrix = Linear(config.decoder.hidden_size, 8)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    dimension = 8
+
+    def reset_parameters(self):
+        self.calls.zero_()
+
+    def forward(self, x, cu_seqlens):
+        return self.matrix(x[cu_seqlens[1:].long() - 1])
+
+
+WHOLE = LoraConfig(r=2, modules_to_save=("pooling", "img_projection"), parts={"pooling": "weighted"})
+
+
+def with_head(folder):
+    torch.manual_seed(0)
+    config = VLM2VecConfig.from_json(folder).with_parts(pooling="weighted")
+    model = add_lora(load_model(folder, config=config), WHOLE)
+    stir(model)
+    randomize(model.projector.mlp, 3)
+    model.pooling.calls += 5
+    return model
+
+
+def test_modules_to_save_are_trained_written_and_read(folder, tmp_path):
+    model = with_head(folder)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and "lora" not in n}
+    assert trained == {n for n, _ in model.named_parameters() if n.startswith(("pooling.", "projector.mlp."))}
+    save_adapter(model, tmp_path / "a", WHOLE)
+    written = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert written["modules_to_save"] == ["pooling", "img_projection"]
+    assert written["minivlm2vec"] == {"pooling": "weighted"}
+    keys = load_file(tmp_path / "a/adapter_model.safetensors").keys()
+    assert {PREFIX + "pooling.matrix.weight", PREFIX + "pooling.calls"} <= keys
+    assert PREFIX + "model.vision_embed_tokens.img_projection.2.bias" in keys
+    expected = Embedder(model, None).model(batch_of(folder))
+    for options in ({}, {"optimize": False}):
+        e = Embedder.from_pretrained(folder, adapter=tmp_path / "a", device="cpu", show_progress=False, **options)
+        assert e.dimension == 8 and e.model.pooling.calls == 5
+        close("vectors", e.model(batch_of(folder)), expected.detach(), 2e-5)
+
+
+def batch_of(folder):
+    e = Embedder.from_pretrained(folder, device="cpu", optimize=False, show_progress=False)
+    return e.processor(["a cat and a dog", {"text": "x", "image": Image.new("RGB", (40, 30), "red")}])
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: t.pop(PREFIX + "pooling.matrix.bias"), r"has no pooling\.matrix\.bias, which modules_to_save names"),
+        (lambda t: t.update({PREFIX + "pooling.matrix.bias": torch.zeros(9)}), r"shape \[9\], the model needs \[8\]"),
+        (lambda t: t.update({PREFIX + "pooling.other": torch.zeros(9)}), "no place in the model: pooling.other"),
+    ],
+)
+def test_modules_to_save_are_read_strictly(folder, tmp_path, change, match):
+    save_adapter(with_head(folder), tmp_path / "a", WHOLE)
+    file = tmp_path / "a/adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=match):
+        Embedder.from_pretrained(folder, adapter=tmp_path / "a", device="cpu", show_progress=False)
+
+
+def test_peft_takes_what_we_wrote_without_our_parts(folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    save_adapter(with_head(folder), tmp_path / "a", WHOLE)
+    theirs = peft.LoraConfig.from_pretrained(tmp_path / "a")
+    assert theirs.modules_to_save == ["pooling", "img_projection"] and theirs.r == 2
+
+
+def test_lm_head_in_modules_to_save_is_left_out(folder, adapter):
+    change_config(adapter, modules_to_save=["lm_head"])
+    change_tensors(adapter, lambda t: t | {"base_model.model.lm_head.weight": torch.zeros(3, 64)})
+    load_adapter(load_model(folder), adapter)

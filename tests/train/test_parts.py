@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from minivlm2vec import Embedder, VLM2VecConfig, register
+from minivlm2vec.lora import LoraConfig
 from minivlm2vec.new_checkpoint import new_checkpoint
+from minivlm2vec.projector import Projector
 from minivlm2vec.rows import Pair
-from minivlm2vec.train import DataConfig, LogConfig, OptimConfig, TrainConfig, Trainer, check_data, train
+from minivlm2vec.train import DataConfig, LogConfig, OptimConfig, TrainConfig, Trainer, check_data, read_config, train
 from minivlm2vec.train.data import Row
 from minivlm2vec.train.loss import contrastive_loss
 from minivlm2vec.train.model import set_training
@@ -207,21 +210,26 @@ def test_the_functions_of_the_package(base, tmp_path):
 # --- models ------------------------------------------------------------------------------------------------
 
 
+@register("projector", "normed")
 class Normed(nn.Module):
     """A projector that keeps running statistics behind the plain one."""
 
-    def __init__(self, projector, width):
+    def __init__(self, config, backend=None):
         super().__init__()
-        self.projector, self.norm, self.dropout = projector, nn.BatchNorm1d(width), nn.Dropout(0.5)
+        self.projector = Projector(config, backend=backend)
+        self.norm, self.dropout = nn.BatchNorm1d(config.decoder.hidden_size), nn.Dropout(0.5)
 
     def forward(self, x, grids):
         return self.dropout(self.norm(self.projector(x, grids)))
 
 
+@register("pooling", "normed")
 class NormedPooling(nn.Module):
-    def __init__(self, width):
+    width, affine = None, True  # a test takes others
+
+    def __init__(self, config, backend=None):
         super().__init__()
-        self.norm = nn.BatchNorm1d(width)
+        self.norm = nn.BatchNorm1d(self.width or config.decoder.hidden_size, affine=self.affine)
 
     def forward(self, x, cu_seqlens):
         return self.norm(x)[cu_seqlens[1:].long() - 1]
@@ -229,7 +237,7 @@ class NormedPooling(nn.Module):
 
 def normed_model(base):
     model = load_model(base).requires_grad_(True)
-    model.pooling = NormedPooling(model.config.decoder.hidden_size)
+    model.pooling = NormedPooling(model.config)
     return model
 
 
@@ -243,18 +251,20 @@ def test_running_statistics_are_counted_once_and_resumed(base, tmp_path):
     same_state(whole, resumed)
 
 
-def test_a_run_with_another_model_is_refused_by_name(base, tmp_path):
+def test_a_run_with_another_model_is_refused_by_name(base, tmp_path, monkeypatch):
     trainer(base, tmp_path, model=normed_model(base)).run()
+    monkeypatch.setattr(NormedPooling, "affine", False)
     fewer = normed_model(base)
-    fewer.pooling.norm = nn.BatchNorm1d(fewer.config.decoder.hidden_size, affine=False)
     with pytest.raises(ValueError, match=r"of another model or loss: only it has parameter/pooling\.norm\.bias"):
         trainer(base, tmp_path, model=fewer)
+    monkeypatch.setattr(NormedPooling, "affine", True)
+    monkeypatch.setattr(NormedPooling, "width", 7)
     wider = normed_model(base)
-    wider.pooling.norm = nn.BatchNorm1d(7)
     with pytest.raises(ValueError, match=r"another shape is .*pooling.norm.running_mean \[1, \d+\], here \[1, 7\]"):
         trainer(base, tmp_path, model=wider)
 
 
+@register("pooling", "mean of a run")
 def mean(x, cu_seqlens):
     return torch.stack([part.mean(0) for part in x.split(cu_seqlens.diff().tolist())])
 
@@ -276,8 +286,8 @@ def test_a_run_with_another_loss_or_optimizer_is_refused_by_name(base, tmp_path)
 
 
 def test_what_is_frozen_stays_in_eval_and_unchanged(base, tmp_path):
-    model = load_model(base).requires_grad_(True)
-    model.projector = Normed(model.projector, model.config.decoder.hidden_size)
+    published = VLM2VecConfig.from_json(base)
+    model = load_model(base, config=published.with_parts(projector="normed")).requires_grad_(True)
     set_training(model)
     assert model.training and model.projector.norm.training and model.projector.dropout.training
     t = trainer(base, tmp_path, model=model, settings={"freeze": ("projector", "vision")})
@@ -298,6 +308,86 @@ def test_a_model_that_is_given_keeps_what_it_froze(base, tmp_path):
     t = trainer(base, tmp_path, model=model)
     assert t.model is model and all(name.startswith("decoder.layers.1.") for name in t.parameters)
     assert t.parameters
+
+
+@register("pooling", "head of a run")
+class Head(nn.Module):
+    def __init__(self, config, backend=None):
+        super().__init__()
+        self.matrix = nn.Linear(config.decoder.hidden_size, 6)
+
+    def forward(self, x, cu_seqlens):
+        return self.matrix(x[cu_seqlens[1:].long() - 1])
+
+
+PLUGIN = """
+from minivlm2vec import register
+from torch import nn
+
+@register("pooling", "plugged head")
+class Head(nn.Linear):
+    def __init__(self, config, backend=None):
+        super().__init__(config.decoder.hidden_size, 5)
+        self.dimension = 5
+
+    def forward(self, x, cu_seqlens):
+        return super().forward(x[cu_seqlens[1:].long() - 1])
+"""
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=2)], ids=["whole", "lora"])
+def test_a_registered_pooling_is_trained_kept_and_found_again(base, tmp_path, lora):
+    t = trainer(base, tmp_path / "run", settings={"parts": {"pooling": "head of a run", "causal": False}, "lora": lora})
+    before = t.model.pooling.matrix.weight.detach().clone()
+    folder = t.run()
+    after = t.model.pooling.matrix.weight
+    assert "pooling.matrix.weight" in t.parameters and not torch.equal(before, after)
+    names = (base, folder) if lora else (folder, None)
+    e = Embedder.from_pretrained(names[0], adapter=names[1], device="cpu", optimize=False, show_progress=False)
+    assert torch.equal(e.model.pooling.matrix.weight, after) and e.model.causal is False
+    assert trainer(base, tmp_path / "run", settings={"parts": dict(t.config.parts), "lora": lora}).step == 2
+    with pytest.raises(ValueError, match=r"parts\.causal was False and is True"):
+        trainer(base, tmp_path / "run", settings={"lora": lora})
+
+
+def test_the_toml_file_names_parts_and_plugins(base, tmp_path):
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    (tmp_path / "c.toml").write_text(
+        f"""
+        out = "{tmp_path / "out"}"
+        model.checkpoint = "{base}"
+        model.pooling = "plugged head"
+        model.plugins = ["{tmp_path / "mine.py"}"]
+        data.root = "none"
+        """
+    )
+    read = read_config(tmp_path / "c.toml")
+    assert (read.model, read.parts) == (str(base), {"pooling": "plugged head"})
+    folder = trainer(base, tmp_path / "run", settings={"parts": read.parts, "plugins": read.plugins}).run()
+    (tmp_path / "t.csv").write_text("text\na\n")
+    command = [sys.executable, "-m", "minivlm2vec", "embed", str(tmp_path / "t.csv"), "-o", str(tmp_path / "v.npy")]
+    command += ["--model", str(folder), "--device", "cpu", "--plugin", str(tmp_path / "mine.py")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "1 vectors of 5" in done.stderr, done.stderr
+
+
+def test_parts_that_cannot_be_are_refused_before_anything_is_computed(base, tmp_path):
+    for settings, message in [
+        ({"parts": {"pooling": "nobody's"}}, 'pooling "nobody\'s", which is not registered'),
+        ({"parts": {"poling": "mean"}}, "did you mean pooling"),
+        ({"plugins": (str(tmp_path / "none.py"),)}, "none.py does not exist"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            trainer(base, tmp_path, settings=settings)
+    with pytest.raises(ValueError, match=r"model\.pooling chooses a part of the model that is loaded, and a model is"):
+        trainer(base, tmp_path, settings={"parts": {"pooling": "normed"}}, model=load_model(base))
+    model = load_model(base).requires_grad_(True)
+    model.pooling = lambda x, cu_seqlens: x[cu_seqlens[1:].long() - 1]
+    with pytest.raises(ValueError, match=r"pooling is .*lambda.*, and would be last_token"):
+        trainer(base, tmp_path, model=model)
+    (tmp_path / "c.toml").write_text('out = "x"\ndata.root = "y"\n[model]\npooling = "mean"\n')
+    with pytest.raises(ValueError, match=r"c\.toml: model\.checkpoint is missing"):
+        read_config(tmp_path / "c.toml")
 
 
 # --- several processes -------------------------------------------------------------------------------------
