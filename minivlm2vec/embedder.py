@@ -196,7 +196,7 @@ class Embedder:
         """
         if isinstance(inputs, (str, bytes, dict)) or not isinstance(inputs, Sequence):
             raise TypeError(f"inputs is a list of inputs, got one {type(inputs).__name__}")
-        _check_options(batch_tokens, max_length, num_crops, convert_to)
+        _check_options(prompt, batch_tokens, max_length, num_crops, convert_to)
         options = {"prompt": prompt, "num_crops": num_crops, "max_length": max_length}
         bar = tqdm(total=len(inputs), desc="Embedding", unit="input", disable=not show_progress)
         with ThreadPoolExecutor(self.num_workers) as pool, bar:
@@ -352,7 +352,11 @@ def _one_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _check_options(batch_tokens: int, max_length: int | None, num_crops: int | None, convert_to: str) -> None:
+def _check_options(
+    prompt: str | None, batch_tokens: int, max_length: int | None, num_crops: int | None, convert_to: str
+) -> None:
+    if not isinstance(prompt, str | None):
+        raise ValueError(f"prompt is a text, got {prompt!r}")
     at_least_one(batch_tokens=batch_tokens, max_length=max_length, num_crops=num_crops)
     if convert_to not in ("numpy", "torch"):
         raise ValueError(f"convert_to is 'numpy' or 'torch', got {convert_to!r}")

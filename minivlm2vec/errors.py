@@ -54,7 +54,9 @@ class OptionError(ValueError):
 
 
 def at_least_one(**values: int | None) -> None:
-    """Raises OptionError for the first value below 1; None is none."""
+    """Raises OptionError for the first value that is no whole number, or below 1; None is none."""
     for name, value in values.items():
+        if value is not None and not (hasattr(value, "__index__") and not isinstance(value, bool)):
+            raise OptionError(Option(name), f" is {value!r}; a whole number is needed")
         if value is not None and value < 1:
             raise OptionError(Option(name), f" is {value}; at least 1 is needed")

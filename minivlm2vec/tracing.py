@@ -3,7 +3,7 @@
 Attention is computed by its formula here, and the model goes on with that, so gradients flow through the probabilities.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,14 +125,13 @@ def _by_formula(attention: Any, x: Tensor, packing: Packing | None = None) -> tu
         return p, attention.o_proj(_weighted(p, v, q.shape[1]).to(x.dtype))
     C, P, _ = x.shape
     cu_seqlens = torch.arange(0, (C + 1) * P, P, device=x.device)
-    p = reference.attention_probabilities(q, k, cu_seqlens, causal=False)
-    return torch.stack(p), attention.out_proj(_weighted(p, v, q.shape[1]).to(x.dtype).view_as(x))
+    stacked = torch.stack(reference.attention_probabilities(q, k, cu_seqlens, causal=False))
+    y = _weighted(stacked.unbind(), v, q.shape[1])
+    return stacked, attention.out_proj(y.to(x.dtype).view_as(x))
 
 
-def _weighted(
-    probabilities: list[Tensor], v: Tensor, heads: int
-) -> Tensor:  # [N, L, L] each, [T, Nkv, H] -> [T, N * H]
+def _weighted(probabilities: Sequence[Tensor], v: Tensor, heads: int) -> Tensor:
+    """[N, L, L] of each sequence, v [T, Nkv, H] -> [T, N * H]."""
     values = v.float().repeat_interleave(heads // v.shape[1], dim=1).split([p.shape[-1] for p in probabilities])
-    return torch.cat([torch.einsum("nqk,knh->qnh", p, x) for p, x in zip(probabilities, values, strict=True)]).flatten(
-        1
-    )
+    sums = [torch.einsum("nqk,knh->qnh", p, x) for p, x in zip(probabilities, values, strict=True)]
+    return torch.cat(sums).flatten(1)

@@ -201,3 +201,18 @@ def test_devices_default_to_what_is_there():
     assert default_device().type in ("cuda", "mps", "cpu")
     if torch.cuda.is_available():
         assert default_device().type == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 2.5}, "max_length is 2.5; a whole number is needed"),
+        ({"batch_tokens": "9"}, "batch_tokens is '9'; a whole number is needed"),
+        ({"num_crops": True}, "num_crops is True; a whole number is needed"),
+        ({"prompt": 3}, "prompt is a text, got 3"),
+    ],
+)
+def test_options_of_another_type_are_named(e, options, message):
+    with pytest.raises(ValueError, match=message):
+        e.encode(["a"], **options)
+    assert e.encode(["a"], max_length=np.int64(4)).shape == (1, e.dimension)
