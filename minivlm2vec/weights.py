@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .atomic import replacing
-from .config import VLM2VecConfig
+from .config import Parts, VLM2VecConfig
 from .errors import CheckpointError, some
 from .linear import Embedding, Linear
 from .model import VLM2Vec
@@ -270,18 +270,25 @@ def described(model: VLM2Vec) -> VLM2VecConfig:
     Raises ValueError naming the modules that a model made from that configuration would not have, and in which nothing
     that is registered stands; what is saved has to come back.
     """
-    parts = {"model": model, "tower": model.vision, "projector": model.projector, "pooling": model.pooling}
-    names = {kind: name_of(kind, part) for kind, part in parts.items()}
-    config = model.config.with_parts(causal=model.causal, **{kind: n for kind, n in names.items() if n is not None})
-    if names["model"] is None:
-        raise ValueError(f"{type(model).__name__} is not registered, so that config.json cannot name it: put "
-                         '@register("model", NAME) above the class')  # fmt: skip
+    config = replace(model.config, parts=named_parts(model))
     if changed := _differences(model, empty_model(config)):
         raise ValueError(
             f"a model made from the config.json would be another: {some(changed)}. Register the part "
             "(@register, see minivlm2vec/registry.py), or make the change in a registered class"
         )
     return config
+
+
+def named_parts(model: VLM2Vec) -> Parts:
+    """Its parts by the names that they are registered under; those that have none go by what `model.config` says.
+    Raises ValueError for a class that is not registered."""
+    parts = {"model": model, "tower": model.vision, "projector": model.projector, "pooling": model.pooling}
+    names = {kind: name_of(kind, part) for kind, part in parts.items()}
+    if names["model"] is None:
+        raise ValueError(f"{type(model).__name__} is not registered, so that config.json cannot name it: put "
+                         '@register("model", NAME) above the class')  # fmt: skip
+    known: dict[str, Any] = {kind: name for kind, name in names.items() if name is not None}
+    return replace(model.config.parts, causal=model.causal, **known)
 
 
 def _differences(model: VLM2Vec, again: VLM2Vec) -> list[str]:

@@ -8,12 +8,13 @@ from typing import Any, Literal
 import torch
 
 from .. import prompts
-from ..config import VLM2VecConfig
+from ..config import VLM2VecConfig, changes
 from ..embedder import Embedder
 from ..errors import Option, OptionError, at_least_one
+from ..lora import with_adapters_parts
 from ..model import VLM2Vec
 from ..processor import Processor
-from ..weights import empty_model, fingerprint, resolve
+from ..weights import empty_model, fingerprint, named_parts, resolve
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -37,13 +38,19 @@ class ModelSpec:
 
     @classmethod
     def of(cls, embedder: Embedder) -> "ModelSpec":
-        """What an Embedder was loaded from, told by its name. What was changed in the model since is not seen: save
-        it, and load it from there. Raises ValueError for one without a name."""
+        """What an Embedder was loaded from, told by its name. Weights that were changed since are not seen: save the
+        model, and load it from there. Raises ValueError for one without a name, or of other parts than its
+        checkpoint's."""
         if not embedder.name:
             raise OptionError("the embedder has no name: ", Option("model"), " tells which checkpoint it is of")
         name, _, adapter = embedder.name.partition(" + ")
         dtype: Any = str(embedder.model.dtype).removeprefix("torch.")
-        return cls(name, adapter or None, dtype=dtype, num_crops=embedder.processor.num_crops, local_files_only=True)
+        spec = cls(name, adapter or None, dtype=dtype, num_crops=embedder.processor.num_crops, local_files_only=True)
+        own, written = named_parts(embedder.model), spec.locate().config.parts
+        if changed := changes(written, own):
+            raise ValueError(f"the embedder's model has other parts than {embedder.name} ({changed}): save it "
+                             "(weights.save_model), and load it from there")  # fmt: skip
+        return spec
 
     def locate(self) -> "Checkpoint":
         """Finds the files, on the Hub where need be. Raises CheckpointError."""
@@ -69,7 +76,8 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> VLM2VecConfig:
-        return VLM2VecConfig.from_json(self.folder)
+        config = VLM2VecConfig.from_json(self.folder)
+        return config if self.adapter is None else with_adapters_parts(config, self.adapter)
 
     @property
     def dtype(self) -> str:

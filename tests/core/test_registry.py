@@ -192,3 +192,14 @@ def test_a_model_that_was_made_fast_is_still_named(folder):
     e = Embedder.from_pretrained(folder, device="cpu", show_progress=False)
     assert type(e.model) is not VLM2Vec
     assert name_of("model", e.model) == "vlm2vec" and name_of("tower", e.model.vision) == "clip"
+
+
+def test_vectors_are_not_taken_for_those_of_the_unchanged_checkpoint(folder, tmp_path):
+    from minivlm2vec import files
+
+    (tmp_path / "t.csv").write_text("text\na cat\n")
+    e = Embedder.from_pretrained(folder, device="cpu", optimize=False, show_progress=False)
+    e.model.causal = False
+    with pytest.raises(ValueError, match=r"other parts than .*'causal': False.*save_model"):
+        files.embed(tmp_path / "t.csv", tmp_path / "v.npy", e)
+    assert not (tmp_path / "v.npy").exists()
