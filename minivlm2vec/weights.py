@@ -185,6 +185,7 @@ def load_weights(
     sources = read_headers(folder)
     plan, tensors = assign(model, sources, skip=skip), saved_tensors(model)
     checks: dict[str, Tensor] = {}
+    places = _places(model)
     items = tqdm(plan.items(), desc="Loading weights", unit="tensor", disable=not show_progress)
     for name, parts in items:
         like = tensors[name]
@@ -192,7 +193,7 @@ def load_weights(
         value = torch.empty(like.shape, dtype=dtype if is_parameter else like.dtype, device=device)
         for rows, source in zip(value.split([s.shape[0] for s in parts]) if like.ndim else [value], parts, strict=True):
             _copy(source, rows)
-        _set(model, name, value)
+        _set(model, places[name], value)
         if value.is_floating_point():
             checks[name] = value.sum(dtype=torch.float32)  # NaN and infinities survive a sum
     _begin_new(model, {name: t for name, t in tensors.items() if name not in plan}, device, dtype)
@@ -306,7 +307,10 @@ def _differences(model: VLM2Vec, again: VLM2Vec) -> list[str]:
 def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and saved buffers of a model under the checkpoint's keys. Raises ValueError, see `save_model`."""
     tensors: dict[str, Tensor] = {}
+    once = saved_tensors(model).keys()  # what is tied, once
     for name, value in model.state_dict().items():
+        if name not in once:
+            continue
         if ".adapters." in name or ".lora_" in name:
             raise ValueError(f"{name} belongs to an adapter: merge it first (lora.merge_lora), or save it by itself "
                              "(lora.save_adapter)")  # fmt: skip
@@ -488,6 +492,7 @@ def _begin_new(model: nn.Module, new: dict[str, Tensor], device: torch.device | 
     """Fills what the checkpoint has no tensor for, by the modules' own `reset_parameters`."""
     if not new:
         return
+    places = _places(model)
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in new):
         module = model.get_submodule(owner)
         reset = getattr(module, "reset_parameters", None)
@@ -497,7 +502,8 @@ def _begin_new(model: nn.Module, new: dict[str, Tensor], device: torch.device | 
         kept = {n: t for n, t in module.state_dict().items() if "." not in n and f"{owner}.{n}".lstrip(".") not in new}
         for name in (n for n in new if n.rpartition(".")[0] == owner):
             like = new[name]
-            _set(model, name, torch.empty_like(like, device=device, dtype=dtype if like.is_floating_point() else None))
+            value = torch.empty_like(like, device=device, dtype=dtype if like.is_floating_point() else None)
+            _set(model, places[name], value)
         with torch.no_grad():
             reset()
             for name, value in kept.items():
@@ -539,12 +545,21 @@ def _read(source: Source) -> Tensor:
     return target
 
 
-def _set(model: nn.Module, name: str, value: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if leaf in module._parameters:
-        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
-    else:
+def _places(model: nn.Module) -> dict[str, list[str]]:
+    """All names of each tensor (one that is tied stands in several places), by the first of them."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        names[id(tensor)].append(name)
+    return {places[0]: places for places in names.values()}
+
+
+def _set(model: nn.Module, names: Sequence[str], value: Tensor) -> None:
+    """Puts a tensor into all its places."""
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if leaf in module._parameters and not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=False)
         setattr(module, leaf, value)
 
 

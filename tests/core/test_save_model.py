@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from minivlm2vec import CheckpointError, Embedder, VLM2Vec, register
+from minivlm2vec import CheckpointError, Embedder, VLM2Vec, VLM2VecConfig, register
 from minivlm2vec.lora import LoraConfig, add_lora
 from minivlm2vec.new_checkpoint import new_checkpoint
 from minivlm2vec.weights import load_model, read_headers, save_model
@@ -196,3 +196,34 @@ def test_a_buffer_that_nobody_fills_is_named(folder):
         load_model(folder, model_class=Scaled)
     Scaled.device_of_gain = "cpu"
     assert load_model(folder, model_class=Scaled).gain == 2
+
+
+@register("pooling", "tied of tests")
+class Tied(nn.Module):
+    """A matrix that stands in two places."""
+
+    def __init__(self, config, backend=None):
+        super().__init__()
+        self.first = nn.Linear(config.decoder.hidden_size, config.decoder.hidden_size, bias=False)
+        self.second = nn.Linear(config.decoder.hidden_size, config.decoder.hidden_size, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x, cu_seqlens):
+        return self.second(self.first(x[cu_seqlens[1:].long() - 1]))
+
+
+def test_what_is_tied_stays_tied(folder, tmp_path):
+    torch.manual_seed(0)
+    model = load_model(folder, config=VLM2VecConfig.from_json(folder).with_parts(pooling="tied of tests"))
+    assert model.pooling.first.weight is model.pooling.second.weight and model.pooling.first.weight.std() > 0
+    saved = save_model(model, tmp_path / "saved")
+    assert [s.key for s in read_headers(saved) if "pooling" in s.key] == ["pooling.first.weight"]
+    again = load_model(saved)
+    assert again.pooling.first.weight is again.pooling.second.weight
+    assert torch.equal(again.pooling.first.weight, model.pooling.first.weight)
+
+
+def test_a_dtype_that_no_checkpoint_has_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"the model holds torch\.float64; .*torch\.float32.* can be saved"):
+        save_model(load_model(folder).double(), tmp_path / "x")
+    assert not list(tmp_path.iterdir())
