@@ -9,6 +9,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton and kernel files are imported, hence here
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # its neighbours need the other cores
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
