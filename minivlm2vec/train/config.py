@@ -115,9 +115,10 @@ class TrainConfig:
 
     Fields:
         model: the checkpoint to begin from, a folder or Hub name. In a TOML file also a table: [model] with
-            `checkpoint`, `plugins`, and other parts than the checkpoint's, such as `pooling = "attentive"`.
+            `checkpoint`, `plugins`, `skip`, and other parts than the checkpoint's, such as `pooling = "attentive"`.
         parts: those, by registered names; see `config.Parts`. What is new in them is trained from its beginning.
         plugins: Python files of your own that register parts; see `registry.load_plugin`.
+        skip: beginnings of names of parameters that are new in another `model` class; see `weights.load_weights`.
         out: the folder for checkpoints, logs and pictures.
         freeze: names of modules that stay as they are, such as "vision". With [lora] they get no adapter.
         gradient_checkpointing: layers are computed again in the backward pass instead of kept.
@@ -141,6 +142,7 @@ class TrainConfig:
     seed: int = 0
     parts: dict[str, Any] = field(default_factory=dict)
     plugins: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
 
     def __post_init__(self):
         _check(self)
@@ -166,9 +168,9 @@ def _with_parts(raw: dict[str, Any]) -> dict[str, Any]:
         return raw
     if "checkpoint" not in table:
         raise ValueError("model.checkpoint is missing: the folder or Hub name to begin from")
-    parts = {key: value for key, value in table.items() if key not in ("checkpoint", "plugins")}
-    plugins = {"plugins": table["plugins"]} if "plugins" in table else {}
-    return raw | plugins | {"model": table["checkpoint"], "parts": parts}
+    own = {key: table[key] for key in ("plugins", "skip") if key in table}
+    parts = {key: value for key, value in table.items() if key not in (*own, "checkpoint")}
+    return raw | own | {"model": table["checkpoint"], "parts": parts}
 
 
 def _with_source(raw: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,8 @@ def trainable_model(
     cuda, written = device.type == "cuda", VLM2VecConfig.from_json(source)
     if model is None:
         dtype = torch.bfloat16 if config.lora and cuda else torch.float32
-        model = load_model(source, config=written.with_parts(**config.parts), device=device, dtype=dtype)
+        wanted = written.with_parts(**config.parts)
+        model = load_model(source, config=wanted, skip=config.skip, device=device, dtype=dtype)
         model.requires_grad_(True)
     elif config.parts:
         raise ValueError(f"model.{next(iter(config.parts))} chooses a part of the model that is loaded, and a model is "

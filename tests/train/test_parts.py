@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from minivlm2vec import Embedder, VLM2VecConfig, register
+from minivlm2vec import Embedder, VLM2Vec, VLM2VecConfig, register
 from minivlm2vec.lora import LoraConfig
 from minivlm2vec.new_checkpoint import new_checkpoint
 from minivlm2vec.projector import Projector
@@ -348,6 +348,26 @@ def test_a_registered_pooling_is_trained_kept_and_found_again(base, tmp_path, lo
     assert trainer(base, tmp_path / "run", settings={"parts": dict(t.config.parts), "lora": lora}).step == 2
     with pytest.raises(ValueError, match=r"parts\.causal was False and is True"):
         trainer(base, tmp_path / "run", settings={"lora": lora})
+
+
+@register("model", "with a head")
+class WithHead(VLM2Vec):
+    def __init__(self, config, backend=None):
+        super().__init__(config, backend=backend)
+        self.head = nn.Linear(config.decoder.hidden_size, 4)
+
+    def forward(self, batch, *, normalize=True):
+        return self.head(super().forward(batch, normalize=normalize))
+
+
+def test_a_class_with_new_parameters_names_them(base, tmp_path):
+    settings = {"parts": {"model": "with a head"}}
+    with pytest.raises(ValueError, match=r"2 parameters have no tensor: head\.weight, head\.bias"):
+        trainer(base, tmp_path, settings=settings)
+    t = trainer(base, tmp_path, settings=settings | {"skip": ("head.",)})
+    folder = t.run()
+    again = load_model(folder)
+    assert type(again) is WithHead and torch.equal(again.head.weight, t.model.head.weight)
 
 
 def test_the_toml_file_names_parts_and_plugins(base, tmp_path):
