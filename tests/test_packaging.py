@@ -1,6 +1,7 @@
 """What is published: the sdist with its tests, the wheel made from it, and what they say about themselves."""
 
 import email
+import re
 import subprocess
 import sys
 import tarfile
@@ -134,3 +135,19 @@ def test_links_of_the_readme_work_on_an_index():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     targets = [part.split(")")[0] for part in text.split("](")[1:]]
     assert targets and all(t.startswith("https://") for t in targets), targets
+
+
+def test_the_constraints_pin_what_the_core_needs_within_its_ranges():
+    """README's commands install through them, so that they do the same every day."""
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+    lines = [x for x in (ROOT / "constraints.txt").read_text().splitlines() if not x.startswith("#")]
+    pins = {r.name.lower().replace("_", "-"): str(r.specifier) for r in map(Requirement, lines)}
+    assert all(s.startswith("==") and "+" not in s for s in pins.values())
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^dependencies = \[\n(.*?)^\]", project, re.DOTALL | re.MULTILINE)
+    for requirement in map(Requirement, re.findall(r'"(.*)",', block)):
+        assert Version(pins[requirement.name][2:]) in requirement.specifier, requirement
+    commands = re.findall(r"^python3 -m venv .*", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(commands) == 2 and all("pip install -c constraints.txt" in c for c in commands)
