@@ -25,13 +25,12 @@ from .attention_triton import (
     LOG2_E,
     Tile,
     check_inputs,
-    choose_tile,
     launch,
     load_rows,
     sequence_at,
     split_head_dim,
     store_rows,
-    supports_tma,
+    tile_for,
 )
 from .custom_op import compiled_as_op
 from .launch import on_device_of
@@ -257,7 +256,7 @@ def attention_with_lse(
     """`attention_triton.attention`, and lse [N, Tq]."""
     if cu_seqlens_q is None or max_seqlen_q is None:
         cu_seqlens_q, max_seqlen_q = cu_seqlens, max_seqlen
-    tile = choose_tile(max_seqlen_q, max_seqlen, causal, supports_tma(q, k, v), q.dtype)
+    tile = tile_for(q, k, v, len(cu_seqlens) - 1, max_seqlen, max_seqlen_q, causal)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     return launch(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q, causal, scale, tile, lse), lse
 

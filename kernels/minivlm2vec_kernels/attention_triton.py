@@ -226,6 +226,8 @@ TILES = {  # (causal, descriptors)
     (False, True): SHORT | {(ANY, ANY): Tile(64, 64, 4, 2, True)},
     (False, False): SHORT | {(ANY, ANY): Tile(64, 32, 4, 2)},
 }
+# Triton keeps a program's descriptors, 512 bytes, at an address that it computes in 32 bits.
+MOST_DESCRIBED = 2**31 // 512
 FP32_TILE = Tile(16, 16, 4, 1)  # dots without tensor cores; larger tiles spill
 
 
@@ -263,7 +265,7 @@ def attention(
     """See `ops.attention`. Never waits for the device; `max_seqlen` too small leaves rows unwritten."""
     if cu_seqlens_q is None or max_seqlen_q is None:
         cu_seqlens_q, max_seqlen_q = cu_seqlens, max_seqlen
-    tile = choose_tile(max_seqlen_q, max_seqlen, causal, supports_tma(q, k, v), q.dtype)
+    tile = tile_for(q, k, v, len(cu_seqlens) - 1, max_seqlen, max_seqlen_q, causal)
     return launch(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q, causal, scale, tile)
 
 
@@ -295,9 +297,23 @@ def launch(
     return out
 
 
+def tile_for(
+    q: Tensor, k: Tensor, v: Tensor, num_sequences: int, max_seqlen: int, max_seqlen_q: int, causal: bool
+) -> Tile:
+    """The tile of a call, one without descriptors where those would not fit."""
+    tile = choose_tile(max_seqlen_q, max_seqlen, causal, supports_tma(q, k, v), q.dtype)
+    programs = num_sequences * q.shape[1] * triton.cdiv(max_seqlen_q, tile.BM)
+    if tile.tma and programs > MOST_DESCRIBED:
+        return choose_tile(max_seqlen_q, max_seqlen, causal, False, q.dtype)
+    return tile
+
+
 def supports_tma(*tensors: Tensor) -> bool:
-    """Descriptors are used on sm_90, for 16-bit tensors whose every row of every head is 16-byte aligned."""
-    if not tensors[0].is_cuda or torch.cuda.get_device_capability(tensors[0].device)[0] != 9:
+    """Descriptors are used on NVIDIA's sm_90 (AMD's capabilities are other numbers, an MI300's 9.4), for 16-bit tensors
+    whose every row of every head is 16-byte aligned."""
+    if not tensors[0].is_cuda or torch.version.hip is not None:
+        return False
+    if torch.cuda.get_device_capability(tensors[0].device)[0] != 9:
         return False
     return all(is_aligned(t) for t in tensors)
 

@@ -220,8 +220,10 @@ def fuses_quick_gelu(x: Tensor) -> bool:
 
 
 def can_use_tma(*matrices: Tensor) -> bool:
-    """TMA wants sm_90 or sm_100 (and our tiles their shared memory), and rows on multiples of 16 bytes."""
+    """TMA wants NVIDIA's sm_90 or sm_100 (and our tiles their shared memory), and rows on multiples of 16 bytes."""
     x = matrices[0]
+    if torch.version.hip is not None:
+        return False
     if not x.is_cuda or x.element_size() != 2 or torch.cuda.get_device_capability(x.device)[0] not in (9, 10):
         return False
     return all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in matrices)

@@ -25,12 +25,30 @@ KEEP = ("decoder.layers.*.mlp.down_proj", "decoder.layers.first.*", "decoder.lay
 
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises ValueError where a model is not bfloat16, or on a CUDA device without e4m3 products (before sm_89)."""
+    """Raises ValueError where a model is not bfloat16, or on a device without these e4m3 products: NVIDIA's before
+    sm_89, AMD's (another format), and cards for which cuBLAS has none with a scale for each row."""
     if dtype != torch.bfloat16:
         raise ValueError(f"precision 'fp8' is for bfloat16 models, got {dtype}; dtype=torch.bfloat16 loads one")
+    if device.type == "cuda" and torch.version.hip is not None:
+        raise ValueError("precision 'fp8' is NVIDIA's e4m3; AMD's 8-bit floats are another format")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         raise ValueError(f"precision 'fp8' needs a device of capability 8.9 or more, got {capability}")
+    if device.type == "cuda":
+        _try_product(device)
+
+
+def _try_product(device: torch.device) -> None:
+    """Some cards of a capability that would do are refused by some cuBLAS: PyTorch issue 192707."""
+    x, scale = torch.ones(16, 16, device=device).to(torch.float8_e4m3fn), torch.ones(16, 1, device=device)
+    try:
+        y = torch._scaled_mm(x, x.t(), scale, scale.t(), out_dtype=torch.bfloat16)
+        wrong = None if bool((y == 16).all()) else "the product of ones is not 16"
+    except (RuntimeError, ValueError) as e:
+        wrong = str(e)
+    if wrong is not None:
+        raise ValueError(f"precision 'fp8' does not work on {torch.cuda.get_device_name(device)} with torch "
+                         f"{torch.__version__}: {wrong}")  # fmt: skip
 
 
 def takes_fp8(name: str, num_layers: int, keep: Sequence[str]) -> bool:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from minivlm2vec import Embedder
 from minivlm2vec.inference import optimize
-from minivlm2vec.inference.fp8 import Fp8Linear, quantize
+from minivlm2vec.inference.fp8 import Fp8Linear, check_fp8, quantize
 from minivlm2vec.linear import Linear
 from minivlm2vec.new_checkpoint import new_checkpoint
 from minivlm2vec_kernels import quantize_rows
@@ -141,3 +141,39 @@ def test_gpu_products(rows, n, k):
     x = torch.randn(rows, k, device="cuda").bfloat16()
     exact = in_float32(plain, x)
     assert (in_8_bits(plain)(x).float() - exact).abs().max() <= 2**-7 * exact.abs().max()
+
+
+CARD = torch.device("cuda")
+
+
+def pretend_card(monkeypatch, product) -> None:
+    ones = torch.ones
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (12, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a card")
+    monkeypatch.setattr(torch, "ones", lambda *shape, device=None: ones(*shape))
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+
+
+def test_a_product_is_tried_before_anything_is_converted(monkeypatch):
+    def right(a, b, scale_a, scale_b, out_dtype):
+        assert scale_a.shape == (16, 1) and scale_b.shape == (1, 16)
+        return (a.float() @ b.float() * scale_a * scale_b).to(out_dtype)
+
+    pretend_card(monkeypatch, right)
+    check_fp8(CARD, torch.bfloat16)
+
+    def refused(*args, **kwargs):
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+
+    pretend_card(monkeypatch, refused)
+    with pytest.raises(ValueError, match=r"does not work on a card with torch .*: CUBLAS_STATUS_NOT_SUPPORTED"):
+        check_fp8(CARD, torch.bfloat16)
+    pretend_card(monkeypatch, lambda *args, **kwargs: torch.zeros(16, 16))
+    with pytest.raises(ValueError, match="the product of ones is not 16"):
+        check_fp8(CARD, torch.bfloat16)
+
+
+def test_amds_8_bit_floats_are_refused_by_name(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with pytest.raises(ValueError, match="AMD's 8-bit floats are another format"):
+        check_fp8(CARD, torch.bfloat16)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minivlm2vec_kernels import attention, attention_triton, reference
+from minivlm2vec_kernels import attention, attention_backward_triton, attention_triton, reference
 from minivlm2vec_kernels.attention_triton import FP32_TILE, TILES, Tile
 from tests.kernels.kernel_cases import cumulated
 
@@ -321,3 +321,47 @@ def test_gpu_beyond_2_to_the_31_elements(tma, generator, assert_error_at_most):
     assert torch.equal(run(qkv, lengths)[-777:], run(qkv[-777:], [777]))
     q, k, v = (x.unflatten(1, (N, H)) for x in qkv[-777:].chunk(3, dim=1))
     check(assert_error_at_most, q, k, v, *[cumulated([777], qkv.device)] * 2, True, tile)
+
+
+class OnCard:
+    """A tensor's shape, for what is decided before a launch."""
+
+    def __init__(self, *shape):
+        self.shape, self.dtype = shape, torch.bfloat16
+
+
+@pytest.mark.parametrize(("sequences", "tma"), [(2047, True), (2048, True), (2049, False), (10_000, False)])
+@pytest.mark.parametrize("module", [attention_triton, attention_backward_triton], ids=["forward", "with lse"])
+def test_descriptors_are_left_where_their_memory_would_be_addressed_beyond_2_to_the_31(
+    monkeypatch, sequences, tma, module
+):
+    """Triton computes a program's place in it in 32 bits: 512 bytes each."""
+    monkeypatch.setattr(attention_triton, "supports_tma", lambda *tensors: True)
+    x = OnCard(sequences * 8192, 32, 96)
+    tile = module.tile_for(x, x, x, sequences, 8192, 8192, True)
+    assert tile.tma is tma
+    programs = sequences * 32 * (8192 // tile.BM)
+    assert not tile.tma or programs * 512 <= 2**31
+
+
+def test_amds_cards_get_no_descriptors(monkeypatch):
+    """An MI300 says that its capability is 9.4."""
+    from minivlm2vec_kernels import linear_triton
+
+    class OnMI300(OnCard):
+        is_cuda, device = True, torch.device("cuda")
+
+        def data_ptr(self):
+            return 0
+
+        def stride(self, *dim):
+            return 64 if dim else (64, 64)
+
+        def element_size(self):
+            return 2
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 4))
+    x = OnMI300(64, 2, 64)
+    assert attention_triton.supports_tma(x) and linear_triton.can_use_tma(x)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not attention_triton.supports_tma(x) and not linear_triton.can_use_tma(x)
