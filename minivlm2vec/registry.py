@@ -63,9 +63,8 @@ def find(kind: str, name: str) -> Any:
 
 def name_of(kind: str, part: Any) -> str | None:
     """The name under which a function, or the class of a module, is registered; None where it is not."""
-    wanted = part if isinstance(part, type) or not isinstance(type(part), type) else type(part)
-    wanted = getattr(wanted, "stands_for", wanted)  # a class of inference/ for the plain one
-    return next((name for name, one in _parts[kind].items() if one is part or one is wanted), None)
+    plain = getattr(type(part), "stands_for", None)  # of a class of inference/
+    return next((n for n, one in _parts[kind].items() if any(one is p for p in (part, type(part), plain))), None)
 
 
 def load_plugin(path: str | os.PathLike) -> None:
