@@ -13,6 +13,8 @@ from PIL import Image
 
 from .extras import import_pyarrow
 
+MINI = Path(__file__).parent / "mini" / "data"  # the sets that ship with the package: MMEB-eval/ and MMEB-train/
+
 
 class Pair(NamedTuple):
     """One input: a text and the path of an image. Without an image, <|image_1|> in the text is ordinary text."""

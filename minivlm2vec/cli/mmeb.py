@@ -1,4 +1,4 @@
-"""`minivlm2vec mmeb`: Precision@1 of a model on MMEB, or on data in its format."""
+"""`minivlm2vec mmeb`: Precision@1 of a model on MMEB, or on data in its format; two such evaluations compared."""
 
 import argparse
 import sys
@@ -18,6 +18,8 @@ two subsets of a local copy, on four GPUs:
       --subsets VOC2007 CIRR -o outputs/mmeb
 the small benchmark that ships with the package (emoji, not MMEB):
   minivlm2vec mmeb --model CHECKPOINT --data mini -o outputs/mini
+the difference between two evaluations, with paired bootstrap intervals:
+  minivlm2vec mmeb --compare outputs/before outputs/after
 An interrupted run goes on where it was when the same command is given again.
 """
 
@@ -29,7 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_model_arguments(parser)
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="scores, predictions, tables")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("-o", "--out", type=Path, metavar="DIR", help="scores, predictions, tables")
+    what.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("A", "B"), help="two such folders: how B differs from A"
+    )
     parser.add_argument("--data", default=HUB_NAME, help='folder, Hub dataset, or "mini" (%(default)s)')
     parser.add_argument("--data-revision", metavar="REV", help="branch, tag or commit of the Hub dataset")
     parser.add_argument("--image-dir", type=Path, metavar="DIR", help="folder or zip (default: the data's images.zip)")
@@ -46,21 +52,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluates as the arguments say and prints the table. Errors are raised, for the caller to print."""
+    """Evaluates, or compares, as the arguments say and prints the table. Errors are raised, for the caller to print."""
     from ..distributed import Ranks
-    from ..mini import bundled
-    from ..mmeb import ProgressBars, evaluate
+    from ..mmeb import ProgressBars, compare, evaluate
     from ..mmeb.subsets import HUB_NAME
 
+    if args.compare:
+        print(compare(*args.compare).table())
+        return 0
     if args.num_crops is None and args.data == HUB_NAME:
         args.num_crops = 4  # what the published scores were measured with
-    data = bundled() / "MMEB-eval" if args.data == "mini" else args.data
     options = _options(args)
     with Ranks() as ranks:
         args.device = ranks.device(args.device)
         embedder = load_embedder(args, show_progress=not args.quiet)
         progress = {"on_progress": ProgressBars()} if ranks.first and not args.quiet else {}
-        results = evaluate(embedder, data, args.out, options, **progress)
+        results = evaluate(embedder, args.data, args.out, options, **progress)
         if ranks.first:
             print(results.table())
             print(f"written to {args.out}", file=sys.stderr)

@@ -22,10 +22,12 @@ train-gpu.toml is for a larger one, and has not been run.
 
 from pathlib import Path
 
+from ..rows import MINI
+
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
 
 def bundled() -> Path:
     """The trimmed copy of mini-MMEB that ships with the package: MMEB-eval/ and MMEB-train/, as `world.write` makes
     them."""
-    return Path(__file__).parent / "data"
+    return MINI

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..rows import Images, Pair, check_columns, make_pair, read_rows, row_files
+from ..rows import MINI, Images, Pair, check_columns, make_pair, read_rows, row_files
 from . import subsets
 from .subsets import HUB_NAME, Subset
 
@@ -35,6 +35,7 @@ class Rows:
     numbered: list[tuple[int, np.ndarray]] = field(default_factory=list)  # (query, candidates [n] int32)
     indices: list[int] = field(default_factory=list)  # of the rows in the file
     damaged: list[str] = field(default_factory=list)  # what is wrong with the rows that were left out
+    cut: bool = False  # there are more, which a limit left out
     _known: dict[Pair, int] = field(default_factory=dict, repr=False)
 
     def add(self, row: Row) -> None:
@@ -82,7 +83,10 @@ class Dataset:
         whether a picture that is there can be read shows when it is encoded.
         """
         found = Rows(subset)
-        for index, raw in enumerate(_read(self.root / subset.name, limit)):
+        for index, raw in enumerate(_read(self.root / subset.name)):
+            if index == limit:
+                found.cut = True
+                break
             try:
                 row = _row(raw, index)
                 self._check_images(row, thoroughly=skip_damaged)
@@ -113,8 +117,11 @@ def open_dataset(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> tuple[Dataset, list[Subset]]:
-    """A local folder, or the parts of a dataset on the Hub that are needed; and the chosen subsets."""
-    path = Path(data)
+    """A local folder, or the parts of a dataset on the Hub that are needed; and the chosen subsets.
+
+    The string "mini" is the small benchmark that ships with the package; a folder of that name is "./mini", or a Path.
+    """
+    path = MINI / "MMEB-eval" if data == "mini" else Path(data)
     if not path.is_dir():
         if str(data) != HUB_NAME and str(data).count("/") != 1:
             raise FileNotFoundError(f"{data} is neither a folder nor a dataset's name on the Hub")
@@ -167,14 +174,9 @@ def _subset(name: str, about: dict | None) -> Subset:
     return subsets.MMEB.get(name, Subset(name, "other", ""))
 
 
-def _read(folder: Path, limit: int | None) -> Iterator[dict[str, Any]]:
-    number = 0
+def _read(folder: Path) -> Iterator[Any]:
     for path in row_files(folder, "test"):
-        for row in read_rows(path):
-            if number == limit:
-                return
-            number += 1
-            yield row
+        yield from read_rows(path)
 
 
 def _row(raw: Any, index: int) -> Row:

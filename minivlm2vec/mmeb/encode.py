@@ -48,7 +48,7 @@ class VectorStore:
         self, name: str, pairs: Sequence[Pair], images: Images, progress: Callable[[int], Any] = lambda done: None
     ) -> np.ndarray:
         """[N, D] float32 of the pairs. `progress` is told how many inputs all processes have done, as far as this one
-        can tell."""
+        can tell. Raises InputError with the index of a pair that cannot be embedded."""
         folder = self.folder / f"{name}-{_digest(self.batch_size, [(*p, _stamp(p, images)) for p in pairs])}"
         folder.mkdir(parents=True, exist_ok=True)
         chunks = [pairs[i : i + self.batch_size] for i in range(0, len(pairs), self.batch_size)]
@@ -57,21 +57,20 @@ class VectorStore:
             progress(min(done * self.ranks.world, len(pairs)))
             path = folder / f"{number:05d}.npy"
             if not _is_complete(path, len(chunks[number])):
-                _write(path, self._encode(name, chunks[number], images))
+                _write(path, self._encode(chunks[number], images, number * self.batch_size))
             done += len(chunks[number])
         self.ranks.barrier()
         progress(len(pairs))
         return np.concatenate([np.load(folder / f"{n:05d}.npy", allow_pickle=False) for n in range(len(chunks))])
 
-    def _encode(self, name: str, pairs: Sequence[Pair], images: Images) -> np.ndarray:
+    def _encode(self, pairs: Sequence[Pair], images: Images, first: int) -> np.ndarray:
         try:
-            inputs = [as_input(pair, images) for pair in pairs]
-            vectors = self.encoder.encode(inputs, **self.options)
+            inputs = [_input(i, pair, images) for i, pair in enumerate(pairs)]
+            vectors = np.asarray(self.encoder.encode(inputs, **self.options), dtype=np.float32)
         except InputError as error:
-            pair = pairs[error.index] if error.index is not None else None
-            where = f"{name}, {pair.image or 'text ' + repr(pair.text[:80])}" if pair else name
-            raise ValueError(f"{where}: {error.reason} (skip_damaged leaves such rows out)") from error
-        vectors = np.asarray(vectors, dtype=np.float32)
+            if error.index is not None:
+                error.at(first + error.index)
+            raise
         if vectors.ndim != 2 or len(vectors) != len(pairs):
             raise ValueError(f"encode gave an array of shape {vectors.shape} for {len(pairs)} inputs")
         return vectors
@@ -85,6 +84,13 @@ def fingerprint(encoder: Encoder, options: dict[str, Any], ranks: Ranks) -> str:
     probe = np.asarray(encoder.encode(inputs, **options), dtype=np.float32)
     digest = hashlib.sha256(probe.tobytes() + json.dumps(options, sort_keys=True).encode()).digest()
     return ranks.agree(digest).hex()[:16]
+
+
+def _input(index: int, pair: Pair, images: Images) -> Any:
+    try:
+        return as_input(pair, images)
+    except ValueError as error:  # of a damaged zip
+        raise InputError(str(error), index=index) from None
 
 
 def _stamp(pair: Pair, images: Images) -> int:

@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 
 from ..distributed import Ranks
-from ..errors import at_least_one
+from ..errors import InputError, Option, OptionError, at_least_one
 from ..extras import import_pyarrow
+from ..rows import Images, Pair
 from . import score
 from .dataset import Dataset, Rows, open_dataset
 from .encode import Encoder, VectorStore, fingerprint
 from .progress import Progress
-from .results import Results, write_predictions, write_results, write_score
+from .results import Results, check_owner, write_predictions, write_results, write_score
 from .subsets import Subset
 
 
@@ -81,27 +82,32 @@ def evaluate(
 
     Args:
         encoder: an `Embedder`, or anything with its `encode` (see `encode.Encoder`).
-        data: a folder in MMEB's format, or a dataset's name on the Hub, such as `subsets.HUB_NAME`.
-        out: folder for the files. A run that was cut off goes on there.
+        data: a folder in MMEB's format; a dataset's name on the Hub, such as `subsets.HUB_NAME`; or "mini", the small
+            benchmark that ships with the package.
+        out: folder for the files. A run that was cut off goes on there. It may hold no results of another model, nor of
+            this one with other options.
         on_progress: is told whenever inputs have their vectors; counts of other processes are estimated.
 
-    Raises ValueError naming subset and row for damaged data, FileNotFoundError for a missing picture,
-    `score.CollapsedEmbeddings`, and ImportError where pyarrow is missing.
+    Raises ValueError naming subset and row for damaged data, and both models where `out` is another's;
+    FileNotFoundError for a missing picture, `score.CollapsedEmbeddings`, and ImportError where pyarrow is missing.
     """
     import_pyarrow("to write predictions", extra="mmeb")  # before hours of work, not after
     options, out = options or EvaluateOptions(), Path(out)
     with Ranks() as ranks:
         dataset, chosen = _open(data, options)
         tables = [dataset.rows(one, limit=options.limit, skip_damaged=options.skip_damaged) for one in chosen]
-        folder = out / "vectors" / fingerprint(encoder, options.for_encode(), ranks)
+        name = options.name or getattr(encoder, "name", "") or type(encoder).__name__
+        results = Results(name, fingerprint(encoder, options.for_encode(), ranks), options.for_encode())
+        check_owner(results, out)
+        folder = out / "vectors" / results.fingerprint
         store = VectorStore(encoder, options.for_encode(), folder, options.batch_size, ranks)
-        results = Results(options.name or getattr(encoder, "name", "") or type(encoder).__name__)
         for number, rows in enumerate(tables, 1):
             tell = _telling(on_progress, rows, number, len(tables))
-            vectors = store.vectors(rows.subset.name, rows.pairs, dataset.images, tell)
+            try:
+                vectors = store.vectors(rows.subset.name, rows.pairs, dataset.images, tell)
+            except InputError as error:
+                raise _naming_row(error, rows, dataset.images) from error
             _score_subset(results, rows, vectors, options, out if ranks.first else None)
-        if ranks.first:
-            write_results(results, out)
         ranks.barrier()
     return results
 
@@ -121,6 +127,27 @@ def _telling(on_progress: Callable[[Progress], None], rows: Rows, number: int, s
     return lambda done: on_progress(Progress(rows.subset.name, number, subsets, done, len(rows.pairs)))
 
 
+def _naming_row(error: InputError, rows: Rows, images: Images) -> ValueError:
+    """The error of one of the rows' inputs, with the first row that has it."""
+    if error.index is None:
+        return ValueError(f"{rows.subset.name}: {error.reason}")
+    pair = rows.pairs[error.index]
+    row = next(row.index for row in rows if pair in (row.query, *row.targets))
+    said = f"{rows.subset.name}, row {row}: {pair.image or 'text ' + repr(pair.text[:80])}: {error.reason}"
+    hint = (" (", Option("skip_damaged"), " leaves such rows out)") if _damaged(pair, images) else ()
+    return OptionError(said, *hint)
+
+
+def _damaged(pair: Pair, images: Images) -> bool:
+    """Whether it is among what `Dataset.rows` leaves out with skip_damaged."""
+    try:
+        if pair.image:
+            images.check(pair.image, thoroughly=True)
+    except OSError:
+        return True
+    return False
+
+
 def _score_subset(
     results: Results, rows: Rows, vectors: np.ndarray, options: EvaluateOptions, out: Path | None
 ) -> None:
@@ -133,21 +160,22 @@ def _score_subset(
         if not options.allow_collapsed:
             raise
         results.notes.append(f"COLLAPSED: {error}")
-    results.notes += _notes(rows, options.limit)
+    results.notes += _notes(rows)
     results.subsets[name] = rows.subset
     results.figures[name] = score.figures(scored, name)
     if out is not None:
+        write_results(results, out)  # first: it says whose the other files are
         write_score(out / f"{name}_score.json", scored)
         write_predictions(out / f"{name}_pred.parquet", rows, scored)
 
 
-def _notes(rows: Rows, limit: int | None) -> list[str]:
-    name, notes = rows.subset.name, []
-    if rows.damaged:
-        notes.append(f"{name}: {len(rows.damaged)} damaged rows left out; the first: {rows.damaged[0]}")
-    if limit is not None:
-        notes.append(f"{name}: only the first {limit} rows were asked for")
+def _notes(rows: Rows) -> list[str]:
+    name, damaged, notes = rows.subset.name, rows.damaged, []
+    if damaged:
+        notes.append(f"{name}: damaged rows left out: {len(damaged)}; the first: {damaged[0]}")
+    if rows.cut:
+        notes.append(f"{name}: only the first {len(rows) + len(damaged)} rows were asked for; there are more")
     again = sum(int((targets == targets[0]).sum() > 1) for _, targets in rows.numbered)
     if again:
-        notes.append(f"{name}: {again} rows list the positive again among the candidates; not counted as wrong")
+        notes.append(f"{name}: rows that list the positive again among the candidates, not counted as wrong: {again}")
     return notes

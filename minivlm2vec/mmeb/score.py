@@ -138,8 +138,17 @@ class Figures:
 
 
 def figures(scored: Sequence[Scored], name: str, replicates: int = REPLICATES) -> Figures:
-    """Means over the rows, with the bootstrap's."""
-    values = 100 * np.array([one.metrics() for one in scored], dtype=np.float64)
+    """Means over the rows of a subset, with the bootstrap's."""
+    return figures_of(percentages(scored), name, replicates)
+
+
+def percentages(scored: Sequence[Scored]) -> np.ndarray:
+    """[R, M]: METRICS of each row, in percent."""
+    return 100 * np.array([one.metrics() for one in scored], dtype=np.float64)
+
+
+def figures_of(values: np.ndarray, name: str, replicates: int = REPLICATES) -> Figures:
+    """[R, M] -> means over the rows of a subset, with the bootstrap's."""
     return Figures(len(values), values.mean(axis=0), bootstrap(values, name, replicates))
 
 

@@ -18,12 +18,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..rows import Images, Pair, check_columns, make_pair, read_rows, row_files
+from ..rows import MINI, Images, Pair, check_columns, make_pair, read_rows, row_files
 from .config import DataConfig
 
 COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 ALL, NONE = slice(None), slice(0)
-MINI = Path(__file__).parents[1] / "mini" / "data" / "MMEB-train"  # the sets that ship with the package
 
 
 class Pictures(Protocol):
@@ -209,7 +208,7 @@ def content_id(pair: Pair, images: Pictures) -> int:
 
 
 def _root(root: str | None) -> Path:
-    path = MINI if root == "mini" else Path(root or "").expanduser()
+    path = MINI / "MMEB-train" if root == "mini" else Path(root or "").expanduser()
     if not path.is_dir():
         raise FileNotFoundError(f"data.root {path} is no folder")
     return path

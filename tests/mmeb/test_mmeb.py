@@ -19,9 +19,21 @@ from minivlm2vec.errors import InputError
 from minivlm2vec.extras import import_pyarrow
 from minivlm2vec.mini import bundled
 from minivlm2vec.mini.world import build
-from minivlm2vec.mmeb import EvaluateOptions, Progress, ProgressBars, dataset, evaluate, report, score, subsets
+from minivlm2vec.mmeb import (
+    EvaluateOptions,
+    Progress,
+    ProgressBars,
+    Results,
+    compare,
+    dataset,
+    evaluate,
+    report,
+    score,
+    subsets,
+)
 from minivlm2vec.mmeb.dataset import Dataset, open_dataset
 from minivlm2vec.mmeb.encode import VectorStore, fingerprint
+from minivlm2vec.mmeb.results import write_predictions, write_results
 from minivlm2vec.mmeb.score import METRICS, CollapsedEmbeddings, figures, score_rows
 from minivlm2vec.rows import Images, Pair, as_input
 from tests.support.files_data import make_adapter
@@ -250,7 +262,7 @@ def test_a_damaged_zip_is_named_or_skipped(data, tmp_path):
     content = bytearray(zipped.read_bytes())
     content[place] ^= 0xFF
     zipped.write_bytes(content)
-    with pytest.raises(ValueError, match=r"CIRR/image_3\.png in .*images\.zip cannot be read: Bad CRC-32"):
+    with pytest.raises(ValueError, match=r"CIRR, row 0: .*image_3\.png in .*images\.zip cannot be read: Bad CRC-32"):
         run(data, tmp_path / "out", subsets=["CIRR"])
     assert Dataset(data).rows(subsets.MMEB["CIRR"], skip_damaged=True).damaged
     zipped.write_bytes(b"PK, but no zip")
@@ -318,8 +330,26 @@ def test_an_unreadable_image_is_skipped_or_named(data, tmp_path):
                     raise InputError("cannot identify image file", name=str(x["image"]), index=i)
             return super().encode(inputs, **options)
 
-    with pytest.raises(ValueError, match=r"CIRR, CIRR/image_3\.png: cannot identify image file"):
+    with pytest.raises(ValueError, match=r"CIRR, row 0: CIRR/image_3\.png: .*\(skip_damaged leaves such rows out\)"):
         run(data, tmp_path / "out", Refusing(), subsets=["CIRR"])
+    assert run(data, tmp_path / "out", Refusing(), subsets=["CIRR"], skip_damaged=True).figures[
+        "CIRR"
+    ].rows == 30 - len(touching)
+
+
+def test_an_input_that_only_the_model_refuses_is_named_without_false_hope(data, tmp_path):
+    """skip_damaged does not leave out what the model cannot take, so the message does not say so. The row is the first
+    that has it, also where the input stands in a later chunk."""
+
+    class Refusing(Hashing):
+        def encode(self, inputs, **options):
+            if "7 2" in inputs:
+                raise InputError("the text is too long", index=inputs.index("7 2"))
+            return super().encode(inputs, **options)
+
+    for skip in (False, True):
+        with pytest.raises(ValueError, match=r"^WebQA, row 7: text '7 2': the text is too long$"):
+            run(data, tmp_path, Refusing(), subsets=["WebQA"], batch_size=16, skip_damaged=skip)
 
 
 def test_unknown_names_suggest_the_nearest(data):
@@ -390,6 +420,7 @@ def test_a_run_that_was_cut_off_goes_on_and_gives_the_same(data, tmp_path):
 def test_vectors_of_another_model_option_or_picture_are_not_taken_up(data, tmp_path):
     def encoded(encoder=None, **options):
         encoder = encoder or Hashing()
+        (tmp_path / "out" / "results.json").unlink(missing_ok=True)
         run(data, tmp_path / "out", encoder, subsets=["CIRR"], **options)
         return len(encoder.inputs)
 
@@ -399,6 +430,30 @@ def test_vectors_of_another_model_option_or_picture_are_not_taken_up(data, tmp_p
     assert encoded(max_length=100) == 38
     Image.new("RGB", (9, 30), (1, 2, 3)).save(data / "CIRR" / "image_3.png")
     assert encoded() == 38
+
+
+def test_results_of_another_model_are_not_overwritten(data, tmp_path):
+    """Neither finished ones nor those of a run that was cut off; both models are named. The same model goes on."""
+    broken = Hashing(fail_after=60)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path, broken, batch_size=16, name="one")
+    files = {path.name for path in tmp_path.iterdir()}
+    assert {"results.json", "CIRR_pred.parquet"} <= files and "WebQA_pred.parquet" not in files
+    before = (tmp_path / "CIRR_pred.parquet").read_bytes()
+    other = Hashing(dimension=17)
+    brackets = r"\(fingerprint \w{12}, max_length 256\)"
+    with pytest.raises(ValueError, match=f"holds results of one {brackets}, this is two {brackets}"):
+        run(data, tmp_path, other, name="two")
+    with pytest.raises(ValueError, match=r"max_length 256.*max_length 100"):
+        run(data, tmp_path, max_length=100, name="one")
+    assert (tmp_path / "CIRR_pred.parquet").read_bytes() == before and not other.inputs
+    assert list(run(data, tmp_path, batch_size=16, name="one").figures) == ["CIRR", "WebQA"]
+    (tmp_path / "results.json").write_text('{"model": "one"}')
+    with pytest.raises(ValueError, match=r"results\.json does not say fingerprint, notes, options and 1 more"):
+        run(data, tmp_path)
+    (tmp_path / "results.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"results\.json is not what `evaluate` writes"):
+        run(data, tmp_path)
 
 
 def test_progress_is_told_of_each_subset(data, tmp_path, capsys):
@@ -512,8 +567,103 @@ def test_skipped_and_limited_rows_show_in_the_table(data, tmp_path):
     results = run(data, tmp_path, skip_damaged=True, limit=20, subsets=["CIRR"])
     assert results.figures["CIRR"].rows < 20
     table = (tmp_path / "table.md").read_text()
-    assert "damaged rows left out; the first: CIRR, row" in table
-    assert "only the first 20 rows" in table
+    assert f"damaged rows left out: {20 - results.figures['CIRR'].rows}; the first: CIRR, row" in table
+    assert "only the first 20 rows were asked for; there are more" in table
+    for limit in (30, 100):  # there are not more
+        assert run(data, tmp_path, limit=limit, subsets=["WebQA"]).notes == []
+
+
+# --- comparing -------------------------------------------------------------------------------------------
+
+
+def folder_of(folder, model, **subsets_rows):
+    """What `evaluate` writes, with ranks as given: {subset: {row: rank}}."""
+    results = Results(model, f"fingerprint of {model}", {"max_length": 256})
+    for name, ranks in subsets_rows.items():
+        rows = dataset.Rows(subsets.MMEB[name])
+        for i in ranks:
+            rows.add(dataset.Row(i, Pair(f"q{i}", ""), tuple(Pair(f"{i} {j}", "") for j in range(20))))
+        scored = [score.Scored(np.zeros(20, np.float32), rank, rank, rank - 1) for rank in ranks.values()]
+        results.subsets[name], results.figures[name] = rows.subset, figures(scored, name)
+        folder.mkdir(exist_ok=True)
+        write_predictions(folder / f"{name}_pred.parquet", rows, scored)
+    write_results(results, folder)
+    return folder
+
+
+def ranks(right, n=100):
+    return {i: 1 if i in right else 2 for i in range(n)}
+
+
+def test_a_comparison_is_paired(tmp_path):
+    """B is right wherever A is, and in 6 rows of 100 more: the interval of the difference is that of 6 rows in 100 and
+    leaves out 0, while the models' own overlap. The same six points from 47 rows won and 41 lost prove nothing."""
+    pytest.importorskip("pyarrow")
+    a = folder_of(tmp_path / "a", "before", WebQA=ranks(range(50)))
+    b = folder_of(tmp_path / "b", "after", WebQA=ranks(range(56)))
+    c = folder_of(tmp_path / "c", "elsewhere", WebQA=ranks(range(41, 97)))
+    sure, unsure = (compare(a, other).as_dict()["subsets"]["WebQA"]["precision@1"] for other in (b, c))
+    assert (sure["a"], sure["b"], sure["difference"]) == (50, 56, 6) and unsure["difference"] == 6
+    half = 196 * np.sqrt(0.06 * 0.94 / 100)
+    assert (sure["low"], sure["high"]) == pytest.approx((6 - half, 6 + half), abs=1.1) and sure["low"] > 0
+    half = 196 * np.sqrt((0.47 + 0.41 - 0.06**2) / 100)
+    assert (unsure["low"], unsure["high"]) == pytest.approx((6 - half, 6 + half), abs=1.5) and unsure["low"] < 0
+    assert compare(b, a).as_dict()["subsets"]["WebQA"]["precision@1"]["high"] == -sure["low"]
+    same = compare(a, a).as_dict()["subsets"]["WebQA"]["mrr"]
+    assert (same["difference"], same["low"], same["high"]) == (0, 0, 0) and same["a"] == 75
+
+
+def test_a_comparison_by_meta_task(tmp_path):
+    """Averages are plain means over subsets, and have intervals of their own; CIFAR-100 is shown and not counted."""
+    pytest.importorskip("pyarrow")
+    rows = {
+        "WebQA": ranks(range(50)),
+        "CIRR": ranks(range(10), 50),
+        "GQA": ranks(range(20), 40),
+        "CIFAR-100": ranks([1]),
+    }
+    a = folder_of(tmp_path / "a", "one", **rows)
+    b = folder_of(tmp_path / "b", "two", **rows | {"CIRR": ranks(range(20), 50), "CIFAR-100": ranks([])})
+    found = compare(a, b)
+    differences = {name: one["precision@1"]["difference"] for name, one in found.as_dict()["averages"].items()}
+    assert differences == {"vqa": 0, "retrieval": 10, "IND": 10, "OOD": 0, "all": pytest.approx(20 / 3, abs=1e-3)}
+    low, high = (found.as_dict()["averages"]["retrieval"]["precision@1"][end] for end in ("low", "high"))
+    cirr = found.as_dict()["subsets"]["CIRR"]["precision@1"]
+    assert (low, high) == pytest.approx((cirr["low"] / 2, cirr["high"] / 2))
+    text = found.table()
+    assert "B - A, where A is one and B is two" in text and "CIFAR-100 (not averaged)" in text and "-1.0" in text
+    line = next(line for line in text.splitlines() if line.startswith("Retrieval (2 of 12)")).split()
+    assert line[4:8] == ["150", "35.0", "45.0", "+10.0"]
+    for form in ("markdown", "html"):
+        assert "+10.0" in found.table(form)
+
+
+def test_what_cannot_be_compared_is_said(tmp_path):
+    """Rows and subsets that only one has, other options, other data, and folders that hold nothing."""
+    pa = import_pyarrow("in this test") if pytest.importorskip("pyarrow") else None
+    a = folder_of(tmp_path / "a", "one", WebQA=ranks([1], 20), CIRR=ranks([1], 5))
+    b = folder_of(tmp_path / "b", "two", WebQA=ranks([1, 2], 15), GQA=ranks([1], 5))
+    stored = json.loads((b / "results.json").read_text())
+    (b / "results.json").write_text(json.dumps(stored | {"options": {"max_length": 100}, "notes": ["COLLAPSED: GQA"]}))
+    found = compare(a, b)
+    assert found.figures["WebQA"][0].rows == 15 and list(found.figures) == ["WebQA"]
+    assert found.notes == ["only A has CIRR", "only B has GQA", "B: COLLAPSED: GQA",
+                           "options differ between A and B: max_length 256 and 100",
+                           "WebQA: compared are the 15 rows that both have; A has 20, B 15"]  # fmt: skip
+    with pytest.raises(ValueError, match=r"no subset is in both: .*a has WebQA, CIRR, .*c has GQA"):
+        compare(a, folder_of(tmp_path / "c", "three", GQA=ranks([1], 5)))
+    with pytest.raises(ValueError, match=r"nothing holds no results of `evaluate`: there is no results\.json"):
+        compare(a, tmp_path / "nothing")
+    table = pa.parquet.read_table(b / "WebQA_pred.parquet").to_pylist()
+    for change, words in (
+        ({"qry_text": "another question"}, "WebQA: row 3 is another one; the two evaluations are of different data"),
+        ({"scores": [0.0]}, "WebQA: row 3 is another one"),
+        ({"row": 1}, "has 14 rows and results.json says 15: the evaluation was cut off"),
+    ):
+        changed = [row | change if row["row"] == 3 else row for row in table]
+        pa.parquet.write_table(pa.Table.from_pylist(changed), b / "WebQA_pred.parquet")
+        with pytest.raises(ValueError, match=words):
+            compare(a, b)
 
 
 def test_published_table():
@@ -568,6 +718,30 @@ def test_command_on_the_bundled_data_with_a_tiny_checkpoint(tmp_path, capsys):
     assert [one["num_pred"] for one in scores] == [6] * 41
     assert main([*arguments, "--subsets", "Emoji-Gruop"]) == 1
     assert "did you mean Emoji-Group?" in capsys.readouterr().err
+
+    new_checkpoint(tmp_path / "other", preset="tiny", seed=1)
+    other = [*arguments, "--model", str(tmp_path / "other"), "--subsets", "Emoji-Group", "Emoji-t2i"]
+    assert main(other) == 1
+    err = capsys.readouterr().err
+    assert f"holds results of {tmp_path / 'tiny'} (" in err and f"this is {tmp_path / 'other'} (" in err
+    assert main([*other, "-o", str(tmp_path / "out2")]) == 0
+    capsys.readouterr()
+    assert main(["mmeb", "--compare", str(tmp_path / "out"), str(tmp_path / "out2")]) == 0
+    printed = capsys.readouterr().out
+    assert "B - A" in printed and "Classification (1)" in printed and "Emoji-t2i" in printed
+    for arguments in (["mmeb", "--compare", "a", "b", "-o", "c"], ["mmeb"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+
+
+def test_mini_means_the_same_in_python(tmp_path):
+    """`evaluate(..., "mini", ...)` takes the bundled sets, as `--data mini` does; a Path is a folder of that name."""
+    pytest.importorskip("pyarrow")
+    results = evaluate(Hashing(), "mini", tmp_path, EvaluateOptions(subsets=["Emoji-Group"]))
+    assert results.figures["Emoji-Group"].rows == 24
+    with pytest.raises(FileNotFoundError, match="mini is neither a folder"):
+        evaluate(Hashing(), Path("mini"), tmp_path)
 
 
 def test_fingerprint_tells_models_apart():
