@@ -8,14 +8,13 @@ model is made of (`Parts`).
 """
 
 import copy
-import difflib
 import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, nearest
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue in 0 .. 1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -142,11 +141,9 @@ class VLM2VecConfig:
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = read_json(path)
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist: a checkpoint folder needs a config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise CheckpointError(f"{path} is not valid JSON: {e}") from None
         try:
             return cls.from_dict(raw)
         except CheckpointError as e:
@@ -172,8 +169,8 @@ def _parts(raw: dict[str, Any]) -> Parts:
     types = {f.name: f.type for f in fields(Parts)}
     for key, value in raw.items():
         if key not in types:
-            near = difflib.get_close_matches(key, types, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(types)}"
+            near = nearest(key, types)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(types)}"
             raise CheckpointError(f"{OWN}.{key} is no part of a model; {hint}")
         if not isinstance(value, types[key]):  # type: ignore[arg-type]
             raise CheckpointError(f"{OWN}.{key} is {value!r}; a {types[key].__name__} is needed")  # type: ignore[union-attr]
@@ -185,21 +182,31 @@ def changes(old: Any, new: Any) -> dict[str, Any]:
     return {f.name: getattr(new, f.name) for f in fields(new) if getattr(new, f.name) != getattr(old, f.name)}
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises CheckpointError naming it where that is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise CheckpointError(f"{path} is not valid JSON: {e}") from None
+
+
 def _vision(raw: dict[str, Any]) -> VisionConfig:
     processor = _get(raw, "img_processor", dict)
     sizes = CLIP_VIT_L_14_336 | {"hidden_size": _get(processor, "image_dim_out", int, "img_processor.")}
-    override = processor.get("vision_config", {})
+    override = _get({"vision_config": {}} | processor, "vision_config", dict, "img_processor.")
     act = override.get("hidden_act", "quick_gelu")
     if act != "quick_gelu":
         raise CheckpointError(f"img_processor.vision_config.hidden_act is {act!r}; only 'quick_gelu' is supported")
-    config = VisionConfig(**{name: override.get(name, size) for name, size in sizes.items()})
+    kinds = {name: (int, float) if isinstance(size, float) else int for name, size in sizes.items()}
+    where = "img_processor.vision_config."
+    config = VisionConfig(**{name: _get(sizes | override, name, kind, where) for name, kind in kinds.items()})
     _divides("vision hidden_size", config.hidden_size, "num_attention_heads", config.num_attention_heads)
     _divides("image_size", config.image_size, "2 * patch_size", 2 * config.patch_size)
     if config.num_hidden_layers < 2:
         raise CheckpointError(f"vision num_hidden_layers is {config.num_hidden_layers}; the last is never used, "
                               "so at least 2 are needed")  # fmt: skip
     for key, supported in (("hd_transform_order", "sub_glb"), ("projection_cls", "mlp")):
-        value = raw.get("embd_layer", {}).get(key, supported)
+        value = _get({"embd_layer": {}} | raw, "embd_layer", dict).get(key, supported)
         if value != supported:
             raise CheckpointError(f"embd_layer.{key} is {value!r}; only {supported!r} is supported")
     return config
@@ -226,20 +233,23 @@ def _decoder(raw: dict[str, Any]) -> DecoderConfig:
             raise CheckpointError(f"rope_scaling.{name} has {n} factors; head_dim {config.head_dim} needs "
                                   f"{config.head_dim // 2}")  # fmt: skip
     window = raw.get("sliding_window")
-    if window is not None and window < config.max_position_embeddings:
+    if window is not None and _get(raw, "sliding_window", int) < config.max_position_embeddings:
         raise CheckpointError(f"sliding_window {window} is shorter than max_position_embeddings "
                               f"{config.max_position_embeddings}: windowed attention is not supported")  # fmt: skip
     return config
 
 
 def _rope_scaling(raw: dict[str, Any]) -> RopeScaling | None:
-    scaling = raw.get("rope_scaling")
-    if scaling is None:
+    if raw.get("rope_scaling") is None:
         return None
+    scaling = _get(raw, "rope_scaling", dict)
     kind = scaling.get("type", scaling.get("rope_type"))
     if kind not in ("su", "longrope"):  # two names of one thing
         raise CheckpointError(f"rope_scaling.type is {kind!r}; only 'su' and 'longrope' are supported")
     factors = {k: _get(scaling, k, list, "rope_scaling.") for k in ("short_factor", "long_factor")}
+    for k, values in factors.items():
+        if bad := [v for v in values if not isinstance(v, (int, float))]:
+            raise CheckpointError(f"rope_scaling.{k} holds {bad[0]!r}, which is no number")
     return RopeScaling(**{k: tuple(map(float, v)) for k, v in factors.items()})
 
 

@@ -1,6 +1,7 @@
 """The errors that a user's input or files can cause. All are ValueErrors."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
@@ -35,6 +36,13 @@ class CheckpointError(ValueError):
 def some(names: Sequence[str], n: int = 3) -> str:
     """The first n names, and how many more there are: "a, b, c and 4 more"."""
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a misspelled one is most like, whatever its case; None where none is like it."""
+    by_lower = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return by_lower[near[0]] if near else None
 
 
 class Option(str):

@@ -100,23 +100,29 @@ def as_text(config: VLM2VecConfig) -> str:
     """The report as a table for the terminal."""
     r = report(config)
     width = max(len(m["name"]) for m in r["modules"])
-    lines = [f"{'module':{width}}  {'shape':>20}  {'parameters':>13}  {'MB':>9}"]
+    lines = [f"{'module':{width}}  {'shape':>20}  {'parameters':>13}  {'bytes':>9}"]
     for m in r["modules"]:
-        lines.append(f"{m['name']:{width}}  {m['shape']:>20}  {m['parameters']:>13,}  {m['bytes'] / 1e6:>9,.1f}")
+        lines.append(f"{m['name']:{width}}  {m['shape']:>20}  {m['parameters']:>13,}  {_si(m['bytes']) + 'B':>9}")
     lines += [
-        f"{'total':{width}}  {'':>20}  {r['parameters']:>13,}  {r['bytes'] / 1e6:>9,.1f}",
+        f"{'total':{width}}  {'':>20}  {r['parameters']:>13,}  {_si(r['bytes']) + 'B':>9}",
         "",
         f"vector: {r['dimension']} numbers; longest input: {r['max_tokens']:,} tokens; crops of {r['crop_size']} x "
         f"{r['crop_size']} pixels; {r['dtype']}",
         "; ".join(f"{kind}: {name}" for kind, name in r["parts"].items()),
-        f"one text token, of 30: {r['flops_per_text_token'] / 1e9:,.3f} GFLOP",
+        f"one text token, of 30: {_si(r['flops_per_text_token'])}FLOP",
     ]
     for crops, image in r["flops_per_image"].items():
         lines.append(
-            f"one square image, {crops:>2} crops: {image['tokens']:>5,} tokens, {image['total'] / 1e12:>8,.3f} TFLOP "
-            f"(tower and projector {image['tower_and_projector'] / 1e12:,.3f}, decoder {image['decoder'] / 1e12:,.3f})"
+            f"one square image, {crops:>2} crops: {image['tokens']:>5,} tokens, {_si(image['total']):>7}FLOP "
+            f"(tower and projector {_si(image['tower_and_projector'])}FLOP, decoder {_si(image['decoder'])}FLOP)"
         )
     return "\n".join(lines)
+
+
+def _si(n: float) -> str:
+    """Four digits and a prefix, for a unit to follow: "7.249 G", "64 "."""
+    power = min((len(str(int(n))) - 1) // 3, 5)
+    return f"{n / 1000**power:.4g} {['', *'kMGTP'][power]}"
 
 
 def _shape(tensor: torch.Tensor) -> str:

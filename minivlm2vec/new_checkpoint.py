@@ -16,6 +16,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from huggingface_hub.utils import tqdm
 from safetensors.torch import save_file
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 
-from .config import CLIP_MEAN, CLIP_STD, VLM2VecConfig
+from .config import CLIP_MEAN, CLIP_STD, CLIP_VIT_L_14_336, OWN, Parts, VLM2VecConfig
+from .errors import CheckpointError, nearest
 
 # LongRoPE's divisors in the published config.json.
 SHORT_FACTOR = [
@@ -93,16 +95,16 @@ def new_checkpoint(
     Args:
         path: the folder; it must be empty or absent.
         preset: "tiny" (0.6 M parameters), "small" (52 M) or "full" (4.15 B, the published sizes).
-        config: keys of config.json that replace the preset's (nested dicts are merged).
+        config: keys of config.json that replace the preset's; see `configured`.
         seed: of the weights.
         dtype: "float32", "float16" or "bfloat16"; default the preset's.
         tokenizer: one, or a tokenizer.json to copy; default is one made here that has a token for every byte.
         max_shard_bytes: a file holds at most so many bytes, or a single tensor.
 
     Returns the folder. Raises ValueError for an unknown preset or a folder that is in use, CheckpointError for a
-    config that makes no model.
+    config that makes no model or has an unknown key.
     """
-    raw = merged(base_config(preset), config or {})
+    raw = configured(preset, {} if config is None else config)
     raw["torch_dtype"] = dtype or raw["torch_dtype"]
     parsed = VLM2VecConfig.from_dict(raw)
     path = Path(path)
@@ -141,6 +143,54 @@ def base_config(preset: str) -> dict[str, Any]:
     raw = merged(published, copy.deepcopy(PRESETS[preset]))
     raw["rope_scaling"] = {"type": "su", **_rope_factors(raw["hidden_size"] // raw["num_attention_heads"])}
     return raw
+
+
+def configured(preset: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a preset with changed keys (nested dicts are merged).
+
+    What depends on them follows, unless it is among the changes itself: key-value heads, RoPE factors, the attention
+    window, the tower's width, tokens of an image.
+
+    Raises CheckpointError for a key that is unknown, with the nearest known one, and for values that make no model.
+    """
+    if not isinstance(changes, dict):
+        raise CheckpointError(f"a config is a JSON object, got {type(changes).__name__}")
+    changes = {
+        "torch_dtype" if key == "dtype" else key: value for key, value in changes.items()
+    }  # as read in config.py
+    _check_keys(changes, KNOWN)
+    base = base_config(preset)
+    raw = merged(base, changes)
+    # The sizes of a model of these keys, whatever the preset says of those that follow.
+    sizes = VLM2VecConfig.from_dict(raw | {"num_key_value_heads": 1, "rope_scaling": None, "sliding_window": None})
+    heads, group = sizes.decoder.num_attention_heads, base["num_attention_heads"] // base["num_key_value_heads"]
+    follows = {
+        "num_key_value_heads": heads if heads % group else heads // group,
+        "sliding_window": base["sliding_window"] and 2 * sizes.decoder.max_position_embeddings,  # as published
+        "rope_scaling": _rope_factors(sizes.decoder.head_dim),
+        "img_processor": {
+            "image_dim_out": sizes.vision.hidden_size,
+            "num_img_tokens": sizes.vision.merged_per_side**2,
+        },
+    }
+    return merged(merged(raw, follows), changes)
+
+
+def _check_keys(changes: dict[str, Any], known: dict[str, Any], where: str = "") -> None:
+    for key, value in changes.items():
+        if key not in known:
+            near = nearest(key, known)
+            path = _by_last_name(KNOWN).get(key) or (near and where + near)  # the same name elsewhere comes first
+            hint = f"did you mean {path}?" if path else f"there are {', '.join(known)}"
+            raise CheckpointError(f"no key of config.json is named {where}{key}; {hint}")
+        if isinstance(value, dict) and isinstance(known[key], dict):
+            _check_keys(value, known[key], f"{where}{key}.")
+
+
+def _by_last_name(known: dict[str, Any], where: str = "") -> dict[str, str]:
+    """{"image_size": "img_processor.vision_config.image_size"} of all keys; outer ones win."""
+    nested = [_by_last_name(value, f"{where}{key}.") for key, value in known.items() if isinstance(value, dict)]
+    return {name: path for one in nested for name, path in one.items()} | {key: where + key for key in known}
 
 
 def tensor_shapes(config: VLM2VecConfig) -> dict[str, tuple[int, ...]]:
@@ -301,3 +351,12 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+# All keys of config.json. Those of the second line have no meaning here; published files have them.
+KNOWN = merged(base_config("full"), {
+    **dict.fromkeys(("_name_or_path", "_attn_implementation", "attention_bias", "auto_map", "transformers_version")),
+    OWN: {f.name: None for f in fields(Parts)},
+    "rope_scaling": {"rope_type": "longrope"},
+    "img_processor": {"vision_config": CLIP_VIT_L_14_336 | {"hidden_act": "quick_gelu"}},
+})  # fmt: skip

@@ -1,7 +1,6 @@
 """`minivlm2vec new-checkpoint`: a randomly initialised checkpoint in the published layout."""
 
 import argparse
-import json
 from pathlib import Path
 
 PRESETS = ("full", "small", "tiny")  # those of new_checkpoint.py, which imports torch
@@ -19,9 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..config import read_json
     from ..new_checkpoint import new_checkpoint
 
-    config = json.loads(Path(args.config).read_text(encoding="utf-8")) if args.config else None
+    config = read_json(Path(args.config)) if args.config else None
     path = new_checkpoint(
         args.path, preset=args.preset, config=config, seed=args.seed, dtype=args.dtype, tokenizer=args.tokenizer,
         show_progress=True,

@@ -9,9 +9,10 @@ retrieval (prints 31.6, the rows give 44.1), and UniIR grounding, IND, OOD and a
 rows give 62.2: its grounding rows are of another variant of UniIR).
 """
 
-import difflib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+
+from ..errors import nearest
 
 HUB_NAME = "TIGER-Lab/MMEB-eval"  # the rows and pictures, as a dataset on the Hugging Face Hub
 META_TASKS = ("classification", "vqa", "retrieval", "grounding", "other")
@@ -140,7 +141,6 @@ def choose(
 def _known(name: str, available: Collection[str], what: str) -> None:
     if name in available:
         return
-    by_lower = {one.lower(): one for one in available}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.4)
-    hint = f"did you mean {by_lower[near[0]]}?" if near else f"there are {', '.join(sorted(available))}"
+    near = nearest(name, available)
+    hint = f"did you mean {near}?" if near else f"there are {', '.join(sorted(available))}"
     raise ValueError(f"no {what} is named {name!r}; {hint}")

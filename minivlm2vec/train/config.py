@@ -1,11 +1,11 @@
 """CONFIG.toml -> frozen dataclasses. The defaults are the published run's: arXiv 2410.05160, section 4."""
 
-import difflib
 import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from ..errors import nearest
 from ..lora import LoraConfig
 
 # Short spellings of data.root in a TOML file: the source that each stands for, and which keys of [data] are options of
@@ -200,8 +200,8 @@ def build(cls: type, raw: dict[str, Any], where: str) -> Any:
     the key that is unknown, missing or of another type."""
     hints = get_type_hints(cls)
     for key in raw.keys() - hints.keys():
-        near = difflib.get_close_matches(key, hints, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(hints)}"
+        near = nearest(key, hints)
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(hints)}"
         raise ValueError(f"no setting is named {where}{key}; {hint}")
     for f in fields(cls):
         if f.name not in raw and f.default is MISSING and f.default_factory is MISSING:

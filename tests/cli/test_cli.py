@@ -85,11 +85,13 @@ def test_info(folder, capsys):
     assert main(["info", str(folder)]) == 0
     text = capsys.readouterr().out
     assert "decoder.layers.*.self_attn.qkv_proj.weight" in text and "16 crops" in text
+    assert "one text token, of 30: 166 kFLOP" in text  # 2 * 2,330,880 + 318,976 of 30 tokens, see `text_flops`
     assert main(["info", str(folder / "config.json"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     e = Embedder.from_pretrained(folder, device="cpu", optimize=False, show_progress=False)
     assert report["parameters"] == sum(p.numel() for p in e.model.parameters())
     assert report["parameters"] == sum(m["parameters"] for m in report["modules"])
+    assert f"{report['bytes'] / 1e6:.4g} MB" in text and "256 B" in text  # all, and a norm's 64 floats
 
 
 def test_flops_of_the_published_sizes():
@@ -113,6 +115,14 @@ def test_own_config(tmp_path, capsys):
     capsys.readouterr()
     assert main(["info", str(tmp_path / "m")]) == 0
     assert "5 x 64x128" in capsys.readouterr().out
+    for text, message in (
+        ('{"hidden_sise": 96}', "no key of config.json is named hidden_sise; did you mean hidden_size?"),
+        ("{hidden_size: 96}", f"{tmp_path / 'c.json'} is not valid JSON"),
+        ("[]", "a config is a JSON object, got list"),
+    ):
+        (tmp_path / "c.json").write_text(text)
+        assert main(["new-checkpoint", str(tmp_path / "other"), "--config", str(tmp_path / "c.json")]) == 1
+        assert message in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("args, message", [
