@@ -112,15 +112,31 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """What training made of the vectors; under "minivlm2vec" too, beside the parts.
+
+    Fields:
+        dims: vectors may be cut to so many of their first numbers (Matryoshka, arXiv 2205.13147).
+        temperature: of the loss, where it was learned.
+    """
+
+    dims: tuple[int, ...] = ()
+    temperature: float | None = None
+
+
+@dataclass(frozen=True)
 class VLM2VecConfig:
     vision: VisionConfig
     decoder: DecoderConfig
     dtype: str  # "bfloat16", "float16" or "float32": what the checkpoint's tensors are
     parts: Parts = Parts()
+    trained: Trained = Trained()
 
     def with_parts(self, **parts: Any) -> "VLM2VecConfig":
-        """The same sizes, other parts: with_parts(pooling="mean", causal=False). Raises ValueError, see `Parts`."""
-        return replace(self, parts=_parts(asdict(self.parts) | parts))
+        """The same sizes, other parts: with_parts(pooling="mean", causal=False). Also takes the fields
+        of `Trained`. Raises ValueError for what is neither."""
+        found, trained = _own(asdict(self.parts) | asdict(self.trained) | parts)
+        return replace(self, parts=found, trained=trained)
 
     def written_into(self, raw: dict[str, Any]) -> dict[str, Any]:
         """The content of a config.json with this configuration in it; what is not known here stays as it is."""
@@ -132,7 +148,7 @@ class VLM2VecConfig:
             raw["img_processor"]["image_dim_out"] = self.vision.hidden_size
         raw.pop("dtype", None)
         raw["torch_dtype"] = self.dtype
-        raw[OWN] = changes(Parts(), self.parts)
+        raw[OWN] = changes(Parts(), self.parts) | changes(Trained(), self.trained)
         return {key: value for key, value in raw.items() if key != OWN or value}
 
     @classmethod
@@ -162,15 +178,31 @@ class VLM2VecConfig:
         own = raw.get(OWN, {})
         if not isinstance(own, dict):
             raise CheckpointError(f"{OWN} is {own!r}; a table of the model's parts is needed")
-        return cls(vision=vision, decoder=decoder, dtype=dtype, parts=_parts(own))
+        parts, trained = _own(own)
+        return cls(vision=vision, decoder=decoder, dtype=dtype, parts=parts, trained=trained)
+
+
+def _own(raw: dict[str, Any]) -> tuple[Parts, Trained]:
+    """What stands under "minivlm2vec"."""
+    trained = {f.name: raw[f.name] for f in fields(Trained) if f.name in raw}
+    return _parts({key: value for key, value in raw.items() if key not in trained}), _trained(**trained)
+
+
+def _trained(dims: Any = (), temperature: Any = None) -> Trained:
+    if not isinstance(dims, (list, tuple)) or any(type(d) is not int or d < 1 for d in dims):
+        raise CheckpointError(f"{OWN}.dims is {dims!r}; a list of whole numbers above 0 is needed")
+    if temperature is not None and not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
+        raise CheckpointError(f"{OWN}.temperature is {temperature!r}; a number above 0 is needed")
+    return Trained(tuple(dims), temperature)
 
 
 def _parts(raw: dict[str, Any]) -> Parts:
     types = {f.name: f.type for f in fields(Parts)}
     for key, value in raw.items():
         if key not in types:
-            near = nearest(key, types)
-            hint = f"did you mean {near}?" if near else f"there are {', '.join(types)}"
+            known = (*types, *(f.name for f in fields(Trained)))
+            near = nearest(key, known)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}"
             raise CheckpointError(f"{OWN}.{key} is no part of a model; {hint}")
         if not isinstance(value, types[key]):  # type: ignore[arg-type]
             raise CheckpointError(f"{OWN}.{key} is {value!r}; a {types[key].__name__} is needed")  # type: ignore[union-attr]

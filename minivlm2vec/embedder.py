@@ -16,13 +16,13 @@ from minivlm2vec_kernels.ops import BACKENDS
 from . import prompts
 from .batch import PackedBatch
 from .config import VLM2VecConfig
-from .errors import InputError, at_least_one
+from .errors import InputError, Option, OptionError, at_least_one
 from .inference import FusedVLM2Vec, check_options
 from .inference import optimize as optimized
 from .lora import merge_adapter, with_adapters_parts
 from .model import VLM2Vec
 from .processor import Loaded, Planned, Processor
-from .weights import load_model, resolve
+from .weights import empty_model, load_model, resolve
 
 T = TypeVar("T")
 
@@ -40,9 +40,21 @@ class Embedder:
         processor: text and images to batches for it.
         num_workers: threads that decode and cut images while the model computes; default: the cores, at most 16.
         name: what the checkpoint is called.
+        truncate_dim, force_dimensions: see `from_pretrained`.
     """
 
-    def __init__(self, model: VLM2Vec, processor: Processor, *, num_workers: int | None = None, name: str = ""):
+    def __init__(
+        self,
+        model: VLM2Vec,
+        processor: Processor,
+        *,
+        num_workers: int | None = None,
+        name: str = "",
+        truncate_dim: int | None = None,
+        force_dimensions: bool = False,
+    ):
+        self.truncate_dim, self.force_dimensions = truncate_dim, force_dimensions
+        vector_length(truncate_dim, model.config, model.dimension, force=force_dimensions)
         self.model = model
         self.processor = processor
         self.num_workers = num_workers or min(16, os.cpu_count() or 1)
@@ -63,6 +75,8 @@ class Embedder:
         config: VLM2VecConfig | None = None,
         skip: Sequence[str] = (),
         adapter: str | os.PathLike | None = None,
+        truncate_dim: int | None = None,
+        force_dimensions: bool = False,
         fast_decode: bool = False,
         exif_transpose: bool = False,
         optimize: bool = True,
@@ -90,6 +104,9 @@ class Embedder:
                 `weights.load_weights`.
             adapter: a LoRA or DoRA in PEFT's format, a folder or a name on the Hub such as "TIGER-Lab/VLM2Vec-LoRA"
                 (for "microsoft/Phi-3.5-vision-instruct"). It is added to the weights, so vectors cost the same.
+            truncate_dim: cut vectors to their first so many numbers, and normalise them again: one of the sizes that
+                the model was trained for (Matryoshka; `config.Trained.dims`).
+            force_dimensions: any size, whatever the model was trained for.
             fast_decode: decode JPEGs at a reduced scale: faster, not bit for bit what the original sees.
             exif_transpose: honour the EXIF orientation, which the original ignores.
             optimize: make the model fast, for inference alone: `inference.optimize`, which the next four options are
@@ -120,6 +137,10 @@ class Embedder:
         adapter_folder = resolve(adapter, local_files_only=local_files_only) if adapter is not None else None
         if adapter_folder is not None and config is None:
             config = with_adapters_parts(VLM2VecConfig.from_json(folder), adapter_folder)
+        if truncate_dim is not None:  # before weights are read
+            about = config or VLM2VecConfig.from_json(folder)
+            full = empty_model(about, model_class=model_class).dimension
+            vector_length(truncate_dim, about, full, force=force_dimensions)
         model = load_model(
             folder,
             model_class=model_class,
@@ -142,7 +163,8 @@ class Embedder:
             exif_transpose=exif_transpose,
             num_image_tokens=model.num_image_tokens,
         )
-        return cls(model, processor, name=str(name_or_path) if adapter is None else f"{name_or_path} + {adapter}")
+        name = str(name_or_path) if adapter is None else f"{name_or_path} + {adapter}"
+        return cls(model, processor, name=name, truncate_dim=truncate_dim, force_dimensions=force_dimensions)
 
     @property
     def device(self) -> torch.device:
@@ -150,20 +172,26 @@ class Embedder:
 
     @property
     def dimension(self) -> int:
-        """Length of a vector."""
-        return self.model.dimension
+        """Length of a vector: `truncate_dim`, or the model's."""
+        return self.truncate_dim or self.model.dimension
+
+    def _size(self, truncate_dim: int | None) -> int | None:
+        """What vectors are cut to, if they are. Raises OptionError, see `vector_length`."""
+        size = truncate_dim or self.truncate_dim
+        vector_length(size, self.model.config, self.model.dimension, force=self.force_dimensions)
+        return size
 
     @overload
     def encode(
         self, inputs: Sequence[Any], *, prompt: str | None = ..., num_crops: int | None = ...,
-        max_length: int | None = ..., batch_tokens: int = ..., normalize: bool = ...,
+        max_length: int | None = ..., batch_tokens: int = ..., normalize: bool = ..., truncate_dim: int | None = ...,
         convert_to: Literal["numpy"] = ..., show_progress: bool = ...,
     ) -> np.ndarray: ...  # fmt: skip
     @overload
     def encode(
         self, inputs: Sequence[Any], *, prompt: str | None = ..., num_crops: int | None = ...,
-        max_length: int | None = ..., batch_tokens: int = ..., normalize: bool = ..., convert_to: Literal["torch"],
-        show_progress: bool = ...,
+        max_length: int | None = ..., batch_tokens: int = ..., normalize: bool = ..., truncate_dim: int | None = ...,
+        convert_to: Literal["torch"], show_progress: bool = ...,
     ) -> Tensor: ...  # fmt: skip
     def encode(
         self,
@@ -174,6 +202,7 @@ class Embedder:
         max_length: int | None = None,
         batch_tokens: int = 16384,
         normalize: bool = True,
+        truncate_dim: int | None = None,
         convert_to: str = "numpy",
         show_progress: bool = False,
     ) -> np.ndarray | Tensor:
@@ -188,6 +217,7 @@ class Embedder:
             batch_tokens: inputs are sorted by length and computed in packs of at most so many tokens (an input
                 that is longer gets a pack of its own). The vectors do not depend on it.
             normalize: to L2 norm 1.
+            truncate_dim: for this call, see `from_pretrained`.
             convert_to: "numpy", or "torch" for a tensor on the model's device.
             show_progress: a progress bar over inputs.
 
@@ -196,14 +226,15 @@ class Embedder:
         """
         if isinstance(inputs, (str, bytes, dict)) or not isinstance(inputs, Sequence):
             raise TypeError(f"inputs is a list of inputs, got one {type(inputs).__name__}")
-        _check_options(prompt, batch_tokens, max_length, num_crops, convert_to)
+        _check_options(prompt, batch_tokens, max_length, num_crops, convert_to, truncate_dim)
+        size = self._size(truncate_dim)
         options = {"prompt": prompt, "num_crops": num_crops, "max_length": max_length}
         bar = tqdm(total=len(inputs), desc="Embedding", unit="input", disable=not show_progress)
         with ThreadPoolExecutor(self.num_workers) as pool, bar:
             plans = self._plan_all(inputs, options, pool)
             batches = pack_by_length([len(p) for p in plans], batch_tokens)
-            vectors = self._run(plans, batches, normalize, pool, bar.update)
-        out = torch.cat(vectors).float() if vectors else torch.empty(0, self.dimension, device=self.device)
+            vectors = self._run(plans, batches, normalize, size, pool, bar.update)
+        out = torch.cat(vectors).float() if vectors else torch.empty(0, size or self.dimension, device=self.device)
         order = torch.tensor([i for batch in batches for i in batch], dtype=torch.int64)
         out = out[order.argsort().to(out.device)]
         _check_finite(out, plans)
@@ -255,11 +286,15 @@ class Embedder:
         return batch.pin_memory() if self.device.type == "cuda" else batch
 
     @torch.inference_mode()
-    def embed(self, items: Sequence[Loaded] | PackedBatch, *, normalize: bool = True) -> Tensor:
+    def embed(
+        self, items: Sequence[Loaded] | PackedBatch, *, normalize: bool = True, truncate_dim: int | None = None
+    ) -> Tensor:
         """Vectors [B, D] float32, on the model's device, of loaded inputs as one pack, or of what `prepare` made of
         them. On CUDA it returns before they are computed: reading them waits."""
         batch = items if isinstance(items, PackedBatch) else self.prepare(items)
-        return self.model(batch.to(self.device, non_blocking=True), normalize=normalize)
+        vectors = self.model(batch.to(self.device, non_blocking=True), normalize=normalize)
+        size = self._size(truncate_dim)
+        return vectors if size is None else truncated(vectors, size, normalize=normalize)
 
     def _plan_all(self, inputs: Sequence[Any], options: dict, pool: ThreadPoolExecutor) -> list[Planned]:
         def plan(numbered: tuple[int, Any]) -> Planned:
@@ -276,6 +311,7 @@ class Embedder:
         plans: list[Planned],
         batches: list[list[int]],
         normalize: bool,
+        truncate_dim: int | None,
         pool: ThreadPoolExecutor,
         done: Callable[[int], Any],
     ) -> list[Tensor]:
@@ -286,7 +322,7 @@ class Embedder:
         prepared = ((batch, self.prepare(items)) for batch, items in loading)
         try:
             for batch, packed in _one_ahead(prepared):
-                vectors.append(self.embed(packed, normalize=normalize))
+                vectors.append(self.embed(packed, normalize=normalize, truncate_dim=truncate_dim))
                 done(len(batch))
         except InputError as e:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -294,6 +330,33 @@ class Embedder:
             e.partial = {i: v.cpu().numpy() for batch, vs in finished for i, v in zip(batch, vs, strict=True)}
             raise
         return vectors
+
+
+def truncated(vectors: Tensor, size: int, *, normalize: bool = True) -> Tensor:
+    """The first `size` numbers of vectors [B, D] -> [B, size], brought to L2 norm 1 again."""
+    if size == vectors.shape[1]:
+        return vectors
+    return torch.nn.functional.normalize(vectors[:, :size], dim=1) if normalize else vectors[:, :size]
+
+
+def vector_length(size: int | None, config: VLM2VecConfig, full: int, *, force: bool = False) -> int:
+    """The length of vectors that are cut to `size` (None: not at all), of a model whose own have `full` numbers.
+
+    Raises OptionError for more than these and, unless `force`, for a size that the model was not trained for."""
+    at_least_one(truncate_dim=size)
+    if size in (None, full):
+        return full
+    assert size is not None
+    if size > full:
+        raise OptionError(Option("truncate_dim"), f" is {size}; the model's vectors have {full} numbers")
+    if force or size in config.trained.dims:
+        return size
+    dims = config.trained.dims
+    said = (
+        f"was trained to have them cut to {', '.join(map(str, dims))}" if dims else "was not trained to have them cut"
+    )
+    raise OptionError(Option("truncate_dim"), f" is {size}; the model's vectors have {full} numbers, and it {said} "
+                      "(Matryoshka): ", Option("force_dimensions"), " does it all the same")  # fmt: skip
 
 
 def default_device() -> torch.device:
@@ -353,11 +416,16 @@ def _one_ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def _check_options(
-    prompt: str | None, batch_tokens: int, max_length: int | None, num_crops: int | None, convert_to: str
+    prompt: str | None,
+    batch_tokens: int,
+    max_length: int | None,
+    num_crops: int | None,
+    convert_to: str,
+    truncate_dim: int | None,
 ) -> None:
     if not isinstance(prompt, str | None):
         raise ValueError(f"prompt is a text, got {prompt!r}")
-    at_least_one(batch_tokens=batch_tokens, max_length=max_length, num_crops=num_crops)
+    at_least_one(batch_tokens=batch_tokens, max_length=max_length, num_crops=num_crops, truncate_dim=truncate_dim)
     if convert_to not in ("numpy", "torch"):
         raise ValueError(f"convert_to is 'numpy' or 'torch', got {convert_to!r}")
 

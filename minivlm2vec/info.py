@@ -83,6 +83,7 @@ def report(config: VLM2VecConfig) -> dict:
         }
     return {
         "parts": asdict(config.parts),
+        "trained": asdict(config.trained),
         "dimension": empty_model(config).dimension,
         "max_tokens": config.decoder.max_position_embeddings,
         "crop_size": config.vision.image_size,
@@ -100,6 +101,7 @@ def as_text(config: VLM2VecConfig) -> str:
     """The report as a table for the terminal."""
     r = report(config)
     width = max(len(m["name"]) for m in r["modules"])
+    trained = {name: value for name, value in r["trained"].items() if value}
     lines = [f"{'module':{width}}  {'shape':>20}  {'parameters':>13}  {'bytes':>9}"]
     for m in r["modules"]:
         lines.append(f"{m['name']:{width}}  {m['shape']:>20}  {m['parameters']:>13,}  {_si(m['bytes']) + 'B':>9}")
@@ -109,6 +111,7 @@ def as_text(config: VLM2VecConfig) -> str:
         f"vector: {r['dimension']} numbers; longest input: {r['max_tokens']:,} tokens; crops of {r['crop_size']} x "
         f"{r['crop_size']} pixels; {r['dtype']}",
         "; ".join(f"{kind}: {name}" for kind, name in r["parts"].items()),
+        *(["trained for: " + "; ".join(f"{name} {value}" for name, value in trained.items())] if trained else ()),
         f"one text token, of 30: {_si(r['flops_per_text_token'])}FLOP",
     ]
     for crops, image in r["flops_per_image"].items():

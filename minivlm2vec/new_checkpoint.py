@@ -27,7 +27,7 @@ from huggingface_hub.utils import tqdm
 from safetensors.torch import save_file
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 
-from .config import CLIP_MEAN, CLIP_STD, CLIP_VIT_L_14_336, OWN, Parts, VLM2VecConfig
+from .config import CLIP_MEAN, CLIP_STD, CLIP_VIT_L_14_336, OWN, Parts, Trained, VLM2VecConfig
 from .errors import CheckpointError, nearest
 
 # LongRoPE's divisors in the published config.json.
@@ -356,7 +356,7 @@ def _write_json(path: Path, value: Any) -> None:
 # All keys of config.json. Those of the second line have no meaning here; published files have them.
 KNOWN = merged(base_config("full"), {
     **dict.fromkeys(("_name_or_path", "_attn_implementation", "attention_bias", "auto_map", "transformers_version")),
-    OWN: {f.name: None for f in fields(Parts)},
+    OWN: {f.name: None for one in (Parts, Trained) for f in fields(one)},
     "rope_scaling": {"rope_type": "longrope"},
     "img_processor": {"vision_config": CLIP_VIT_L_14_336 | {"hidden_act": "quick_gelu"}},
 })  # fmt: skip

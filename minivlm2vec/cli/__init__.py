@@ -45,7 +45,7 @@ def _message(e: Exception) -> str:
 
 
 def _flag(option: str) -> str:
-    return "-o" if option == "out" else "--" + option.replace("_", "-")
+    return {"out": "-o", "truncate_dim": "--dimensions"}.get(option) or "--" + option.replace("_", "-")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,6 +19,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, positional: bool = F
     parser.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
     parser.add_argument("--num-crops", type=int, help="the most crops an image is cut into (default: the checkpoint's)")
+    parser.add_argument("--dimensions", dest="truncate_dim", type=int, metavar="N",
+                        help="cut vectors to N numbers, of a model trained for it (Matryoshka)")  # fmt: skip
+    parser.add_argument("--force-dimensions", action="store_true", help="also of a model that was not")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--local-files-only", action="store_true", help="never ask the network")
     parser.add_argument("--backend", choices=["auto", "triton", "torch"], help="kernels (default: auto)")
@@ -53,6 +56,8 @@ def load_embedder(args: argparse.Namespace, **options: Any):
         device=args.device,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         num_crops=args.num_crops,
+        truncate_dim=args.truncate_dim,
+        force_dimensions=args.force_dimensions,
         revision=args.revision,
         local_files_only=args.local_files_only,
         backend=args.backend,
@@ -64,5 +69,6 @@ def model_spec(args: argparse.Namespace, *, show_progress: bool) -> "ModelSpec":
     """What `add_model_arguments` describes, for the commands that load it only when it is needed."""
     from ..files import ModelSpec
 
-    names = ("adapter", "revision", "dtype", "num_crops", "local_files_only", "device", "backend")
+    names = ("adapter", "revision", "dtype", "num_crops", "truncate_dim", "force_dimensions", "local_files_only",
+             "device", "backend")  # fmt: skip
     return ModelSpec(args.model, **{name: getattr(args, name) for name in names}, show_progress=show_progress)

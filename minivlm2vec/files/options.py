@@ -9,7 +9,7 @@ import torch
 
 from .. import prompts
 from ..config import VLM2VecConfig, changes
-from ..embedder import Embedder
+from ..embedder import Embedder, vector_length
 from ..errors import Option, OptionError, at_least_one
 from ..lora import with_adapters_parts
 from ..model import VLM2Vec
@@ -31,6 +31,8 @@ class ModelSpec:
     revision: str | None = None
     dtype: DTypeName | None = None
     num_crops: int | None = None
+    truncate_dim: int | None = None
+    force_dimensions: bool = False
     local_files_only: bool = False
     device: str | None = None
     backend: str | None = None
@@ -45,7 +47,15 @@ class ModelSpec:
             raise OptionError("the embedder has no name: ", Option("model"), " tells which checkpoint it is of")
         name, _, adapter = embedder.name.partition(" + ")
         dtype: Any = str(embedder.model.dtype).removeprefix("torch.")
-        spec = cls(name, adapter or None, dtype=dtype, num_crops=embedder.processor.num_crops, local_files_only=True)
+        spec = cls(
+            name,
+            adapter or None,
+            dtype=dtype,
+            num_crops=embedder.processor.num_crops,
+            truncate_dim=embedder.truncate_dim,
+            force_dimensions=embedder.force_dimensions,
+            local_files_only=True,
+        )
         own, written = named_parts(embedder.model), spec.locate().config.parts
         if changed := changes(written, own):
             raise ValueError(f"the embedder's model has other parts than {embedder.name} ({changed}): save it "
@@ -85,8 +95,9 @@ class Checkpoint:
 
     @property
     def dimension(self) -> int:
+        """Length of its vectors. Raises OptionError where they cannot be cut so."""
         model: VLM2Vec = empty_model(self.config)
-        return model.dimension
+        return vector_length(self.spec.truncate_dim, self.config, model.dimension, force=self.spec.force_dimensions)
 
     @property
     def num_crops(self) -> int:
@@ -106,7 +117,8 @@ class Checkpoint:
     def load(self, **options: Any) -> Embedder:
         """options: of `Embedder.from_pretrained`, instead of the spec's."""
         spec = self.spec
-        loading = {"device": spec.device, "num_crops": spec.num_crops, "show_progress": spec.show_progress}
+        loading = {"device": spec.device, "num_crops": spec.num_crops, "show_progress": spec.show_progress,
+                   "truncate_dim": spec.truncate_dim, "force_dimensions": spec.force_dimensions}  # fmt: skip
         return Embedder.from_pretrained(
             self.folder,
             adapter=self.adapter,

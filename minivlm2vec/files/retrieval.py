@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..embedder import Embedder
+from ..embedder import Embedder, truncated
 from ..errors import Option, OptionError, at_least_one
 from ..extras import import_lancedb
 from .options import Checkpoint, ModelSpec, Query, SearchOptions, named
@@ -222,13 +222,15 @@ def _query_vector(collection: Vectors, query: Query, embedder: Embedder | None, 
         name = embedder.name
         if not comparable:
             _check_made_by(collection, ModelSpec.of(embedder).locate())
-    if embedder.dimension != collection.shape[1]:
+    # This model made the vectors, and they say to what they were cut: so is the query.
+    recorded = not comparable and embedder.truncate_dim is None
+    if embedder.dimension != collection.shape[1] and not (recorded and embedder.dimension > collection.shape[1]):
         raise ValueError(f"{name} makes vectors of {embedder.dimension} numbers, those of {collection.path} have "
                          f"{collection.shape[1]}")  # fmt: skip
     num_crops = options.model.num_crops or collection.settings.get("num_crops")
     item = {"text": query.text, "image": query.image}
     found = embedder.encode([item], prompt=query.instruction or None, num_crops=num_crops, convert_to="torch")
-    return torch.as_tensor(found)[0].cpu()
+    return truncated(torch.as_tensor(found), collection.shape[1])[0].cpu()
 
 
 def _own_vector(collection: Vectors, row: int) -> Tensor:

@@ -106,7 +106,7 @@ def _notes(both: list[dict[str, Any]], common: list[str]) -> list[str]:
         alone = [name for name in results["subsets"] if name not in common]
         notes += [f"only {letter} has {some(alone)}"] if alone else []
         notes += [f"{letter}: {note}" for note in results["notes"]]
-    a, b = (results["options"] for results in both)
+    a, b = (results["options"] | {"dimension": results["dimension"]} for results in both)
     differ = [f"{key} {a.get(key)} and {b.get(key)}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
     return notes + ([f"options differ between A and B: {', '.join(differ)}"] if differ else [])
 

@@ -161,7 +161,7 @@ def _score_subset(
             raise
         results.notes.append(f"COLLAPSED: {error}")
     results.notes += _notes(rows)
-    results.subsets[name] = rows.subset
+    results.subsets[name], results.dimension = rows.subset, vectors.shape[1]
     results.figures[name] = score.figures(scored, name)
     if out is not None:
         write_results(results, out)  # first: it says whose the other files are

@@ -33,12 +33,14 @@ class Results:
         name: the model's.
         fingerprint: of the model with these options, see `encode.fingerprint`.
         options: of `encode`.
+        dimension: of the vectors.
         notes: what a reader of the table must know: rows that were left out, vectors that carry no information.
     """
 
     name: str
     fingerprint: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+    dimension: int | None = None
     figures: dict[str, Figures] = field(default_factory=dict)
     subsets: dict[str, Subset] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -60,6 +62,7 @@ class Results:
             "model": self.name,
             "fingerprint": self.fingerprint,
             "options": self.options,
+            "dimension": self.dimension,
             "subsets": {name: about[name] | one.as_dict() for name, one in self.figures.items()},
             "averages": {group: one.as_dict() for group, one in self.averages().items()},
             "notes": self.notes,
@@ -71,7 +74,7 @@ def read_results(out: Path) -> dict[str, Any]:
     path = out / RESULTS
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"model", "fingerprint", "options", "subsets", "notes"} - found.keys()
+        missing = {"model", "fingerprint", "options", "dimension", "subsets", "notes"} - found.keys()
     except FileNotFoundError:
         raise ValueError(f"{out} holds no results of `evaluate`: there is no {RESULTS}") from None
     except (ValueError, AttributeError) as error:

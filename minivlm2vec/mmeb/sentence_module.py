@@ -18,7 +18,7 @@ from typing import Any
 
 from sentence_transformers.base.modules import InputModule
 
-from ..embedder import Embedder
+from ..embedder import Embedder, truncated
 
 
 class VLM2VecModule(InputModule):
@@ -68,7 +68,8 @@ class VLM2VecModule(InputModule):
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         batch = features["packed"].to(self.embedder.device)
-        vectors = self.vlm2vec(batch, normalize=self.normalize)
+        vectors, size = self.vlm2vec(batch, normalize=self.normalize), self.embedder.truncate_dim
+        vectors = vectors if size is None else truncated(vectors, size, normalize=self.normalize)
         return {"sentence_embedding": vectors.float()}
 
     def get_embedding_dimension(self) -> int:

@@ -74,13 +74,22 @@ class RequestReader:
         names: of the model; the first is the default.
         tokenizer: the hash of the model's tokenizer, which token ids must come with (or with the model's name).
         dimension: length of the model's vectors.
+        trained: shorter ones that the model was trained for (Matryoshka).
     """
 
-    def __init__(self, names: Sequence[str], tokenizer: str, dimension: int, options: ServeOptions):
+    def __init__(
+        self,
+        names: Sequence[str],
+        tokenizer: str,
+        dimension: int,
+        options: ServeOptions,
+        trained: Sequence[int] = (),
+    ):
         self.names, self.tokenizer, self.dimension = tuple(names), tokenizer, dimension
         self.limits = options.limits
         self.remote_images = bool(options.remote_images.hosts)
-        self.dimensions = frozenset(options.matryoshka_dimensions) | {dimension}
+        sizes = (*options.matryoshka_dimensions, *trained)
+        self.dimensions = frozenset(size for size in sizes if size < dimension) | {dimension}
 
     def model_name(self, name: str | None) -> str:
         """The name to answer with. Raises APIError 404 for another model."""

@@ -104,7 +104,8 @@ class ServeOptions:
 
     Fields:
         names: what the model is called in requests; the first is the default. Empty: the embedder's own name.
-        matryoshka_dimensions: sizes that `dimensions` may ask for besides the full one, of a model trained for it.
+        matryoshka_dimensions: sizes that `dimensions` may ask for besides the full one and those that the model's
+            config.json says it was trained for.
     """
 
     names: tuple[str, ...] = ()

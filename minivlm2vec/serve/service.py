@@ -11,9 +11,10 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from PIL import Image
 
-from ..embedder import Embedder
+from ..embedder import Embedder, truncated
 from ..errors import InputError
 from ..images import read_data_uri
 from ..processor import Loaded, Planned
@@ -61,7 +62,8 @@ class EmbeddingService:
         self.max_input_tokens = min(self.limits.max_input_tokens or most, most)
         self.queue_tokens = self.limits.queue_tokens or 16 * batching.batch_tokens
         self.tokenizer = embedder.processor.tokenizer.content_hash()
-        self.reader = RequestReader(self.names, self.tokenizer, embedder.dimension, options)
+        trained = embedder.model.config.trained.dims
+        self.reader = RequestReader(self.names, self.tokenizer, embedder.dimension, options, trained)
         self.planner = Planner(embedder.processor, self.max_input_tokens, self.queue_tokens)
         self.decoders = DecodingPool(embedder.processor, self.limits, embedder.num_workers)
         self.fetcher = fetcher or ImageFetcher(options.remote_images)
@@ -116,7 +118,7 @@ class EmbeddingService:
             except ModelError as e:
                 raise self._model_failed(e) from None
         if size < vectors.shape[1]:
-            vectors = vectors[:, :size] / np.linalg.norm(vectors[:, :size], axis=1, keepdims=True)
+            vectors = truncated(torch.from_numpy(vectors), size).numpy()
         return vectors, tokens
 
     async def _fetch(self, inputs: list[Input]) -> list[Input]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..config import Trained
 from .config import LossConfig
 
 MAX_SCALE = 100.0  # of similarities, where the temperature is learned; CLIP's (arXiv 2103.00020)
@@ -46,7 +47,8 @@ class Loss(Protocol):
     """What a run minimises: a function, or an `nn.Module`, whose parameters are trained and saved with the run's state.
 
     It is called once a step in every process, each time with the vectors of all processes. So it must be the same
-    everywhere, and draw no random numbers.
+    everywhere, and draw no random numbers. Where it has a method `trained() -> config.Trained`, the checkpoints'
+    config.json says what that returns: to which sizes vectors may be cut, which temperature was learned.
     """
 
     def __call__(self, queries: Tensor, targets: Tensor, about: Targets, /) -> Tensor:
@@ -71,6 +73,9 @@ class ContrastiveLoss(nn.Module):
         if not self.config.learn_temperature:
             return self.config.temperature
         return math.exp(-min(self.log_scale.item(), math.log(MAX_SCALE)))
+
+    def trained(self) -> Trained:
+        return Trained(self.config.dims, self.temperature if self.config.learn_temperature else None)
 
     def forward(self, queries: Tensor, targets: Tensor, about: Targets) -> Tensor:
         c = self.config

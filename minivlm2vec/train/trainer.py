@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import Trained, VLM2VecConfig, changes
 from ..distributed import Ranks
 from ..errors import some
 from ..lora import write_adapter
@@ -196,10 +198,12 @@ class Trainer:
         """Writes a checkpoint of the present step; to be called by all processes."""
         if self.lora is not None:
             weights = checkpoint.adapter_weights(self.model, self.lora, self.ranks)
-            write = partial(write_adapter, config=self.lora, base_model=self.config.model)
+            parts = self.lora.parts | changes(VLM2VecConfig.from_json(self.source).trained, self._trained())
+            write = partial(write_adapter, config=replace(self.lora, parts=parts), base_model=self.config.model)
         else:
             weights = checkpoint.model_weights(self.model, self.ranks)
-            write = partial(write_checkpoint, config=self.recorded, source=self.source)
+            config = replace(self.recorded, trained=self._trained())
+            write = partial(write_checkpoint, config=config, source=self.source)
         return checkpoint.write(self.out, self.step, self._state(), weights, write, self._settings())
 
     def write_pictures(self) -> None:
@@ -214,6 +218,10 @@ class Trainer:
     def _loss_modules(self) -> list[nn.Module]:
         """The loss, if it is a module, with parameters and buffers perhaps."""
         return [self.loss] if isinstance(self.loss, nn.Module) else []
+
+    def _trained(self) -> Trained:
+        trained = getattr(self.loss, "trained", None)
+        return trained() if trained else Trained()
 
     def _state(self) -> checkpoint.RunState:
         buffers = checkpoint.persistent_buffers(self.model) | {

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minivlm2vec import Embedder
+from minivlm2vec import Embedder, files
 from minivlm2vec.files import vectors as vectors_module
 from minivlm2vec.files.retrieval import neighbours, rounding, top_k
 from minivlm2vec.files.rows import printable
 from minivlm2vec.files.vectors import open_vectors
+from minivlm2vec.new_checkpoint import new_checkpoint
 from tests.support.files_data import checkpoint, make_adapter, run, save_pictures, write_jsonl
 
 __all__ = ["checkpoint"]
@@ -257,3 +258,44 @@ def test_nearest_neighbours(collection):
         assert np.allclose(found[i], np.sort(np.nan_to_num(scores[i], nan=-np.inf))[::-1][:3], atol=1e-5)
         assert i not in rows[i] and 13 not in rows[i]
     assert (found[13] == -np.inf).all()
+
+
+def test_vectors_that_are_cut(tmp_path):
+    """`embed --dimensions` records the size with the vectors, and `search` cuts the query alike, without being told."""
+    folder = new_checkpoint(tmp_path / "m", config={"minivlm2vec": {"dims": [16]}})
+    table = write_jsonl(tmp_path / "t.jsonl", [{"text": f"text number {i}"} for i in range(30)])
+    model = ["--model", folder, "--device", "cpu"]
+    out = tmp_path / "v.npy"
+    code, _, err = run("embed", table, "-o", out, *model, "--dimensions", 12, "--quiet")
+    assert code == 1 and "--dimensions is 12; the model's vectors have 64 numbers" in err
+    assert "cut to 16 (Matryoshka): --force-dimensions does it all the same" in err and not out.exists()
+    assert run("embed", table, "-o", out, *model, "--dimensions", 16, "--quiet")[0] == 0
+    vectors = open_vectors(out)
+    assert vectors.shape == (30, 16) and vectors.settings["dimension"] == 16
+
+    e = Embedder.from_pretrained(folder, device="cpu", show_progress=False)
+    expected = e.encode([f"text number {i}" for i in range(30)])[:, :16]
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(np.load(out), expected, atol=2e-6)
+    hits = search(out, "--text", "text number 7", "--instruction", "")["hits"]
+    assert hits[0]["row"] == 7 and hits[0]["score"] == pytest.approx(1, abs=1e-5)
+    again = Embedder.from_pretrained(folder, device="cpu", truncate_dim=16, show_progress=False)
+    assert (
+        files.embed(table, out, again).already_finished
+        and files.embed(table, tmp_path / "b.npy", again).dimension == 16
+    )
+    query = files.Query(text="text number 7", instruction="")
+    for embedder in (e, again):
+        assert files.search(out, query, embedder)[0].score == pytest.approx(hits[0]["score"], abs=1e-6)
+
+    code, _, err = run("search", out, "--text", "x", *model, "--dimensions", 64)
+    assert code == 1 and "makes vectors of 64 numbers, those of" in err and "have 16" in err
+    code, _, err = run("embed", table, "-o", out, *model, "--quiet")
+    assert code == 1 and "dimension is 16 there and 64 now" in err
+    forced = tmp_path / "forced.npy"
+    assert run("embed", table, "-o", forced, *model, "--dimensions", 12, "--force-dimensions", "--quiet")[0] == 0
+    assert files.search(forced, query, e)[0].row == 7 and open_vectors(forced).shape == (30, 12)
+    foreign = tmp_path / "foreign.npy"  # a file that says nothing of itself
+    np.save(foreign, np.load(out))
+    assert run("search", foreign, "--text", "x", *model)[0] == 1
+    assert run("search", foreign, "--text", "x", *model, "--dimensions", 16)[0] == 0

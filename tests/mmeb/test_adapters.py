@@ -188,6 +188,18 @@ def test_sentence_transformer_gives_the_embedders_vectors(sentence_model, embedd
     assert sentence_model.supports("image") and sentence_model.supports(("text", "image"))
 
 
+def test_sentence_module_cuts_as_its_embedder_does(checkpoint, embedder):
+    pytest.importorskip("sentence_transformers")
+    from minivlm2vec.mmeb.sentence_module import VLM2VecModule
+
+    module = VLM2VecModule(checkpoint, num_crops=1, device="cpu", show_progress=False, truncate_dim=8,
+                           force_dimensions=True)  # fmt: skip
+    vectors = module(module.preprocess(["a cat"]))["sentence_embedding"].detach().numpy()
+    assert module.get_embedding_dimension() == 8
+    expected = embedder.encode(["a cat"])[:, :8]
+    np.testing.assert_allclose(vectors, expected / np.linalg.norm(expected), atol=2e-6)
+
+
 def test_sentence_transformer_prompts_messages_and_truncation(sentence_model, embedder):
     (image,) = pictures(1)
     prompt = "Represent the given image with the following question: "

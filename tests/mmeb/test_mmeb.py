@@ -33,7 +33,7 @@ from minivlm2vec.mmeb import (
 )
 from minivlm2vec.mmeb.dataset import Dataset, open_dataset
 from minivlm2vec.mmeb.encode import VectorStore, fingerprint
-from minivlm2vec.mmeb.results import write_predictions, write_results
+from minivlm2vec.mmeb.results import read_results, write_predictions, write_results
 from minivlm2vec.mmeb.score import METRICS, CollapsedEmbeddings, figures, score_rows
 from minivlm2vec.rows import Images, Pair, as_input
 from tests.support.files_data import make_adapter
@@ -449,7 +449,7 @@ def test_results_of_another_model_are_not_overwritten(data, tmp_path):
     assert (tmp_path / "CIRR_pred.parquet").read_bytes() == before and not other.inputs
     assert list(run(data, tmp_path, batch_size=16, name="one").figures) == ["CIRR", "WebQA"]
     (tmp_path / "results.json").write_text('{"model": "one"}')
-    with pytest.raises(ValueError, match=r"results\.json does not say fingerprint, notes, options and 1 more"):
+    with pytest.raises(ValueError, match=r"results\.json does not say dimension, fingerprint, notes and 2 more"):
         run(data, tmp_path)
     (tmp_path / "results.json").write_text("[]")
     with pytest.raises(ValueError, match=r"results\.json is not what `evaluate` writes"):
@@ -578,7 +578,7 @@ def test_skipped_and_limited_rows_show_in_the_table(data, tmp_path):
 
 def folder_of(folder, model, **subsets_rows):
     """What `evaluate` writes, with ranks as given: {subset: {row: rank}}."""
-    results = Results(model, f"fingerprint of {model}", {"max_length": 256})
+    results = Results(model, f"fingerprint of {model}", {"max_length": 256}, dimension=64)
     for name, ranks in subsets_rows.items():
         rows = dataset.Rows(subsets.MMEB[name])
         for i in ranks:
@@ -742,6 +742,25 @@ def test_mini_means_the_same_in_python(tmp_path):
     assert results.figures["Emoji-Group"].rows == 24
     with pytest.raises(FileNotFoundError, match="mini is neither a folder"):
         evaluate(Hashing(), Path("mini"), tmp_path)
+
+
+def test_vectors_that_are_cut_are_recorded(tmp_path, capsys):
+    """`mmeb --dimensions`; a comparison says that A and B have vectors of other lengths."""
+    pytest.importorskip("pyarrow")
+    from minivlm2vec.cli import main
+    from minivlm2vec.new_checkpoint import new_checkpoint
+
+    folder = new_checkpoint(tmp_path / "m", config={"minivlm2vec": {"dims": [16]}})
+    shared = ["mmeb", "--model", str(folder), "--data", "mini", "--quiet", "--limit", "6", "--device", "cpu",
+              "--num-crops", "1", "--subsets", "Emoji-t2i", "--allow-collapsed"]  # fmt: skip
+    assert main([*shared, "-o", str(tmp_path / "16"), "--dimensions", "16"]) == 0
+    assert main([*shared, "-o", str(tmp_path / "64")]) == 0
+    assert [read_results(tmp_path / name)["dimension"] for name in ("16", "64")] == [16, 64]
+    assert "options differ between A and B: dimension 16 and 64" in compare(tmp_path / "16", tmp_path / "64").notes
+    assert main([*shared, "-o", str(tmp_path / "16"), "--dimensions", "64"]) == 1
+    assert "holds results of" in capsys.readouterr().err
+    assert main([*shared, "-o", str(tmp_path / "12"), "--dimensions", "12"]) == 1
+    assert "--force-dimensions" in capsys.readouterr().err and not (tmp_path / "12").exists()
 
 
 def test_fingerprint_tells_models_apart():

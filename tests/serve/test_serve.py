@@ -125,6 +125,20 @@ def test_matryoshka_dimensions_are_cut_and_normalised(embedder):
     close(got, full / np.linalg.norm(full, axis=1, keepdims=True))
 
 
+def test_sizes_that_the_checkpoint_was_trained_for_are_served(tmp_path):
+    """Without a word on the command line; none above the model's own, or those that it is cut to already."""
+    folder = new_checkpoint(tmp_path / "m", config={"minivlm2vec": {"dims": [8, 16]}})
+    e = Embedder.from_pretrained(folder, device="cpu", show_progress=False)
+    with running(create_app(e, ServeOptions(matryoshka_dimensions=(128,)))) as server:
+        close(post(server.url, input=["a"], dimensions=8).vectors, e.encode(["a"], truncate_dim=8))
+        error = refused(post(server.url, input="a", dimensions=128), 400, "dimensions")
+        assert "[8, 16, 64]" in error["message"]
+    small = Embedder.from_pretrained(folder, device="cpu", truncate_dim=8, show_progress=False)
+    with running(create_app(small)) as server:
+        close(post(server.url, input=["a"]).vectors, e.encode(["a"], truncate_dim=8))
+        refused(post(server.url, input="a", dimensions=16), 400, "dimensions")
+
+
 SYSTEM = [{"role": "system", "content": "Be brief."}]
 ASSISTANT = [{"role": "assistant", "content": [{"type": "text", "text": ""}]}]  # what vLLM's clients send
 IMAGE_PART = {"type": "image_url", "image_url": {"url": data_uri(picture(20, 20))}}

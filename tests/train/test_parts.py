@@ -15,7 +15,17 @@ from minivlm2vec.lora import LoraConfig
 from minivlm2vec.new_checkpoint import new_checkpoint
 from minivlm2vec.projector import Projector
 from minivlm2vec.rows import Pair
-from minivlm2vec.train import DataConfig, LogConfig, OptimConfig, TrainConfig, Trainer, check_data, read_config, train
+from minivlm2vec.train import (
+    DataConfig,
+    LogConfig,
+    LossConfig,
+    OptimConfig,
+    TrainConfig,
+    Trainer,
+    check_data,
+    read_config,
+    train,
+)
 from minivlm2vec.train.data import Row
 from minivlm2vec.train.loss import contrastive_loss
 from minivlm2vec.train.model import set_training
@@ -190,6 +200,31 @@ def test_a_loss_with_parameters_is_trained_and_resumed(base, tmp_path):
     assert whole.parameters["loss.scale"].item() != 2.0
     same_state(whole, resumed)
     assert whole.loss.calls == resumed.loss.calls == 4
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=2)])
+def test_checkpoints_say_what_the_loss_trained(tmp_path, lora):
+    """Matryoshka's sizes, and the temperature where it was learned: whole models and adapters. Vectors are cut to these
+    sizes and no longer to those of the model that training began from."""
+    base = new_checkpoint(tmp_path / "base", config={"minivlm2vec": {"dims": [32], "temperature": 0.5}})
+    loss = LossConfig(dims=(8, 64), learn_temperature=True)
+    t = trainer(base, tmp_path / "out", settings={"loss": loss, "lora": lora})
+    folder = t.run()
+    file = folder / ("adapter_config.json" if lora else "config.json")
+    own = json.loads(file.read_text())["minivlm2vec"]
+    assert own == {"dims": [8, 64], "temperature": t.loss.temperature} and own["temperature"] != 0.02
+    model = {"name_or_path": base, "adapter": folder} if lora else {"name_or_path": folder}
+    e = Embedder.from_pretrained(**model, device="cpu", truncate_dim=8, show_progress=False)
+    assert e.encode(["a"]).shape == (1, 8) and e.model.config.trained.temperature == own["temperature"]
+    with pytest.raises(ValueError, match="trained to have them cut to 8, 64"):
+        Embedder.from_pretrained(**model, device="cpu", truncate_dim=32, show_progress=False)
+
+    def own_loss(queries, targets, about):
+        return contrastive_loss(queries, targets, about)
+
+    folder = trainer(base, tmp_path / "own", loss=own_loss, settings={"lora": lora}).run()
+    config = json.loads((folder / file.name).read_text())
+    assert config.get("minivlm2vec") == ({"dims": [], "temperature": None} if lora else None)
 
 
 def test_callbacks_add_to_the_log(base, tmp_path):
