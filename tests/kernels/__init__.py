@@ -6,6 +6,7 @@ Tests, in the order in which a review reads them:
     test_torch_ops          what runs without Triton, against the specification
     test_ops                the dispatch, and what every op promises: no argument written over, traced by the compiler
     test_launch             what all launchers share
+    test_every_op_is_everywhere   no op lacks a formula, a kernel, a test, a compile spec or a bench
     test_<kernel>           one file a `<kernel>_triton.py`: values at awkward sizes, strides, errors, gradients,
                             torch.compile; on a card CUDA graphs, large tensors, bfloat16
     test_aot                kernels compile for sm_80, sm_90 and sm_100 without spilling, and as the table says

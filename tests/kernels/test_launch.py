@@ -6,6 +6,7 @@ import torch
 from minivlm2vec_kernels import (
     activation_triton,
     attention_backward_triton,
+    attention_triton,
     image_grids,
     image_patches_triton,
     layer_norm_triton,
@@ -13,6 +14,7 @@ from minivlm2vec_kernels import (
     merge_crops_triton,
     ops,
     pooling_triton,
+    quantize_rows_triton,
     rms_norm_triton,
     rope_triton,
 )
@@ -29,6 +31,7 @@ def ops_and_arguments(device):
     separators = torch.randn(2, 32, device=device).unbind()
     options = (lengths, 3, True, None, None, None)
     return {
+        "attention": (attention_triton.attention, q, k, q, *options[:4], None, None),
         "attention_with_lse": (attention_backward_triton.attention_with_lse, q, k, q, *options),
         "attention_backward": (
             attention_backward_triton.attention_backward,
@@ -50,6 +53,7 @@ def ops_and_arguments(device):
         "layer_norm_shift_": (layer_norm_triton.layer_norm_shift_, x, w, w, w, 1e-5),
         "add_layer_norm": (layer_norm_triton.add_layer_norm, x, x, w, w, 1e-5),
         "rope_": (rope_triton.rope_, q, k, angles, angles),
+        "quantize_rows": (quantize_rows_triton.quantize_rows, x),
         "silu_mul": (activation_triton.silu_mul, x),
         "quick_gelu": (activation_triton.quick_gelu, x, w),
         "quick_gelu without bias": (activation_triton.quick_gelu, x, None),
@@ -64,6 +68,8 @@ def ops_and_arguments(device):
 @pytest.mark.parametrize("name", list(ops_and_arguments("cpu")))
 def test_custom_op_is_what_it_declares(name, device):
     """Schema (what is written, what aliases), shapes given to the compiler, and results under it."""
+    if name == "quantize_rows" and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("Triton's e4m3 needs capability 8.9")
     launcher, *args = ops_and_arguments(device)[name]
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(launcher.op, tuple(args), test_utils=checks)
