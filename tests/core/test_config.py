@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -95,11 +96,29 @@ def test_what_the_published_files_say_passes():
         "_commit_hash": None, "id2label": {"0": "LABEL_0"}, "license": "mit", "unsloth_version": "2025.1", "top_k": 50,
         "attention_dropout": 0.1, "resid_pdrop": 0.1, "base_model_tp_plan": {"layers.*": "colwise"}, "note": [1, 2],
         "head_dim": 96, "partial_rotary_factor": 1.0, "attention_bias": False, "quantization_config": None,
-        "torch_dtype": None, "dtype": "bfloat16", "minivlm2vec": {"variant": {"pooling": "mean", "layers": 3}},
+        "torch_dtype": None, "dtype": "bfloat16", "minivlm2vec": {"pooling": "last_token"},
         "layer_types": ["full_attention"] * 32, "chunk_size_feed_forward": 0, "pruned_heads": {}, "normalize": True,
         "tie_word_embeddings": True, "n_embd": 3072, "bos_token_id": None, "output_hidden_states": True,
     }  # fmt: skip
     assert read(describe, FULL) == expected
+
+
+def test_another_part_has_settings_of_its_own():
+    """What the published tower and projector do not know, a registered one may."""
+    for part, changes in (("tower", {"img_processor": {"name": "siglip", "grid": 3}}),
+                          ("projector", {"embd_layer": {"projection_cls": "linear"}})):  # fmt: skip
+        assert getattr(read(changes | {"minivlm2vec": {part: "mine"}}).parts, part) == "mine"
+        with pytest.raises(CheckpointError, match=r"only 'mlp'|only 'clip"):
+            read(changes)
+
+
+def test_a_configuration_that_is_written_again_has_one_place_for_each_setting():
+    raw = said(merged(TINY, SAME["lengths inside"] | {"dtype": "float32", "torch_dtype": None, "head_dim": 32}))
+    other = replace(read({}), decoder=replace(read({}).decoder, num_attention_heads=1, num_key_value_heads=1,
+                                              rope_scaling=None, original_max_position_embeddings=256))  # fmt: skip
+    for config in (read({}), other):
+        written = json.loads(json.dumps(config.written_into(raw)))
+        assert VLM2VecConfig.from_dict(written) == config
 
 
 CHANGES = {  # what changes vectors: the key that the message must name

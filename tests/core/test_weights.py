@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
 from minivlm2vec import CheckpointError, Embedder, VLM2VecConfig
 from minivlm2vec.new_checkpoint import base_config, new_checkpoint, random_tensor, tensor_shapes
@@ -146,6 +147,18 @@ def _truncate(f: Path):
     f.write_bytes(f.read_bytes()[:-1000])
 
 
+def change_tokenizer(d: Path, piece: str = "<unk>", **changes) -> None:
+    """piece gets the id 4000, if it is new."""
+    raw = json.loads((d / "tokenizer.json").read_text())
+    raw["model"]["vocab"].setdefault(piece, 4000)
+    (d / "tokenizer.json").write_text(json.dumps(raw | changes))
+
+
+def template(single: str, *tokens: tuple[str, int]) -> dict:
+    processor = TemplateProcessing(single=single, pair="$A $B", special_tokens=[*tokens])
+    return json.loads(processor.__getstate__())
+
+
 FILES = {
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "holds no model.safetensors"),
     "pickles only": (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
@@ -166,6 +179,18 @@ FILES = {
     "no preprocessor": (lambda d: (d / "preprocessor_config.json").unlink(), r"preprocessor_config\.json does not"),
     "other mean": (lambda d: (d / "preprocessor_config.json").write_text(
         json.dumps({"num_crops": 4, "image_mean": [0.5, 0.5, 0.5]})), r"image_mean is \[0\.5, 0\.5, 0\.5\]"),
+    "a list": (lambda d: (d / "preprocessor_config.json").write_text("[4]"), "is not a JSON object but"),
+    "means in words": (lambda d: (d / "preprocessor_config.json").write_text(
+        json.dumps({"num_crops": 4, "image_std": ["0.2", None, {}]})), r"image_std is \['0\.2', None, {}\]"),
+    "num_crops 1e9": (lambda d: (d / "preprocessor_config.json").write_text(json.dumps({"num_crops": 10**9})),
+                      "num_crops is 1000000000; an integer from 1 to 1024"),
+    "no BOS": (lambda d: change_tokenizer(d, post_processor=None), r"an empty text has the ids \[\], 'a cat' \[\d"),
+    "an EOS behind": (lambda d: change_tokenizer(d, post_processor=template("<s> $A </s>", ("<s>", 1), ("</s>", 2))),
+                      r"an empty text has the ids \[1, 2\]"),
+    "a BOS behind": (lambda d: change_tokenizer(d, post_processor=template("$A <s>", ("<s>", 1))), "a BOS is needed in"),
+    "a BOS beyond": (lambda d: change_tokenizer(d, post_processor=template("<s> $A", ("<s>", 320))),
+                     "the tokenizer has ids up to 320; the model's vocab_size is 320"),
+    "ids beyond": (lambda d: change_tokenizer(d, piece="<|more|>"), "the tokenizer has ids up to 4000; the model's vocab"),
     "num_crops 0": (lambda d: (d / "preprocessor_config.json").write_text(json.dumps({"num_crops": 0})),
                     "num_crops is 0"),
 }  # fmt: skip
