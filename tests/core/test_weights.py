@@ -187,10 +187,10 @@ FILES = {
     "no BOS": (lambda d: change_tokenizer(d, post_processor=None), r"an empty text has the ids \[\], 'a cat' \[\d"),
     "an EOS behind": (lambda d: change_tokenizer(d, post_processor=template("<s> $A </s>", ("<s>", 1), ("</s>", 2))),
                       r"an empty text has the ids \[1, 2\]"),
-    "a BOS behind": (lambda d: change_tokenizer(d, post_processor=template("$A <s>", ("<s>", 1))), "a BOS is needed in"),
+    "a BOS behind": (lambda d: change_tokenizer(d, post_processor=template("$A <s>", ("<s>", 1))), "a BOS is needed"),
     "a BOS beyond": (lambda d: change_tokenizer(d, post_processor=template("<s> $A", ("<s>", 320))),
                      "the tokenizer has ids up to 320; the model's vocab_size is 320"),
-    "ids beyond": (lambda d: change_tokenizer(d, piece="<|more|>"), "the tokenizer has ids up to 4000; the model's vocab"),
+    "ids beyond": (lambda d: change_tokenizer(d, piece="<|more|>"), "the tokenizer has ids up to 4000; "),
     "num_crops 0": (lambda d: (d / "preprocessor_config.json").write_text(json.dumps({"num_crops": 0})),
                     "num_crops is 0"),
 }  # fmt: skip
