@@ -423,10 +423,10 @@ def _take_whole(model: nn.Module, tensors: dict[str, Tensor], config: LoraConfig
         raise CheckpointError(f"{file} has no {some(lost)}, which modules_to_save names")
     whole = {key: (rows, tensors.pop(PREFIX + key)) for key, rows in places.items()}
     for key, (rows, value) in whole.items():
-        ours, theirs = ((list(t.shape), t.is_floating_point()) for t in (rows, value))
-        if ours != theirs:
-            raise CheckpointError(f"{key} in {file} has shape {theirs[0]} and dtype {value.dtype}, the model needs "
-                                  f"{ours[0]} and {rows.dtype}")  # fmt: skip
+        if value.shape != rows.shape:
+            raise CheckpointError(f"{key} in {file} has shape {list(value.shape)}, the model needs {list(rows.shape)}")
+        if value.is_floating_point() != rows.is_floating_point():
+            raise CheckpointError(f"{key} in {file} has dtype {value.dtype}, the model needs {rows.dtype}")
     return whole
 
 

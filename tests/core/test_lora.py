@@ -607,6 +607,11 @@ def batch_of(folder):
     [
         (lambda t: t.pop(PREFIX + "pooling.matrix.bias"), r"has no pooling\.matrix\.bias, which modules_to_save names"),
         (lambda t: t.update({PREFIX + "pooling.matrix.bias": torch.zeros(9)}), r"shape \[9\], the model needs \[8\]"),
+        (
+            lambda t: t.update({PREFIX + "pooling.calls": torch.zeros(())}),
+            r"dtype torch\.float32, the model needs torch.int",
+        ),
+        (lambda t: [t.pop(k) for k in [*t] if "o_proj" in k], "no tensors of 3 modules that target_modules names"),
         (lambda t: t.update({PREFIX + "pooling.other": torch.zeros(9)}), "no place in the model: pooling.other"),
     ],
 )
@@ -616,8 +621,19 @@ def test_modules_to_save_are_read_strictly(folder, tmp_path, change, match):
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
+    model = load_model(folder, config=VLM2VecConfig.from_json(folder).with_parts(pooling="weighted"))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=match):
-        Embedder.from_pretrained(folder, adapter=tmp_path / "a", device="cpu", show_progress=False)
+        load_adapter(model, tmp_path / "a")
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items()), "refused before it is changed"
+
+
+def test_targets_inside_modules_to_save_get_no_adapter(folder):
+    """As in PEFT."""
+    config = LoraConfig(r=2, target_modules=("o_proj",), modules_to_save=("layers.1",))
+    model = add_lora(load_model(folder), config)
+    assert [a.key.split(".")[2] for a in model.modules() if isinstance(a, Adapter)] == ["0", "2"]
 
 
 def test_peft_takes_what_we_wrote_without_our_parts(folder, tmp_path):
