@@ -57,4 +57,4 @@ def _reason(error: BaseException) -> str:
     """What the library says: it raises bare Exception for everything, and panics, which are none. Others are raised."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error}"[:300]  # which may quote all of a file
