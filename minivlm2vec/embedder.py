@@ -22,7 +22,7 @@ from .inference import optimize as optimized
 from .lora import merge_adapter, with_adapters_parts
 from .model import VLM2Vec
 from .processor import Loaded, Planned, Processor
-from .weights import empty_model, load_model, resolve
+from .weights import as_dtype, empty_model, load_model, resolve
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ class Embedder:
         name_or_path: str | os.PathLike,
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         num_crops: int | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
@@ -92,7 +92,7 @@ class Embedder:
             name_or_path: a folder, or a name on the Hub such as "TIGER-Lab/VLM2Vec-Full"; "mini" is the small
                 demonstration model that ships with this package ("./mini" is a folder).
             device: default CUDA where there is one, else MPS, else the CPU.
-            dtype: default the checkpoint's.
+            dtype: torch.float16 or "float16", for example; default the checkpoint's.
             num_crops: the most crops an image is cut into; default that of preprocessor_config.json.
             revision: a branch, tag or commit on the Hub.
             local_files_only: never ask the network.
@@ -124,6 +124,7 @@ class Embedder:
         """
         options: dict[str, Any] = {"precision": precision, "prepack": prepack, "share_prefixes": share_prefixes,
                    "cuda_graphs": cuda_graphs}  # fmt: skip
+        dtype = None if dtype is None else as_dtype(dtype)
         if precision == "bf16":
             dtype = _agreed_dtype(dtype)
         given = {name: value for name, value in options.items() if value is not None}
@@ -141,6 +142,9 @@ class Embedder:
             about = config or VLM2VecConfig.from_json(folder)
             full = empty_model(about, model_class=model_class).dimension
             vector_length(truncate_dim, about, full, force=force_dimensions)
+        processor = Processor.from_pretrained(  # before memory is taken
+            folder, config, num_crops=num_crops, fast_decode=fast_decode, exif_transpose=exif_transpose
+        )
         model = load_model(
             folder,
             model_class=model_class,
@@ -155,14 +159,7 @@ class Embedder:
             merge_adapter(model, adapter_folder)
         if optimize:
             model = optimized(model, **given)
-        processor = Processor.from_pretrained(
-            folder,
-            model.config,
-            num_crops=num_crops,
-            fast_decode=fast_decode,
-            exif_transpose=exif_transpose,
-            num_image_tokens=model.num_image_tokens,
-        )
+        processor.num_image_tokens = model.num_image_tokens
         name = str(name_or_path) if adapter is None else f"{name_or_path} + {adapter}"
         return cls(model, processor, name=name, truncate_dim=truncate_dim, force_dimensions=force_dimensions)
 

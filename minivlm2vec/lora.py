@@ -8,8 +8,10 @@ K inputs, N outputs, n outputs that one adapter changes, r rank. A [r, K], B [n,
 
 import json
 import re
+import subprocess
+import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,10 +22,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import OWN, VLM2VecConfig
+from .config import OWN, VLM2VecConfig, read_object, shown
 from .errors import CheckpointError, some
 from .linear import Linear
-from .weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, drop_prefixes, keys_of, parameter_of, saved_tensors, under_keys
+from .weights import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    DTYPES,
+    KNOWN,
+    drop_prefixes,
+    keys_of,
+    parameter_of,
+    saved_tensors,
+    under_keys,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -33,11 +45,14 @@ TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "q_proj", "k_proj"
 # Keys of adapter_config.json that change nothing in how finished tensors are used.
 IRRELEVANT = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config",
+    "megatron_config", "megatron_core", "loftq_config",
     "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
 # These beginnings change the base's weights too, so their adapters fit a base that nobody has stored.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+MUST_SAY = ("r", "lora_alpha", "target_modules")
+PATIENCE = 10.0  # seconds that an adapter's regular expressions may take; a sensible one takes a millisecond
+_TRY = "import json, re, sys\nfor e, k in json.load(sys.stdin): re.fullmatch(e, k)"
 _TENSOR = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)(?:\.weight)?")
 
 
@@ -50,6 +65,8 @@ class LoraConfig:
         lora_dropout: of an adapter's input, while training.
         target_modules: ends of the checkpoint's module names; or one regular expression for whole names.
         exclude_modules: the same, of modules that get no adapter although target_modules fits them.
+        layers_to_transform: numbers of the layers whose modules are meant; None is all of them.
+        layers_pattern: what stands before such a number in a module's name ("layers"); None is any name.
         use_dora: see the top of this file.
         use_rslora: lora_alpha / sqrt(r) instead.
         rank_pattern, alpha_pattern: other r and lora_alpha for the modules whose names end in a regular expression.
@@ -65,6 +82,8 @@ class LoraConfig:
     lora_dropout: float = 0.1
     target_modules: tuple[str, ...] | str = TARGETS
     exclude_modules: tuple[str, ...] | str = ()
+    layers_to_transform: tuple[int, ...] | int | None = None
+    layers_pattern: tuple[str, ...] | str | None = None
     use_dora: bool = False
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -74,7 +93,10 @@ class LoraConfig:
     parts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        if not isinstance(self.r, int) or self.r < 1:
+        for name, needed in NEEDED.items():
+            if not needed(value := getattr(self, name)):
+                raise ValueError(f"{name} is {shown(value)}, which is not what belongs there")
+        if self.r < 1:
             raise ValueError(f"r is {self.r!r}; a rank of at least 1 is needed")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; a share from 0 to less than 1 is needed")
@@ -82,15 +104,12 @@ class LoraConfig:
     @classmethod
     def from_json(cls, path: Path) -> "LoraConfig":
         """Raises CheckpointError for what is no LoRA, or asks for something that is not done here."""
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} does not exist: an adapter folder needs an {CONFIG}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise CheckpointError(f"{path} is not valid JSON: {e}") from None
-        if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
+        raw = read_object(path, f"an adapter folder needs an {CONFIG}")
+        if raw.get("peft_type") != "LORA":
             raise CheckpointError(f"{path} describes no LoRA: peft_type is not 'LORA'")
         _refuse_unsupported(path, raw)
+        if absent := [key for key in MUST_SAY if raw.get(key) is None]:
+            raise CheckpointError(f"{path}: {', '.join(absent)} is missing")
         raw["parts"] = raw.pop(OWN, None)
         known = {k: raw[k] for k in cls.__dataclass_fields__ if raw.get(k) is not None}
         known |= {k: tuple(v) for k, v in known.items() if isinstance(v, list)}
@@ -108,7 +127,24 @@ class LoraConfig:
 
     def targets(self, key: str) -> bool:
         """Whether the checkpoint's module of that name is adapted; the rules are PEFT's."""
-        return _fits(self.target_modules, key) and not _fits(self.exclude_modules, key)
+        if not _fits(self.target_modules, key) or _fits(self.exclude_modules, key):
+            return False
+        if _is_inside(f"{key}.weight", self.modules_to_save):
+            return False
+        if self.layers_to_transform in (None, ()) or isinstance(self.target_modules, str) or key in self.target_modules:
+            return True
+        layer = next((m["idx"] for e in self._before_layers() if (m := _match(e, key))), None)
+        return layer is not None and int(layer) in _several(self.layers_to_transform)
+
+    def expressions(self) -> list[str]:
+        """Every regular expression that is matched with modules' names."""
+        whole = [m for m in (self.target_modules, self.exclude_modules) if isinstance(m, str)]
+        return [*whole, *map(_at_the_end, (*self.rank_pattern, *self.alpha_pattern)), *self._before_layers()]
+
+    def _before_layers(self) -> list[str]:
+        if self.layers_to_transform is None:
+            return []
+        return [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in _several(self.layers_pattern or "[^.]*")]
 
     def rank(self, key: str) -> int:
         return _by_pattern(self.rank_pattern, key, self.r)
@@ -116,6 +152,40 @@ class LoraConfig:
     def scale(self, key: str, rank: int) -> float:
         alpha = _by_pattern(self.alpha_pattern, key, self.lora_alpha)
         return alpha / rank**0.5 if self.use_rslora else alpha / rank
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e12
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and _number(value)
+
+
+def _names(value: Any) -> bool:
+    return all(isinstance(name, str) for name in _several(value))
+
+
+def _several(value: Any) -> tuple:
+    return tuple(value) if isinstance(value, (tuple, list, set)) else (value,)
+
+
+NEEDED: dict[str, Callable[[Any], bool]] = {  # of each field, in a file or in Python
+    "r": _whole,
+    "lora_alpha": _number,
+    "lora_dropout": _number,
+    "target_modules": _names,
+    "exclude_modules": _names,
+    "layers_to_transform": lambda v: v is None or all(map(_whole, _several(v))),
+    "layers_pattern": lambda v: v is None or _names(v),
+    "use_dora": lambda v: type(v) is bool,
+    "use_rslora": lambda v: type(v) is bool,
+    "rank_pattern": lambda v: isinstance(v, dict) and all(_whole(n) and n > 0 for n in v.values()),
+    "alpha_pattern": lambda v: isinstance(v, dict) and all(map(_number, v.values())),
+    "init_lora_weights": lambda v: isinstance(v, (bool, str)),
+    "modules_to_save": lambda v: isinstance(v, (tuple, list)) and _names(v),
+    "parts": lambda v: isinstance(v, dict),
+}
 
 
 class RowSlice(NamedTuple):
@@ -238,12 +308,14 @@ def exclude_frozen(config: LoraConfig, model: nn.Module) -> LoraConfig:
 def load_adapter(model: M, folder: str | Path) -> M:
     """Freezes the model and puts an adapter folder's adapters on it, to train them on. Returns the model.
 
-    Raises CheckpointError where the folder holds no LoRA, or a tensor of it has no place in the model.
+    Raises CheckpointError where the folder holds no LoRA, a tensor of it has no place in the model, or a module that
+    it adapts by its configuration has no tensors.
     """
     config = LoraConfig.from_json(Path(folder) / CONFIG)
     tensors = _read_tensors(Path(folder) / WEIGHTS)
     whole = _take_whole(model, tensors, config, Path(folder) / WEIGHTS)
     places, found = _places(model), _by_module(tensors, _dropped(model))
+    _try_expressions(Path(folder) / CONFIG, config.expressions(), places)
     lost = [f"{key}.{kind}" for key, kinds in found.items() for kind in kinds if key not in places]
     if lost or not found:
         raise CheckpointError(
@@ -251,11 +323,17 @@ def load_adapter(model: M, folder: str | Path) -> M:
             + (f"{len(lost)} of {len(tensors)} tensors have no place in the model: {some(lost, 5)}" if lost else "it "
                "holds no adapter of a module that the model computes")
         )  # fmt: skip
+    if absent := [key for key in places if config.targets(key) and key not in found]:
+        raise CheckpointError(f"{Path(folder) / WEIGHTS} has no tensors of {len(absent)} modules that target_modules "
+                              f"names: {some(absent)}")  # fmt: skip
     for key, kinds in found.items():
         _check(key, kinds, places[key], model, config)
     model.requires_grad_(False)
-    for parameter in whole:
-        parameter.requires_grad_(True)
+    parameters = dict(model.named_parameters())
+    for key, (rows, value) in whole.items():
+        rows.copy_(value)
+        if parameter_of(key)[0] in parameters:
+            parameters[parameter_of(key)[0]].requires_grad_(True)
     for key, kinds in found.items():
         A, B, magnitude = kinds["lora_A.weight"], kinds["lora_B.weight"], kinds.get("lora_magnitude_vector")
         _attach(model, key, places[key], A, B, magnitude, config)
@@ -330,26 +408,26 @@ def _is_inside(name: str, modules: tuple[str, ...]) -> bool:
     return any(_fits(modules, path[:i]) for path in paths for i, c in enumerate(path) if c == ".")
 
 
-def _take_whole(model: nn.Module, tensors: dict[str, Tensor], config: LoraConfig, file: Path) -> list[nn.Parameter]:
-    """Moves the tensors of `modules_to_save` out of an adapter's into the model; returns the parameters among them."""
+def _take_whole(model: nn.Module, tensors: dict[str, Tensor], config: LoraConfig, file: Path) -> dict[str, tuple]:
+    """Takes the tensors of `modules_to_save` out of an adapter's: {key: (place in the model, value)}."""
     try:
-        whole = whole_tensors(model, config)
+        found = whole_tensors(model, config)
     except ValueError as e:
         raise CheckpointError(f"{file}: {e}") from None
     places = {
         key: rows
-        for name, t in whole.items()
+        for name, t in found.items()
         for key, rows in zip(keys_of(name), t.detach().tensor_split(len(keys_of(name))) if t.ndim else [t], strict=True)
     }
     if lost := [key for key in places if PREFIX + key not in tensors]:
         raise CheckpointError(f"{file} has no {some(lost)}, which modules_to_save names")
-    for key, rows in places.items():
-        value = tensors.pop(PREFIX + key)
+    whole = {key: (rows, tensors.pop(PREFIX + key)) for key, rows in places.items()}
+    for key, (rows, value) in whole.items():
         if value.shape != rows.shape:
             raise CheckpointError(f"{key} in {file} has shape {list(value.shape)}, the model needs {list(rows.shape)}")
-        rows.copy_(value)
-    parameters = dict(model.named_parameters())
-    return [parameters[n] for n in {parameter_of(key)[0] for key in places} if n in parameters]
+        if value.is_floating_point() != rows.is_floating_point():
+            raise CheckpointError(f"{key} in {file} has dtype {value.dtype}, the model needs {rows.dtype}")
+    return whole
 
 
 def _places(model: nn.Module) -> dict[str, RowSlice]:
@@ -395,8 +473,12 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} does not exist: an adapter folder needs it (pickled adapters are never read)")
     try:
         with safe_open(path, framework="pt") as f:
-            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (no dict)
-    except SafetensorError as e:
+            dtypes = {key: f.get_slice(key).get_dtype() for key in f.keys()}  # noqa: SIM118 (no dict)
+            for key, dtype in dtypes.items():
+                if dtype not in (allowed := DTYPES if _TENSOR.fullmatch(key) else KNOWN):
+                    raise CheckpointError(f"{path}: {key} has dtype {dtype}; supported are {', '.join(allowed)}")
+            tensors = {key: f.get_tensor(key) for key in dtypes}
+    except (SafetensorError, OSError) as e:
         raise CheckpointError(f"{path} cannot be read: {e}") from None
     bad = [key for key, t in tensors.items() if not t.isfinite().all()]
     if bad:
@@ -411,6 +493,8 @@ def _by_module(tensors: dict[str, Tensor], dropped: tuple[str, ...]) -> dict[str
         name = name.removeprefix(PREFIX)
         match = _TENSOR.fullmatch(name)
         key, kind = match.groups() if match else name.rpartition(".")[::2]
+        if kind in found.get(key, ()):
+            raise CheckpointError(f"{key}.{kind} is there twice, with and without {PREFIX} in front")
         if not (key + ".").startswith(dropped):
             found[key][kind] = tensor
     return found
@@ -451,10 +535,37 @@ def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
 def _fits(modules: tuple[str, ...] | str, key: str) -> bool:
     """Whether a module's name ends in one of these; a str is a regular expression for all of it. As in PEFT."""
     if isinstance(modules, str):
-        return re.fullmatch(modules, key) is not None
+        return modules == "all-linear" or _match(modules, key, whole=True) is not None
     return any(key == m or key.endswith(f".{m}") for m in modules)
 
 
 def _by_pattern(patterns: dict[str, Any], key: str, default: Any) -> Any:
     """The value of the first pattern that fits the end of the name, as PEFT looks it up."""
-    return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", key)), default)
+    return next((v for p, v in patterns.items() if _match(_at_the_end(p), key)), default)
+
+
+def _at_the_end(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+def _match(expression: str, key: str, whole: bool = False) -> re.Match | None:
+    try:
+        return re.fullmatch(expression, key) if whole else re.match(expression, key)
+    except (re.error, RecursionError, OverflowError) as e:
+        raise ValueError(f"{shown(expression)} is not a regular expression: {e}") from None
+
+
+def _try_expressions(path: Path, expressions: list[str], keys: Iterable[str]) -> None:
+    """Raises CheckpointError for regular expressions that are none, or take for ever: nothing stops one within this
+    process, so another tries them first."""
+    pairs = [(e, key) for e in expressions for key in keys]
+    if not pairs:
+        return
+    command = [sys.executable or "python3", "-I", "-S", "-c", _TRY]
+    fault = f"{path}: the regular expressions {shown(expressions)}"
+    try:
+        subprocess.run(command, input=json.dumps(pairs), text=True, capture_output=True, timeout=PATIENCE, check=True)
+    except subprocess.TimeoutExpired:
+        raise CheckpointError(f"{fault} take more than {PATIENCE:.0f} s on the names of modules") from None
+    except subprocess.CalledProcessError as e:
+        raise CheckpointError(f"{fault} cannot be used: {[*e.stderr.splitlines(), 'killed'][-2:][0]}") from None

@@ -4,7 +4,6 @@ The work is in two steps, so that inputs can be sorted by length before any imag
 `plan` reads texts and image headers and knows each input's length; `load` decodes and cuts the images.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +16,13 @@ import torch
 from PIL import Image
 
 from .batch import Grid, PackedBatch, cumulative, num_image_tokens
-from .config import CLIP_MEAN, CLIP_STD, VLM2VecConfig
+from .config import CLIP_MEAN, CLIP_STD, VLM2VecConfig, read_object, shown
 from .errors import CheckpointError, InputError, at_least_one
 from .images import hd_size, image_crops, image_name, image_size, open_image
 from .tokenizer import Tokenizer
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
+MOST_CROPS = 1024  # that a file may ask for
 LEADING_TAGS = re.compile(r"(?:<\|image_\d+\|>\s*)*")
 
 
@@ -86,6 +86,9 @@ class Processor:
         num_image_tokens: Callable[[Grid], int] | None = None,
     ):
         at_least_one(num_crops=num_crops)
+        if tokenizer.largest_id >= config.decoder.vocab_size:
+            raise CheckpointError(f"the tokenizer has ids up to {tokenizer.largest_id}; the model's vocab_size is "
+                                  f"{config.decoder.vocab_size}")  # fmt: skip
         self.tokenizer = tokenizer
         self.config = config
         self.num_crops = num_crops
@@ -313,15 +316,13 @@ def _concatenate(arrays) -> torch.Tensor:
 
 def _preprocessor_config(path: Path) -> dict[str, Any]:
     """num_crops of the file, after a check that it names CLIP's mean and standard deviation."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist: a checkpoint folder needs a preprocessor_config.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise CheckpointError(f"{path} is not valid JSON: {e}") from None
-    if not isinstance(raw.get("num_crops"), int) or raw["num_crops"] < 1:
-        raise CheckpointError(f"{path}: num_crops is {raw.get('num_crops')!r}; a positive integer is needed")
+    raw = read_object(path, "a checkpoint folder needs a preprocessor_config.json")
+    if type(raw.get("num_crops")) is not int or not 1 <= raw["num_crops"] <= MOST_CROPS:
+        raise CheckpointError(f"{path}: num_crops is {shown(raw.get('num_crops'))}; an integer from 1 to {MOST_CROPS} "
+                              "is needed")  # fmt: skip
     for key, expected in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)):
-        if not np.allclose(raw.get(key, expected), expected, rtol=0, atol=1e-7):
-            raise CheckpointError(f"{path}: {key} is {raw[key]}, expected CLIP's {list(expected)}")
+        given = raw.get(key, expected)
+        numbers = isinstance(given, (list, tuple)) and [type(x) for x in given] == [float] * 3
+        if not numbers or not np.allclose(given, expected, rtol=0, atol=1e-7):
+            raise CheckpointError(f"{path}: {key} is {shown(given)}, expected CLIP's {list(expected)}")
     return raw

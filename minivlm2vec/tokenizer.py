@@ -5,6 +5,7 @@ from pathlib import Path
 
 import tokenizers
 
+from .config import shown
 from .errors import CheckpointError, InputError
 
 
@@ -18,10 +19,15 @@ class Tokenizer:
             raise CheckpointError(f"{path} does not exist: a checkpoint folder needs a tokenizer.json")
         try:
             self.tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as e:  # the library raises bare Exception for everything
-            raise CheckpointError(f"{path} is not a readable tokenizer.json: {e}") from None
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
+            bos, text = (self.tokenizer.encode(text).ids for text in ("", "a cat"))
+        except BaseException as e:
+            raise CheckpointError(f"{path} is not a readable tokenizer.json: {_reason(e)}") from None
+        if len(bos) != 1 or text[:1] != bos:
+            raise CheckpointError(f"{path}: an empty text has the ids {shown(bos)}, 'a cat' {shown(text)}; a BOS is "
+                                  "needed in front of every text, and nothing else in an empty one")  # fmt: skip
+        self.largest_id = max(*bos, *self.tokenizer.get_vocab().values())
 
     def __call__(self, text: str) -> list[int]:
         """Ids of one text, BOS first. "" gives the BOS alone. Raises InputError where it is not valid Unicode."""
@@ -31,7 +37,10 @@ class Tokenizer:
             raise InputError(
                 f"the text is not valid Unicode: character {e.start} is a lone surrogate", name="text"
             ) from None
-        return self.tokenizer.encode(text).ids
+        try:
+            return self.tokenizer.encode(text).ids
+        except BaseException as e:
+            raise InputError(f"the tokenizer cannot read the text: {_reason(e)}", name="text") from None
 
     def __len__(self) -> int:
         return self.tokenizer.get_vocab_size()
@@ -42,3 +51,10 @@ class Tokenizer:
 
         state = json.loads(self.tokenizer.to_str())
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _reason(error: BaseException) -> str:
+    """What the library says: it raises bare Exception for everything, and panics, which are none. Others are raised."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+    return f"{type(error).__name__}: {error}"[:300]  # which may quote all of a file

@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .atomic import replacing
-from .config import Parts, VLM2VecConfig
-from .errors import CheckpointError, some
+from .config import Parts, VLM2VecConfig, read_object
+from .errors import CheckpointError, Option, OptionError, some
 from .linear import Embedding, Linear
 from .model import VLM2Vec
 from .registry import find, name_of
@@ -45,7 +45,7 @@ RULES = (
 DROPPED = ("lm_head.", _CLIP + "post_layernorm.", _CLIP + "embeddings.position_ids")
 FUSED = ("q_proj", "k_proj", "v_proj")  # of the tower: rows of qkv_proj, in this order
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BUFFERS = {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}  # buffers may be these too
+KNOWN = DTYPES | {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}  # buffers may be these too
 COPIED = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
 CONFIGS = ("config.json", "preprocessor_config.json", "tokenizer.json")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
@@ -65,7 +65,7 @@ class Source:
     key: str
     file: Path
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype | str  # a str is the header's name of one that no parameter can have
 
 
 def resolve(
@@ -128,7 +128,7 @@ def load_model(
     folder: str | Path,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     backend: str | None = None,
     model_class: type[M] | None = None,
     config: VLM2VecConfig | None = None,
@@ -147,7 +147,7 @@ def load_model(
     config = config or written
     model = empty_model(config, backend=backend, model_class=model_class)
     skip = (*skip, *new_parts(written, config))
-    dtype = dtype or getattr(torch, config.dtype)
+    dtype = as_dtype(dtype or config.dtype)
     load_weights(model, folder, device=device, dtype=dtype, skip=skip, show_progress=show_progress)
     model.checkpoint = Path(folder)
     return model.eval().requires_grad_(False)
@@ -163,6 +163,14 @@ def new_parts(written: VLM2VecConfig, config: VLM2VecConfig) -> tuple[str, ...]:
     """Beginnings of the names of parameters that a checkpoint of another configuration cannot have: "pooling."."""
     places = {"tower": "vision.", "projector": "projector.", "pooling": "pooling."}
     return tuple(p for kind, p in places.items() if getattr(written.parts, kind) != getattr(config.parts, kind))
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """torch.float16 of itself, and of "float16". Raises OptionError for what parameters cannot be."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+        raise OptionError(Option("dtype"), f" is {dtype!r}; bfloat16, float16 or float32 is needed")
+    return found
 
 
 def load_weights(
@@ -340,7 +348,7 @@ def write_checkpoint(
 ) -> None:
     """Writes tensors under the checkpoint's keys, the configuration, and the tokenizer of the folder `source`, whose
     config.json keeps what is not known here."""
-    raw = config.written_into(json.loads((Path(source) / "config.json").read_text(encoding="utf-8")))
+    raw = config.written_into(read_object(Path(source) / "config.json", "the configuration is copied from it"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder) as new:
         new.mkdir()
@@ -405,29 +413,76 @@ def _ends(tensor) -> bytes:
     head = f"{tensor.get_shape()}{tensor.get_dtype()}".encode()
     if 0 in tensor.get_shape() or not tensor.get_shape():
         return head
-    rows = torch.cat([tensor[:1], tensor[-1:]]).contiguous()
+    try:
+        rows = torch.cat([tensor[:1], tensor[-1:]]).contiguous()
+    except (SafetensorError, RuntimeError):  # numbers of 4 and 6 bits, which no parameter can be
+        return head
     return head + rows.view(torch.uint8).numpy().tobytes()
 
 
 def read_headers(folder: str | Path) -> list[Source]:
-    """Every tensor of the folder's safetensors files, by their headers. Checks that each file is whole."""
+    """Every tensor of the folder's safetensors files, by their headers. Checks that each file is whole.
+
+    Where model.safetensors stands beside an index of shards, the one that is whole is taken, and the log says so; two
+    that are whole and differ raise CheckpointError."""
     folder = Path(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index.is_file():
-        if not single.is_file():
-            raise CheckpointError(_no_weights(folder))
-        return _read_header(single)
+    found, faults = {}, {}
+    for file, read in ((index, _read_shards), (single, _read_header)):
+        try:
+            if file.is_file():
+                found[file] = read(file)
+        except CheckpointError as e:
+            faults[file] = str(e)
+    if not found:
+        raise CheckpointError(next(iter(faults.values()), _no_weights(folder)))
+    if len(found) == 2 and single not in {s.file for s in found[index]}:
+        faults |= _compare(folder, found)
+    (taken, sources), *_ = [one for one in found.items() if one[0] not in faults]
+    for file, fault in faults.items():
+        log.warning("%s: the weights are read from %s, and not from %s: %s", folder, taken.name, file.name, fault)
+    return sources
+
+
+def _compare(folder: Path, found: dict[Path, list[Source]]) -> dict[Path, str]:
+    """What makes one of two checkpoints in a folder incomplete; nothing where they are alike. Raises if they differ."""
+    drop = drop_prefixes(VLM2VecConfig.from_json(folder))
+    used = [{parameter_of(s.key): s for s in sources if not s.key.startswith(drop)} for sources in found.values()]
+    for file, ours, theirs in zip(found, used, reversed(used), strict=True):
+        if ours.keys() < theirs.keys():
+            return {file: f"it has no {next(s.key for name, s in theirs.items() if name not in ours)}"}
+    ours, theirs = used
+    for name, one in (ours | theirs).items():
+        if name not in ours or name not in theirs or not _same(ours[name], theirs[name]):
+            raise CheckpointError(f"{folder} holds two checkpoints, by {' and '.join(f.name for f in found)}, and "
+                                  f"{one.key} differs: take one of them away")  # fmt: skip
+    return {}
+
+
+def _same(a: Source, b: Source) -> bool:
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(source: Source) -> Tensor:
+    """The tensor as it is in the file, [n, itemsize] uint8."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(weight_map.values()))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{index} is not a safetensors index: {type(e).__name__}: {e}") from None
+        with safe_open(source.file, framework="pt") as f:
+            return f.get_tensor(source.key).reshape(-1, 1).view(torch.uint8)
+    except SafetensorError as e:
+        raise CheckpointError(f"{source.file}: {source.key} cannot be read: {e}") from None
+
+
+def _read_shards(index: Path) -> list[Source]:
+    folder, weight_map = index.parent, read_object(index, "").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise CheckpointError(f"{index} is not a safetensors index: it has no weight_map of names of tensors to files")
+    files = sorted(set(weight_map.values()))
+    if any(Path(f).name != f for f in files):
+        raise CheckpointError(f"{index} names a file outside its folder")
     absent = [f for f in files if not (folder / f).is_file()]
     if absent:
         raise CheckpointError(f"{index.name} names {len(files)} files, of which {len(absent)} are not in {folder}: "
                               f"{some(absent)}")  # fmt: skip
-    if any(Path(f).name != f for f in files):
-        raise CheckpointError(f"{index} names a file outside its folder")
     by_file = {f: {s.key: s for s in _read_header(folder / f)} for f in files}
     lost = [key for key, f in weight_map.items() if key not in by_file[f]]
     if lost:
@@ -438,23 +493,18 @@ def read_headers(folder: str | Path) -> list[Source]:
 def _read_header(file: Path) -> list[Source]:
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist")
-    with open(file, "rb") as f:
-        start = f.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` there, or "
-                              "download it from the Hub")  # fmt: skip
     try:
+        with open(file, "rb") as f:
+            if f.read(64).startswith(b"version https://git-lfs"):
+                raise CheckpointError(f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` there, or "
+                                      "download it from the Hub")  # fmt: skip
         with safe_open(file, framework="pt") as opened:
             slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 (no dict)
             found = [(key, s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()]
     except (SafetensorError, OSError) as e:
         raise CheckpointError(f"{file} is truncated, damaged or not a safetensors file: it has {file.stat().st_size:,} "
                               f"bytes ({e})") from None  # fmt: skip
-    known = DTYPES | BUFFERS
-    for key, dtype, _ in found:
-        if dtype not in known:
-            raise CheckpointError(f"{file}: {key} has dtype {dtype}; supported are {', '.join(known)}")
-    return [Source(key, file, shape, known[dtype]) for key, dtype, shape in found]
+    return [Source(key, file, shape, KNOWN.get(dtype, dtype)) for key, dtype, shape in found]
 
 
 def _copy(source: Source, target: Tensor) -> None:
@@ -468,6 +518,9 @@ def _copy(source: Source, target: Tensor) -> None:
 def _check_shape(name: str, like: Tensor, parts: list[Source]) -> None:
     for source in parts:
         expected = (like.shape[0] // len(parts), *like.shape[1:]) if like.ndim else ()
+        if isinstance(source.dtype, str):
+            raise CheckpointError(f"{source.file}: {source.key} has dtype {source.dtype}; supported are "
+                                  f"{', '.join(KNOWN)}")  # fmt: skip
         if source.shape != expected:
             raise CheckpointError(
                 f"{source.key} in {source.file.name} has shape {list(source.shape)}, the model needs {list(expected)}"
@@ -533,16 +586,10 @@ def _check_filled(model: nn.Module) -> None:
 def _check_tied(sources: list[Source]) -> None:
     both = [s for s in sources if parameter_of(s.key)[0] == "decoder.embed_tokens.weight"]
     if len(both) > 1:
-        first, *others = (_read(s) for s in both)
+        first, *others = map(_bytes, both)
         if not all(torch.equal(first, other) for other in others):
             raise CheckpointError(f"{' and '.join(s.key for s in both)} are one tensor in the model and differ in the "
                                   "checkpoint")  # fmt: skip
-
-
-def _read(source: Source) -> Tensor:
-    target = torch.empty(source.shape, dtype=source.dtype)
-    _copy(source, target)
-    return target
 
 
 def _places(model: nn.Module) -> dict[str, list[str]]:

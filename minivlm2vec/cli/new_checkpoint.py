@@ -18,10 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..config import read_json
+    from ..config import read_object
     from ..new_checkpoint import new_checkpoint
 
-    config = read_json(Path(args.config)) if args.config else None
+    config = read_object(Path(args.config), "--config names it") if args.config else None
     path = new_checkpoint(
         args.path, preset=args.preset, config=config, seed=args.seed, dtype=args.dtype, tokenizer=args.tokenizer,
         show_progress=True,

@@ -15,6 +15,7 @@ from ..extras import import_lancedb, import_pyarrow
 from .writers import KEY, META, ROW_NUMBER, ROWS, beside
 
 CHUNK_BYTES = 64 << 20
+NEEDED = {"checkpoint", "dimension", "image_column", "vector_column"}  # of the settings that `embed` recorded
 REFINE = 10  # an index brings so many times as many rows as asked, which are then scored exactly
 
 
@@ -190,7 +191,7 @@ def open_vectors(path: str | Path) -> VectorFile | LanceDataset:
             tensor, meta = _map_safetensors(path)
         else:
             raise ValueError("vectors are in .npy, .safetensors, .parquet or .lance")
-    except (ValueError, KeyError, TypeError, EOFError, SafetensorError) as e:
+    except (ValueError, KeyError, TypeError, EOFError, RecursionError, SafetensorError) as e:
         raise ValueError(f"{path} holds no vectors: {e}") from None
     if tensor.ndim != 2 or tensor.dtype not in (torch.float32, torch.float16):
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -216,6 +217,9 @@ def _meta(metadata: dict[bytes, bytes] | None) -> dict[str, Any] | None:
 def _known(meta: dict[str, Any] | None) -> dict[str, Any] | None:
     """The record of an earlier version, completed: there were no adapters, and at first the model had no name."""
     if meta is not None:
+        whole = isinstance(meta, dict) and isinstance(meta.get("model", {}), dict)
+        if not whole or not isinstance(meta.get("settings"), dict) or NEEDED - meta["settings"].keys():
+            raise ValueError("what is recorded of how they were made is damaged")
         meta["settings"].setdefault("adapter", None)
         meta["model"] = {"name": None, "revision": None, "adapter": None} | meta.get("model", {})
     return meta

@@ -118,7 +118,7 @@ def test_own_config(tmp_path, capsys):
     for text, message in (
         ('{"hidden_sise": 96}', "no key of config.json is named hidden_sise; did you mean hidden_size?"),
         ("{hidden_size: 96}", f"{tmp_path / 'c.json'} is not valid JSON"),
-        ("[]", "a config is a JSON object, got list"),
+        ("[]", f"{tmp_path / 'c.json'} is not a JSON object but []"),
     ):
         (tmp_path / "c.json").write_text(text)
         assert main(["new-checkpoint", str(tmp_path / "other"), "--config", str(tmp_path / "c.json")]) == 1

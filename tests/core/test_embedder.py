@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from minivlm2vec import Embedder, InputError, prompts
+from minivlm2vec import CheckpointError, Embedder, InputError, prompts
+from minivlm2vec.errors import OptionError
 from minivlm2vec.new_checkpoint import new_checkpoint
+from minivlm2vec.weights import load_model
 from tests.support.golden import synth_image
 
 
@@ -50,6 +52,33 @@ def test_a_vector_does_not_depend_on_its_neighbours(e, mixed):
     print(f"max abs difference {worst:.2g}")
     assert worst <= 2e-6
     assert np.abs(np.linalg.norm(alone, axis=1) - 1).max() < 1e-6
+
+
+def test_a_dtype_in_words(tmp_path):
+    folder = new_checkpoint(tmp_path / "m", preset="tiny", seed=5)
+
+    def load(dtype, **options) -> Embedder:
+        return Embedder.from_pretrained(folder, device="cpu", dtype=dtype, show_progress=False, **options)
+
+    for dtype in ("float16", "torch.float16", torch.float16):
+        assert load(dtype).model.dtype == torch.float16 == load_model(folder, dtype=dtype).dtype
+    assert load("bfloat16", precision="bf16").model.dtype == torch.bfloat16
+    for dtype in ("float16", torch.float16):
+        with pytest.raises(ValueError, match=r"'bf16' and dtype=torch\.float16 exclude each other"):
+            load(dtype, precision="bf16")
+    with pytest.raises(ValueError, match="fp8"):
+        load("float32", precision="fp8")
+    for dtype in ("half precision", "int8", torch.int8, "auto", "Tensor", 16, "float8_e4m3fn"):
+        with pytest.raises(OptionError, match=r"dtype is .*; bfloat16, float16 or float32 is needed"):
+            load(dtype)
+
+
+def test_a_tokenizer_is_read_before_the_weights(tmp_path):
+    folder = new_checkpoint(tmp_path / "m", preset="tiny", seed=5)
+    (folder / "tokenizer.json").unlink()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json does not exist"):
+        Embedder.from_pretrained(folder, device="cpu", show_progress=False)
 
 
 def test_different_inputs_have_different_vectors(e, mixed):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minivlm2vec import Embedder, register
+from minivlm2vec import Embedder, lora, register
 from minivlm2vec.config import VLM2VecConfig
 from minivlm2vec.errors import CheckpointError
 from minivlm2vec.linear import Linear
@@ -270,12 +271,37 @@ def test_gaussian_and_uniform_beginnings():
         assert not model[0].adapters[0].lora_B.any()
 
 
+def _excluded() -> type:
+    return pytest.importorskip("peft").tuners.tuners_utils._ExcludedModule
+
+
 def test_targets_follow_pefts_rules():
     ends = LoraConfig(target_modules=("q_proj", "layers.0.mlp.fc1"))
     assert ends.targets("a.q_proj") and ends.targets("q_proj") and not ends.targets("a.xq_proj")
     assert ends.targets("model.layers.0.mlp.fc1") and not ends.targets("model.layers.1.mlp.fc1")
     whole = LoraConfig(target_modules=r"model\.layers\.\d+\..*_proj")
     assert whole.targets("model.layers.3.mlp.down_proj") and not whole.targets("x.model.layers.3.mlp.down_proj")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layers_to_transform": (0, 2)},
+        {"layers_to_transform": 1, "layers_pattern": "layers"},
+        {"layers_to_transform": (1,), "layers_pattern": ("blocks", r"encoder\.layers")},
+        {"layers_to_transform": (0,), "target_modules": ("model.layers.1.self_attn.o_proj", "qkv_proj")},
+        {"layers_to_transform": (), "exclude_modules": ("fc1",)},
+    ],
+)
+def test_layers_to_transform_are_pefts(folder, fields):
+    peft = pytest.importorskip("peft")
+    fields = {"target_modules": ("qkv_proj", "o_proj", "q_proj", "fc1")} | fields
+    lists = {k: [*v] if isinstance(v, tuple) else v for k, v in fields.items()}
+    theirs = peft.LoraConfig(**lists)
+    keys = [key.removesuffix(".weight") for key in tensor_shapes(VLM2VecConfig.from_json(folder))]
+    rule = peft.tuners.tuners_utils.check_target_module_exists
+    expected = [key for key in keys if rule(theirs, key) and not isinstance(rule(theirs, key), _excluded())]
+    assert [key for key in keys if LoraConfig(**fields).targets(key)] == expected != []
 
 
 def test_scale():
@@ -336,6 +362,126 @@ def test_the_towers_last_layer_is_left_out(folder, adapter):
     last = f"base_model.model.{TOWER}2.self_attn.q_proj.lora_A.weight"
     change_tensors(adapter, lambda t: t | {last: torch.zeros(2, 64)})
     load_adapter(load_model(folder), adapter)
+
+
+def layers(numbers: str):
+    """Keeps the tensors of these decoder layers."""
+    return lambda t: {k: v for k, v in t.items() if re.search(rf"model\.layers\.[{numbers}]\.", k)}
+
+
+TARGETS = {  # of an adapter on o_proj in three layers, of which the tensors of one are lost
+    "an end": (("o_proj",), {}),
+    "whole names": (tuple(f"model.layers.{i}.self_attn.o_proj" for i in range(3)), {}),
+    "an expression": (r".*layers\.\d+\.self_attn\.o_proj", {}),
+    "layers": (("o_proj",), {"layers_to_transform": [0, 1, 2]}),
+}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_modules_that_an_adapter_lost_are_named(folder, adapter, kind):
+    modules, changes = TARGETS[kind]
+    change_config(adapter, target_modules=modules, **changes)
+    load_adapter(load_model(folder), adapter)
+    change_tensors(adapter, layers("02"))
+    model = load_model(folder)
+    with pytest.raises(
+        CheckpointError, match=r"no tensors of 1 modules that target_modules names: model\.layers\.1\.self"
+    ):
+        load_adapter(model, adapter)
+    assert not any(isinstance(m, AdaptedLinear) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers_to_transform": [0, 2]},
+        {"layers_to_transform": [0, 2], "layers_pattern": "layers"},
+        {"exclude_modules": ["layers.1.self_attn.o_proj"]},
+        {"target_modules": r".*layers\.[02]\..*o_proj"},
+    ],
+)
+def test_modules_that_an_adapter_does_not_mean_are_not_lost(folder, adapter, changes):
+    change_config(adapter, **changes)
+    change_tensors(adapter, layers("02"))
+    load_adapter(load_model(folder), adapter)
+
+
+def test_an_adapter_of_all_linear_layers(folder, tmp_path):
+    config = LoraConfig(r=2, target_modules="all-linear")
+    save_adapter(add_lora(load_model(folder), config), tmp_path, config)
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2 * len([
+        m for m in load_adapter(load_model(folder), tmp_path).modules() if isinstance(m, Adapter)
+    ])  # fmt: skip
+    change_tensors(tmp_path, layers("02"))
+    with pytest.raises(CheckpointError, match="has no tensors of"):
+        load_adapter(load_model(folder), tmp_path)
+
+
+FOR_EVER = r"((\w|\.)+)+#"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": FOR_EVER},
+        {"exclude_modules": r"(?:.|.)*#"},
+        {"rank_pattern": {r"(.+.+)+#": 4}},
+        {"alpha_pattern": {"o_proj": 4, r"(?:model|.|\w)*(?=#)": 4}},
+        {"layers_to_transform": 0, "layers_pattern": FOR_EVER},
+        {"target_modules": ".?" * 60 + "#"},
+    ],
+)
+def test_regular_expressions_that_take_for_ever(folder, adapter, changes, monkeypatch):
+    monkeypatch.setattr(lora, "PATIENCE", 0.5)
+    change_config(adapter, **changes)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: the regular expressions .* take more than"):
+        load_adapter(load_model(folder), adapter)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"target_modules": "*"}, {"rank_pattern": {"(": 2}}, {"exclude_modules": "(" * 9999}]
+)
+def test_what_is_no_regular_expression(folder, adapter, changes):
+    change_config(adapter, **changes)
+    with pytest.raises(CheckpointError, match=r"the regular expressions .* cannot be used: \w+"):
+        load_adapter(load_model(folder), adapter)
+    with pytest.raises(ValueError, match="is not a regular expression"):
+        add_lora(load_model(folder), LoraConfig(**changes))
+
+
+NO_NAMES, NO_NUMBERS = [3, {}, [None], [["o_proj"]], True], ["8", None, [8], float("nan"), 10**400, {}, True]
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("r", [*NO_NUMBERS, 2.0, -1]), ("lora_alpha", NO_NUMBERS), ("lora_dropout", ["0.1", 1.0, -0.5]),
+        ("target_modules", [*NO_NAMES, None]), ("exclude_modules", NO_NAMES), ("use_dora", ["no", 2, []]),
+        ("rank_pattern", ["o_proj", [1], {"o_proj": 0}, {"o_proj": None}, {"o_proj": "2"}]),
+        ("alpha_pattern", [3, {"o_proj": float("inf")}, {"o_proj": []}]), ("layers_to_transform", ["0", [None], 1.5]),
+        ("init_lora_weights", [3, {}]), ("layers_pattern", [3, [3]]), ("use_rslora", ["yes"]), ("bias", [None, 3, []]),
+        ("peft_type", [None, 3, []]),
+    ],
+)  # fmt: skip
+def test_malformed_fields_of_an_adapter_are_named(folder, adapter, field, values):
+    model = load_model(folder)
+    for value in values:
+        change_config(adapter, **{field: value})
+        with pytest.raises(CheckpointError, match=field) as e:
+            load_adapter(model, adapter)
+        assert len(str(e.value)) < 300
+
+
+def test_dtypes_and_doubles_in_an_adapter(folder, adapter):
+    model, key = load_model(folder), "model.layers.1.self_attn.o_proj.lora_B.weight"
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for dtype in (torch.int8, torch.float8_e4m3fn, torch.float64, torch.bool):
+        change_tensors(adapter, lambda t, d=dtype: t | {PREFIX + key: t[PREFIX + key].to(d)})
+        with pytest.raises(CheckpointError, match=r"lora_B\.weight has dtype \w+; supported are F32, F16, BF16$"):
+            load_adapter(model, adapter)
+    change_tensors(adapter, lambda t: tensors | {key: tensors[PREFIX + key].clone()})
+    with pytest.raises(CheckpointError, match=f"{key} is there twice"):
+        load_adapter(model, adapter)
 
 
 def test_half_an_adapter_is_named(folder, adapter):
@@ -461,6 +607,11 @@ def batch_of(folder):
     [
         (lambda t: t.pop(PREFIX + "pooling.matrix.bias"), r"has no pooling\.matrix\.bias, which modules_to_save names"),
         (lambda t: t.update({PREFIX + "pooling.matrix.bias": torch.zeros(9)}), r"shape \[9\], the model needs \[8\]"),
+        (
+            lambda t: t.update({PREFIX + "pooling.calls": torch.zeros(())}),
+            r"dtype torch\.float32, the model needs torch.int",
+        ),
+        (lambda t: [t.pop(k) for k in [*t] if "o_proj" in k], "no tensors of 3 modules that target_modules names"),
         (lambda t: t.update({PREFIX + "pooling.other": torch.zeros(9)}), "no place in the model: pooling.other"),
     ],
 )
@@ -470,8 +621,19 @@ def test_modules_to_save_are_read_strictly(folder, tmp_path, change, match):
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
+    model = load_model(folder, config=VLM2VecConfig.from_json(folder).with_parts(pooling="weighted"))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=match):
-        Embedder.from_pretrained(folder, adapter=tmp_path / "a", device="cpu", show_progress=False)
+        load_adapter(model, tmp_path / "a")
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items()), "refused before it is changed"
+
+
+def test_targets_inside_modules_to_save_get_no_adapter(folder):
+    """As in PEFT."""
+    config = LoraConfig(r=2, target_modules=("o_proj",), modules_to_save=("layers.1",))
+    model = add_lora(load_model(folder), config)
+    assert [a.key.split(".")[2] for a in model.modules() if isinstance(a, Adapter)] == ["0", "2"]
 
 
 def test_peft_takes_what_we_wrote_without_our_parts(folder, tmp_path):

@@ -1,6 +1,7 @@
 """A model is saved as it is loaded, changed ones too."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -41,7 +42,11 @@ def test_the_published_layout(folder, tmp_path, shards):
 
 
 def test_the_dtype_is_the_models(folder, tmp_path):
-    model = load_model(folder, dtype=torch.bfloat16)
+    source = shutil.copytree(folder, tmp_path / "transformers 5")
+    config = json.loads((source / "config.json").read_text())
+    config["dtype"] = config.pop("torch_dtype")
+    (source / "config.json").write_text(json.dumps(config))
+    model = load_model(source, dtype="bfloat16")
     saved = save_model(model, tmp_path / "saved")
     assert json.loads((saved / "config.json").read_text())["torch_dtype"] == "bfloat16"
     again = load_model(saved)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
 from minivlm2vec import CheckpointError, Embedder, VLM2VecConfig
 from minivlm2vec.new_checkpoint import base_config, new_checkpoint, random_tensor, tensor_shapes
-from minivlm2vec.weights import FUSED, drop_prefixes, empty_model, load_model, parameter_of, resolve
+from minivlm2vec.weights import FUSED, drop_prefixes, empty_model, fingerprint, load_model, parameter_of, resolve
 
 CLIP = "model.vision_embed_tokens.img_processor.vision_model."
 
@@ -145,6 +147,18 @@ def _truncate(f: Path):
     f.write_bytes(f.read_bytes()[:-1000])
 
 
+def change_tokenizer(d: Path, piece: str = "<unk>", **changes) -> None:
+    """piece gets the id 4000, if it is new."""
+    raw = json.loads((d / "tokenizer.json").read_text())
+    raw["model"]["vocab"].setdefault(piece, 4000)
+    (d / "tokenizer.json").write_text(json.dumps(raw | changes))
+
+
+def template(single: str, *tokens: tuple[str, int]) -> dict:
+    processor = TemplateProcessing(single=single, pair="$A $B", special_tokens=[*tokens])
+    return json.loads(processor.__getstate__())
+
+
 FILES = {
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "holds no model.safetensors"),
     "pickles only": (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
@@ -165,6 +179,18 @@ FILES = {
     "no preprocessor": (lambda d: (d / "preprocessor_config.json").unlink(), r"preprocessor_config\.json does not"),
     "other mean": (lambda d: (d / "preprocessor_config.json").write_text(
         json.dumps({"num_crops": 4, "image_mean": [0.5, 0.5, 0.5]})), r"image_mean is \[0\.5, 0\.5, 0\.5\]"),
+    "a list": (lambda d: (d / "preprocessor_config.json").write_text("[4]"), "is not a JSON object but"),
+    "means in words": (lambda d: (d / "preprocessor_config.json").write_text(
+        json.dumps({"num_crops": 4, "image_std": ["0.2", None, {}]})), r"image_std is \['0\.2', None, {}\]"),
+    "num_crops 1e9": (lambda d: (d / "preprocessor_config.json").write_text(json.dumps({"num_crops": 10**9})),
+                      "num_crops is 1000000000; an integer from 1 to 1024"),
+    "no BOS": (lambda d: change_tokenizer(d, post_processor=None), r"an empty text has the ids \[\], 'a cat' \[\d"),
+    "an EOS behind": (lambda d: change_tokenizer(d, post_processor=template("<s> $A </s>", ("<s>", 1), ("</s>", 2))),
+                      r"an empty text has the ids \[1, 2\]"),
+    "a BOS behind": (lambda d: change_tokenizer(d, post_processor=template("$A <s>", ("<s>", 1))), "a BOS is needed"),
+    "a BOS beyond": (lambda d: change_tokenizer(d, post_processor=template("<s> $A", ("<s>", 320))),
+                     "the tokenizer has ids up to 320; the model's vocab_size is 320"),
+    "ids beyond": (lambda d: change_tokenizer(d, piece="<|more|>"), "the tokenizer has ids up to 4000; "),
     "num_crops 0": (lambda d: (d / "preprocessor_config.json").write_text(json.dumps({"num_crops": 0})),
                     "num_crops is 0"),
 }  # fmt: skip
@@ -176,6 +202,99 @@ def test_each_damaged_file_has_its_own_error(folder, kind):
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
         Embedder.from_pretrained(folder, device="cpu", show_progress=False)
+
+
+def _one_of_each(tmp_path, change=lambda t: None) -> tuple[Path, torch.Tensor, torch.Tensor]:
+    """A folder with the tiny model in shards and a changed one in a single file; a norm's weight in each."""
+    folder = new_checkpoint(tmp_path / "m", preset="tiny", seed=2, max_shard_bytes=400_000)
+    one = new_checkpoint(tmp_path / "one", preset="tiny", seed=2)
+    edit(one, change)
+    (one / "model.safetensors").rename(folder / "model.safetensors")
+    weights = load_file(folder / "model.safetensors").get("model.norm.weight")
+    return folder, torch.from_numpy(random_tensor("model.norm.weight", (64,), 2)), weights
+
+
+def _double(tensors) -> None:
+    tensors["model.norm.weight"] *= 2
+
+
+def _one_number(tensors) -> None:
+    tensors["model.layers.1.mlp.down_proj.weight"][30, 40] += 1  # neither in its first row nor in its last
+
+
+@pytest.mark.parametrize("change", [_double, _one_number, lambda t: t.update({"model.norm.weight": torch.ones(3)})])
+def test_two_checkpoints_in_one_folder_that_differ(tmp_path, change):
+    folder, *_ = _one_of_each(tmp_path, change)
+    for read in (load_model, fingerprint):
+        with pytest.raises(
+            CheckpointError, match=r"holds two checkpoints, .* and model\.\S+weight differs: take one of"
+        ):
+            read(folder)
+
+
+def test_two_checkpoints_that_are_alike(tmp_path, caplog):
+    folder, norm, _ = _one_of_each(tmp_path, lambda t: t.pop("lm_head.weight"))  # which is never used
+    assert torch.equal(load_model(folder).decoder.norm.weight, norm) and not caplog.messages
+
+
+def _shards(d: Path, n: int) -> None:
+    for file in sorted(d.glob("model-0*"))[:n]:
+        file.unlink()
+
+
+SHARDS = "model.safetensors.index.json"
+STALE = {  # what is wrong with one of the two: which is taken then
+    "no shard": (lambda d: _shards(d, 9), "model.safetensors", "names 4 files, of which 4 are not"),
+    "one shard less": (lambda d: _shards(d, 1), "model.safetensors", "names 4 files, of which 1 are not"),
+    "a damaged shard": (lambda d: _truncate(d / "model-00002-of-00004.safetensors"), "model.safetensors", "truncated"),
+    "no index in it": (lambda d: (d / "model.safetensors.index.json").write_text("[1]"), "model.safetensors", "JSON"),
+    "a damaged file": (lambda d: _truncate(d / "model.safetensors"), SHARDS, "truncated"),
+    "a pointer": (lambda d: (d / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+                  SHARDS, "git-lfs pointer"),
+    "a part": (lambda d: edit(d, lambda t: [t.pop(k) for k in [*t] if "layers.1." in k]), SHARDS,
+               r"it has no model\.\S*layers\.1\."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STALE)
+def test_the_one_of_two_checkpoints_that_is_whole(tmp_path, caplog, kind):
+    folder, old, new = _one_of_each(tmp_path, _double)
+    spoil, taken, why = STALE[kind]
+    spoil(folder)
+    assert torch.equal(load_model(folder).decoder.norm.weight, new if taken == "model.safetensors" else old)
+    assert re.search(rf"the weights are read from {taken}, and not from .*{why}", caplog.text)
+
+
+def test_an_index_of_a_single_file(folder, caplog):
+    keys = [k for k in load_file(folder / "model.safetensors") if k != "lm_head.weight"]
+    index = {"weight_map": dict.fromkeys(keys, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    load_model(folder)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float64, torch.float8_e4m3fn, torch.complex64])
+def test_the_dtype_of_what_is_not_used_does_not_matter(folder, dtype):
+    unused = [CLIP + "embeddings.position_ids", CLIP + "encoder.layers.2.mlp.fc1.weight", "lm_head.weight"]
+    expected = load_model(folder).state_dict()
+    edit(folder, lambda t: t.update({key: torch.zeros(1, 17).to(dtype) for key in unused}))
+    got = load_model(folder).state_dict()
+    assert all(torch.equal(got[k], v) for k, v in expected.items()) and fingerprint(folder)
+
+
+@pytest.mark.parametrize(("kind", "n"), {"I8": 256, "F8_E4M3": 256, "F4": 512, "F64": 32, "U16": 128}.items())
+def test_a_dtype_that_no_parameter_has_is_named(folder, kind, n):
+    """The header says so; the bytes stay."""
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["model.norm.weight"] |= {"dtype": kind, "shape": [n]}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+    assert fingerprint(folder)
+    with pytest.raises(CheckpointError, match=rf"model\.norm\.weight has dtype {kind}"):
+        load_model(folder)
 
 
 INDEX = {

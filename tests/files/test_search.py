@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from minivlm2vec import Embedder, files
 from minivlm2vec.files import vectors as vectors_module
@@ -220,6 +221,33 @@ def test_files_that_hold_no_vectors(tmp_path, name, data):
         (tmp_path / name).write_bytes(data)
     code, _, err = run("search", tmp_path / name, "--like", 0)
     assert code == 1 and name in err and "Traceback" not in err
+
+
+OTHERS = {
+    "before them": {"a": np.ones((4, 8), np.float32)},
+    "behind them": {"z": np.ones((4, 8), np.float32)},
+    "of odd length": {"a": np.arange(3, dtype=np.uint8), "b": np.arange(7, dtype=np.int64)},
+    "on both sides": {"a": np.ones(5, np.float16), "z": np.ones((2, 2), np.float64)},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_tensors_in_the_file_do_not_shift_the_vectors(tmp_path, kind):
+    vectors = np.eye(4, 8, dtype=np.float32)
+    vectors[1] = [0.9, 0.4359, 0, 0, 0, 0, 0, 0]
+    save_file(OTHERS[kind] | {"vectors": vectors}, tmp_path / "x.safetensors")
+    assert np.array_equal(open_vectors(tmp_path / "x.safetensors").vectors(range(4)).numpy(), vectors)
+    (hit,) = search(tmp_path / "x.safetensors", "--like", 0, "--top", 1)["hits"]
+    assert (hit["row"], round(hit["score"], 3)) == (1, 0.9)
+
+
+@pytest.mark.parametrize(
+    "record", ["[]", "3", '{"settings": 3}', '{"settings": {}}', '{"model": []}', '"x"', "{", "NaN", "[" * 5000, "{}"]
+)
+def test_a_damaged_record_in_a_safetensors_header(tmp_path, record):
+    save_file({"vectors": np.eye(4, dtype=np.float32)}, tmp_path / "x.safetensors", {"minivlm2vec": record})
+    with pytest.raises(ValueError, match=r"x\.safetensors holds no vectors: "):
+        open_vectors(tmp_path / "x.safetensors")
 
 
 def test_a_pickle_in_an_npy_is_never_loaded(tmp_path):
