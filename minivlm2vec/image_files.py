@@ -3,7 +3,6 @@
 import os
 import re
 import struct
-from collections.abc import Iterator
 from typing import IO
 
 from PIL import Image
@@ -14,6 +13,8 @@ from .extras import import_extra
 MAX_SCANS = 100  # of a JPEG: each costs the time of the whole image; ten are usual
 MAX_COMMENTS = 1000  # of a PPM in plain text, which are read in Python
 MAX_PIECES = 1 << 16  # strips or tiles of a TIFF: each costs its time when the file is opened
+MAX_TILE = 1 << 24  # pixels of a TIFF's tile, or as many as the image has: they are allocated whatever the image's size
+STRIP_OFFSETS, TILE_OFFSETS, SIZE, TILE_SIZE = 273, 324, (256, 257), (322, 323)  # tags of TIFF
 # The formats that are read, everywhere in this package, by Pillow's names, and how their files are called. Pillow or a
 # library in its wheels decodes them; none is code, none runs another program (EPS would), none unpacks another file.
 FORMATS = {
@@ -50,28 +51,35 @@ def import_heif(name: str) -> None:
         raise InputError(f"HEIC is read where pillow-heif is installed: {hint}", name=name) from None
 
 
-def check_pieces(file: IO[bytes]) -> None:
-    """Refuses a TIFF of too many strips or tiles, by the directory of its first picture."""
+def check_tiff(file: IO[bytes]) -> None:
+    """Refuses a TIFF of too many strips or tiles, or of a tile far larger than the picture, by its first directory."""
     try:
-        entries, counts = _directory(file)
+        entries, tags = _directory(file)
     except (struct.error, OverflowError):
         raise ValueError("the TIFF has no directory") from None
-    pieces = max([entries, *(n for tag, _, n in counts if tag in (273, 324))])  # StripOffsets, TileOffsets
+    pieces = max(entries, *(tags.get(tag, (0, 0))[0] for tag in (STRIP_OFFSETS, TILE_OFFSETS)))
     if pieces > MAX_PIECES:
         raise ValueError(f"the TIFF is cut into {pieces:,} pieces; at most {MAX_PIECES:,} are read")
+    width, height, tile_width, tile_height = (tags.get(tag, (1, 0))[1] for tag in (*SIZE, *TILE_SIZE))
+    if tile_width * tile_height > max(width * height, MAX_TILE):
+        raise ValueError(f"the TIFF's tiles have {tile_width} x {tile_height} pixels, the image {width} x {height}")
 
 
-def _directory(file: IO[bytes]) -> tuple[int, Iterator[tuple[int, int, int]]]:
-    """How many entries a TIFF's first directory has, and tag, type and number of values of each, as far as they go."""
+def _directory(file: IO[bytes]) -> tuple[int, dict[int, tuple[int, int]]]:
+    """How many entries a TIFF's first directory has; for each tag, as far as they go, (how many values, the value)."""
     file.seek(0)
     head = file.read(16)
     order, big = "<" if head[:2] == b"II" else ">", 43 in head[2:4]
-    offset, count, entry = ("Q", "Q", "HHQ8x") if big else ("I", "H", "HHI4x")
+    offset, count, entry = ("Q", "Q", "HHQ8s") if big else ("I", "H", "HHI4s")
     file.seek(struct.unpack_from(order + offset, head, 8 if big else 4)[0])
     (entries,) = struct.unpack(order + count, file.read(struct.calcsize(order + count)))
     size = struct.calcsize(order + entry)
     directory = file.read(size * min(entries, MAX_PIECES))
-    return entries, struct.iter_unpack(order + entry, directory[: len(directory) // size * size])
+    tags: dict[int, tuple[int, int]] = {}
+    for tag, kind, values, value in struct.iter_unpack(order + entry, directory[: len(directory) // size * size]):
+        (number,) = struct.unpack_from(order + ("H" if kind == 3 else "I"), value)
+        tags.setdefault(tag, (values, number))
+    return entries, tags
 
 
 def check_decoding(data: bytes) -> None:

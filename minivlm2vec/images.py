@@ -25,7 +25,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from .errors import InputError, at_least_one
-from .image_files import FORMATS, check_decoding, check_pieces, format_of, import_heif, png_exif
+from .image_files import FORMATS, check_decoding, check_tiff, format_of, import_heif, png_exif
 
 if TYPE_CHECKING:
     from .batch import Grid  # not imported: processes that only decode images need no torch
@@ -332,7 +332,7 @@ def _opened(file: IO[bytes], source: Any, name: str) -> Image.Image:
         begins = f" (it begins as {format})" if format else ""
         raise InputError(f"not an image in a known format{begins}; {', '.join(FORMATS)} are read", name=name)
     if format == "TIFF":
-        check_pieces(file)
+        check_tiff(file)
     try:
         return Image.open(source, formats=[format])
     except UnidentifiedImageError:

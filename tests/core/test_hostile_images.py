@@ -264,6 +264,16 @@ def test_a_tiff_of_tiny_tiles(form):
         open_image(tiff(70_000, strips=True, **form))
 
 
+def test_a_tiff_of_a_huge_tile():
+    """Of a small image: it would take 1.6 GB."""
+    plain = tiff(64, 64)
+    assert to_rgb(open_image(plain)).size == (64, 64)
+    huge = plain.replace(struct.pack("<HHII", 322, 4, 1, 64), struct.pack("<HHII", 322, 4, 1, 40_000))
+    huge = huge.replace(struct.pack("<HHII", 323, 4, 1, 64), struct.pack("<HHII", 323, 4, 1, 40_000))
+    with pytest.raises(InputError, match="tiles have 40000 x 40000 pixels, the image 64 x 64"):
+        open_image(huge)
+
+
 def test_a_ppm_of_comments():
     for kind in (b"P2", b"P3"):
         with pytest.raises(InputError, match=f"2,000 comments; at most {MAX_COMMENTS:,}"):
