@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from .errors import InputError, at_least_one
 from .image_files import FORMATS, check_decoding, check_tiff, format_of, import_heif, png_exif
@@ -43,6 +43,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # by EXIF orientation
+SIDEWAYS = (5, 6, 7, 8)
 
 # Pillow warns of every damaged tag, thousands of them in one file; what matters, it raises. Once and here, as
 # catch_warnings around each image is not safe in threads.
@@ -207,9 +208,13 @@ def to_rgb(image: Image.Image, *, name: str = "image", exif_transpose: bool = Fa
 
 def image_size(image: Image.Image, *, exif_transpose: bool = False) -> tuple[int, int]:
     """Width and height of an opened image as `to_rgb` will return it; it is not decoded."""
-    if exif_transpose and _orientation(image) in (5, 6, 7, 8):
-        return image.height, image.width
-    return image.size
+    width, height = image.size
+    if isinstance(
+        image, TiffImagePlugin.TiffImageFile
+    ):  # Pillow turns it when it decodes it; before 11 size says so then
+        turned = _is_undecoded(image) and image.tag_v2.get(ExifTags.Base.Orientation) in SIDEWAYS
+        return (image.tag_v2[257], image.tag_v2[256]) if turned else (width, height)
+    return (height, width) if exif_transpose and _orientation(image) in SIDEWAYS else (width, height)
 
 
 def image_crops(
@@ -353,7 +358,7 @@ def _eight_bits(grey: np.ndarray) -> np.ndarray:
 
 def _orientation(image: Image.Image) -> int:
     """What EXIF says, 1 where it says nothing or cannot be read. Nothing is decoded."""
-    if hasattr(image, "tag_v2"):  # Pillow turns a TIFF when it decodes it
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # Pillow turns it when it decodes it
         return 1
     try:
         exif = Image.Image.getexif(image)  # that of a PNG would decode it
