@@ -209,10 +209,8 @@ def to_rgb(image: Image.Image, *, name: str = "image", exif_transpose: bool = Fa
 def image_size(image: Image.Image, *, exif_transpose: bool = False) -> tuple[int, int]:
     """Width and height of an opened image as `to_rgb` will return it; it is not decoded."""
     width, height = image.size
-    if isinstance(
-        image, TiffImagePlugin.TiffImageFile
-    ):  # Pillow turns it when it decodes it; before 11 size says so then
-        turned = _is_undecoded(image) and image.tag_v2.get(ExifTags.Base.Orientation) in SIDEWAYS
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # turned when it is decoded; before Pillow 11 `size` is not
+        turned = image.tag_v2.get(ExifTags.Base.Orientation) in SIDEWAYS and _is_undecoded(image)
         return (image.tag_v2[257], image.tag_v2[256]) if turned else (width, height)
     return (height, width) if exif_transpose and _orientation(image) in SIDEWAYS else (width, height)
 
