@@ -153,7 +153,8 @@ def read_data_uri(uri: str, *, name: str | None = None) -> bytes:
 
 
 class PixelBudget:
-    """Lets images be decoded in threads that have together at most so many pixels; one that has more goes alone."""
+    """Lets images be decoded in threads that have together at most so many pixels; one that has more goes alone.
+    (The server's own, in serve/decoding.py, is for its event loop.)"""
 
     def __init__(self, most: int):
         self.most = self._left = most

@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from minivlm2vec import Embedder, InputError
+from minivlm2vec.rows import Images, Pair
+from minivlm2vec.train.pictures import draw_sheet
 from tests.support.files_data import checkpoint, read_jsonl, run
 from tests.support.fuzz_images import broken_avif
 from tests.support.golden import synth_image
@@ -105,3 +107,9 @@ def test_train_check_names_the_row(photos, tmp_path):
     config.write_text(f'model = "none/there"\nout = "o"\n[data]\nroot = "{folder}"\n[optim]\nbatch_size = 2\n')
     code, _, err = run("train", config, "--check")
     assert code == 1 and "1 rows cannot be used" in err and "Mine, row 2: 2.png: " in err and reason in err
+
+
+def test_a_line_of_a_picture_is_drawn_while_training(tmp_path):
+    Image.new("RGB", (600, 1), "red").save(tmp_path / "line.png")
+    sheet = draw_sheet([(Pair("a line", "line.png"), Images(tmp_path))], [[]])
+    assert (np.asarray(sheet) == (255, 0, 0)).all(axis=2).sum() >= 150
