@@ -157,8 +157,8 @@ def fuzz(
             for what, use in uses(r).items():
                 start = time.perf_counter()
                 try:
-                    use(data)
-                    found.outcomes[f"{what}: read"] += 1
+                    shown = use(data)
+                    found.outcomes[f"{what}: {'placeholder' if getattr(shown, 'missing', '') else 'read'}"] += 1
                 except InputError:
                     found.outcomes[f"{what}: InputError"] += 1
                 except Exception as e:
