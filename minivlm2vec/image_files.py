@@ -1,5 +1,6 @@
 """What the bytes of an image file tell before Pillow opens or decodes it: its format, and what it would cost."""
 
+import importlib.util
 import os
 import re
 import struct
@@ -30,6 +31,12 @@ FORMATS = {
 }
 _HEVC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+
+
+def suffixes() -> frozenset[str]:
+    """How the files that can be read here are called, without the dot."""
+    found = [f for f in FORMATS if f != "HEIF" or importlib.util.find_spec("pillow_heif")]
+    return frozenset(suffix for format in found for suffix in FORMATS[format])
 
 
 def format_of(head: bytes) -> str | None:

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..extras import import_pyarrow
-from ..image_files import FORMATS
+from ..image_files import suffixes
 from .rows import Row
 
-IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+IMAGE_SUFFIXES = suffixes()
 MAX_CSV_FIELD = 1 << 24  # characters; bounds what an unclosed quote can swallow
 
 Part = tuple[int, list[Row]]  # its number, and its rows

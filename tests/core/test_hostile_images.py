@@ -19,7 +19,7 @@ from PIL import Image, ImageFile, PngImagePlugin
 from minivlm2vec import images
 from minivlm2vec.errors import InputError
 from minivlm2vec.html import thumbnail
-from minivlm2vec.image_files import FORMATS, MAX_COMMENTS, MAX_PIECES, MAX_SCANS
+from minivlm2vec.image_files import FORMATS, MAX_COMMENTS, MAX_PIECES, MAX_SCANS, suffixes
 from minivlm2vec.images import PixelBudget, image_crops, image_size, open_image, to_rgb
 from minivlm2vec.rows import Images
 from tests.support.fuzz_images import fuzz, originals
@@ -181,6 +181,13 @@ def test_heic_is_read_where_pillow_heif_is_installed(data, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", fake)
     image = open_image(data)
     assert image.format == "HEIF" and image.size == (20, 10)
+
+
+def test_the_names_of_files_follow_the_formats_that_can_be_read(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    assert suffixes() == {s for format, names in FORMATS.items() for s in names if format != "HEIF"} >= {"jpg", "avif"}
+    monkeypatch.setitem(sys.modules, "pillow_heif", types.SimpleNamespace(__spec__=1))
+    assert suffixes() >= {"heic", "heif", "jpg"}
 
 
 def test_heic_with_the_real_pillow_heif():
