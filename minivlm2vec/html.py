@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .errors import InputError
-from .images import open_image
+from .images import decoded, decoding, open_image
 
 MAX_TEXT = 400  # characters of a text on a card
 
@@ -75,19 +75,18 @@ def data_uri(data: bytes, media_type: str) -> str:
 def thumbnail(source: Any, size: int) -> Picture:
     """A JPEG of at most size x size pixels, upright, on white where it is transparent. source: what `Embedder.encode`
     takes as an image; one that cannot be shown gives a Picture that says why."""
-    source = source.copy() if isinstance(source, Image.Image) else source  # the caller's own stays as it is
     try:
-        with open_image(source) as image:
-            image.draft("RGB", (size, size))
-            return Picture(uri=data_uri(_small_jpeg(image, size), "image/jpeg"))
+        image = open_image(source)
+        with decoding(image):
+            own = image.copy() if image is source else image  # the caller's own stays as it is
+            return Picture(uri=data_uri(_small_jpeg(own, size), "image/jpeg"))
     except InputError as e:
         return Picture(missing=e.reason)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        return Picture(missing=f"the image cannot be shown: {e}")
 
 
 def _small_jpeg(image: Image.Image, size: int) -> bytes:
-    image = ImageOps.exif_transpose(image)
+    image.draft("RGB", (size, size))
+    image = decoded(image, exif_transpose=True)
     image.thumbnail((size, size), Image.Resampling.BICUBIC)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -13,27 +13,42 @@ import binascii
 import io
 import math
 import os
+import stat
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from .errors import InputError, at_least_one
+from .image_files import FORMATS, check_decoding, check_tiff, format_of, import_heif, png_exif
 
 if TYPE_CHECKING:
     from .batch import Grid  # not imported: processes that only decode images need no torch
 
 MAX_PIXELS = 2 * 89_478_485  # what Pillow calls a decompression bomb
-REFUSED_FORMATS = {"EPS"}  # decoded by running another program, Ghostscript, on the file
-# Read by Pillow itself or by the libraries in its wheels: what a server takes from strangers.
-SAFE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 WHITE = 255
 _BASE64_SPELLINGS = str.maketrans("-_", "+/", " \t\r\n")  # URL-safe to standard; white space dropped
-_LOAD_LOCKS = [threading.Lock() for _ in range(64)]
+_CALLERS = threading.Lock()  # while files of callers' images are read: one image may be an input twice
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF orientation
+SIDEWAYS = (5, 6, 7, 8)
+
+# Pillow warns of every damaged tag, thousands of them in one file; what matters, it raises. Once and here, as
+# catch_warnings around each image is not safe in threads.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, module=r"PIL\.")  # MAX_PIXELS is the limit
 
 
 @dataclass(frozen=True)
@@ -94,25 +109,23 @@ def hd_crops(image: Image.Image, num_crops: int, crop_size: int = 336) -> "tuple
     return np.ascontiguousarray(crops).reshape(h * w, crop_size, crop_size, 3), size.grid
 
 
-def open_image(
-    source: Any, *, name: str | None = None, max_pixels: int | None = None, formats: Sequence[str] | None = None
-) -> Image.Image:
+def open_image(source: Any, *, name: str | None = None, max_pixels: int | None = None) -> Image.Image:
     """Opens an image without decoding it: only the header is read.
 
     source: a path, a PIL image, a numpy array [H, W, 3] (or 1 or 4 channels) of uint8, the bytes of an image file,
-        or a data URI.
+        or a data URI. Files are of FORMATS, whatever their names. A PIL image that was opened and not decoded is
+        opened again, so that the caller's does not keep its pixels.
     max_pixels: the largest width times height; default MAX_PIXELS.
-    formats: Pillow's names of the file formats that are accepted; default all but REFUSED_FORMATS.
 
     Raises InputError naming it.
     """
     name = name or image_name(source)
     if isinstance(source, Image.Image):
-        image = source
+        image = _from_image(source, name)
     elif isinstance(source, np.ndarray):
         image = _from_array(source, name)
     else:
-        image = _from_file(source, name, formats)
+        image = _from_file(source, name)
     if image.width < 1 or image.height < 1:
         raise InputError(f"the image is empty ({image.width} x {image.height} pixels)", name=name)
     limit = MAX_PIXELS if max_pixels is None else max_pixels
@@ -139,33 +152,68 @@ def read_data_uri(uri: str, *, name: str | None = None) -> bytes:
         raise InputError(f"the data URI's base64 is damaged: {e}", name=name) from None
 
 
+class PixelBudget:
+    """Lets images be decoded in threads that have together at most so many pixels; one that has more goes alone.
+    (The server's own, in serve/decoding.py, is for its event loop.)"""
+
+    def __init__(self, most: int):
+        self.most = self._left = most
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        pixels = min(pixels, self.most)
+        with self._changed:
+            self._changed.wait_for(lambda: pixels <= self._left)
+            self._left -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += pixels
+                self._changed.notify_all()
+
+
+_BUDGET = PixelBudget(MAX_PIXELS)  # 16 threads, each with an image of the largest size, would take 50 GB
+
+
+@contextmanager
+def decoding(image: Image.Image, name: str = "image") -> Iterator[None]:
+    """Around all that decodes an image or works on its pixels: waits while others decode too many of them, and turns
+    whatever Pillow raises (its plugins raise all kinds) into an InputError with this name."""
+    with _naming(name, "decoded"), _BUDGET.take(image.width * image.height):
+        yield
+
+
+def decoded(image: Image.Image, *, exif_transpose: bool = False) -> Image.Image:
+    """The image with its pixels, of 8 bits; upright if `exif_transpose`. To be called within `decoding`."""
+    orientation = _orientation(image) if exif_transpose else 1
+    if image.format in ("JPEG", "MPO", "PPM") and _is_undecoded(image):
+        check_decoding(_contents(image.fp))
+    image.load()
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
 def to_rgb(image: Image.Image, *, name: str = "image", exif_transpose: bool = False) -> Image.Image:
     """Decodes an image and converts it as the original does: `convert("RGB")`, and nothing else.
 
     So the alpha channel is dropped, not composited, and the EXIF orientation is ignored unless `exif_transpose`.
-    An animation gives its first frame. One difference: 16-bit greyscale is scaled to 8 bits, where Pillow's
-    conversion alone would clip nearly everything to white. Raises InputError for damaged data.
+    An animation gives its first frame. One difference: greyscale of more than 8 bits is scaled to 8 bits, where
+    Pillow's conversion alone would clip nearly everything to white. Raises InputError for damaged data.
     """
-    try:
-        with _LOAD_LOCKS[id(image) % len(_LOAD_LOCKS)]:  # one image may be an input twice
-            image.load()
-        if exif_transpose:
-            image = ImageOps.exif_transpose(image)
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-            image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except Image.DecompressionBombError as e:
-        raise InputError(f"decompression bomb: {e}", name=name) from None
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as e:
-        raise InputError(f"the image cannot be decoded: {_describe(e)}", name=name) from None
+    with decoding(image, name):
+        return _rgb(image, exif_transpose)
 
 
 def image_size(image: Image.Image, *, exif_transpose: bool = False) -> tuple[int, int]:
     """Width and height of an opened image as `to_rgb` will return it; it is not decoded."""
-    if exif_transpose and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
-        return image.height, image.width
-    return image.size
+    width, height = image.size
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # turned when it is decoded; before Pillow 11 `size` is not
+        turned = image.tag_v2.get(ExifTags.Base.Orientation) in SIDEWAYS and _is_undecoded(image)
+        return (image.tag_v2[257], image.tag_v2[256]) if turned else (width, height)
+    return (height, width) if exif_transpose and _orientation(image) in SIDEWAYS else (width, height)
 
 
 def image_crops(
@@ -178,9 +226,10 @@ def image_crops(
     exif_transpose: bool = False,
 ) -> "tuple[np.ndarray, Grid]":
     """Decodes and cuts an opened image: `to_rgb`, then `hd_crops`. fast_decode: JPEGs by `draft`."""
-    if fast_decode:
-        draft(image, num_crops, crop_size)
-    return hd_crops(to_rgb(image, name=name, exif_transpose=exif_transpose), num_crops, crop_size)
+    with decoding(image, name):
+        if fast_decode:
+            draft(image, num_crops, crop_size)
+        return hd_crops(_rgb(image, exif_transpose), num_crops, crop_size)
 
 
 def draft(image: Image.Image, num_crops: int, crop_size: int = 336) -> None:
@@ -214,44 +263,121 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
-def _from_file(source: Any, name: str, formats: Sequence[str] | None) -> Image.Image:
+def _from_image(image: Image.Image, name: str) -> Image.Image:
+    """A caller's image. One that is not decoded yet is opened again from its file; where that does not give the same
+    (it was drafted, or is at another frame), it is decoded here."""
+    with _CALLERS:
+        if not _is_undecoded(image):
+            return image
+        closed = image.fp is None or image.fp.closed
+        again = None if closed else _opened_again(image)
+    if again is None:
+        with decoding(image, name), _CALLERS:
+            try:
+                decoded(image)
+            except Exception as e:
+                raise ValueError("it was closed before") if closed else e from None
+    return again or image
+
+
+def _opened_again(image: ImageFile.ImageFile) -> Image.Image | None:
+    try:
+        again = _from_file(_contents(image.fp), "")
+    except Exception:
+        return None
+    same = type(again) is type(image) and (again.size, again.mode) == (image.size, image.mode)
+    return again if same and image.tell() == 0 else None
+
+
+def _is_undecoded(image: Image.Image) -> TypeGuard[ImageFile.ImageFile]:
+    """Whether an image was opened from a file and has no pixels yet (Pillow keeps them in `_im`, before 11 in `im`)."""
+    pixels = image.__dict__.get("_im", image.__dict__.get("im", image))
+    return isinstance(image, ImageFile.ImageFile) and pixels is None
+
+
+def _contents(file: IO[bytes] | None) -> bytes:
+    assert file is not None, "its file is closed"
+    place = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(place)
+    return data
+
+
+def _from_file(source: Any, name: str) -> Image.Image:
     if isinstance(source, str) and source.startswith("data:"):
         source = read_data_uri(source, name=name)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        if len(source) == 0:
-            raise InputError("zero bytes", name=name)
-        source = io.BytesIO(source)
-    elif not isinstance(source, (str, os.PathLike)):
+        file = io.BytesIO(source)
+        with _naming(name, "opened"):
+            return _opened(file, file, name)
+    if not isinstance(source, (str, os.PathLike)):
         raise InputError(
             f"an image is a path, a PIL image, a numpy array, bytes or a data URI, got {type(source).__name__}",
             name=name,
         )
+    with _naming(name, "opened"):
+        mode = os.stat(source).st_mode
+        if not stat.S_ISREG(mode):  # a pipe would be waited for
+            raise InputError(f"is a {'folder' if stat.S_ISDIR(mode) else 'pipe or device'}, not an image", name=name)
+        with open(source, "rb") as opened:
+            return _opened(opened, source, name)
+
+
+def _opened(file: IO[bytes], source: Any, name: str) -> Image.Image:
+    """Opens `source`, which can be read in `file`, once its format is known and opening it is known to be cheap."""
+    head = file.read(64)
+    if not head:
+        raise InputError("the file is empty (zero bytes)", name=name)
+    format = format_of(head)
+    if format == "HEIF":
+        import_heif(name)
+    elif format not in FORMATS:
+        begins = f" (it begins as {format})" if format else ""
+        raise InputError(f"not an image in a known format{begins}; {', '.join(FORMATS)} are read", name=name)
+    if format == "TIFF":
+        check_tiff(file)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image has its own limit
-            return Image.open(source, formats=_known_formats(formats))
+        return Image.open(source, formats=[format])
+    except UnidentifiedImageError:
+        raise InputError(f"not an image: it begins as {format}, but has no valid header", name=name) from None
+
+
+def _rgb(image: Image.Image, exif_transpose: bool) -> Image.Image:
+    image = decoded(image, exif_transpose=exif_transpose)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bits(grey: np.ndarray) -> np.ndarray:
+    """Greyscale of 16 or 32 bits in 8: scaled, but where all values fit into 8 bits already they are taken as they
+    are, as the original takes them."""
+    grey = grey.astype(np.int64).clip(0, 65535)
+    return (grey if grey.max() <= 255 else (grey + 128) // 257).astype(np.uint8)
+
+
+def _orientation(image: Image.Image) -> int:
+    """What EXIF says, 1 where it says nothing or cannot be read. Nothing is decoded."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # Pillow turns it when it decodes it
+        return 1
+    try:
+        exif = Image.Image.getexif(image)  # that of a PNG would decode it
+        if image.format == "PNG" and not exif and _is_undecoded(image) and image.fp is not None:
+            exif.load(png_exif(image.fp))
+        return exif.get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow raises all kinds here too
+        return 1
+
+
+@contextmanager
+def _naming(name: str, done: str) -> Iterator[None]:
+    """Turns what Pillow and the file system raise into InputError."""
+    try:
+        yield
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError("no such file", name=name) from None
-    except IsADirectoryError:
-        raise InputError("is a folder, not an image", name=name) from None
-    except UnidentifiedImageError:
-        if not isinstance(source, io.BytesIO) and os.path.getsize(source) == 0:
-            raise InputError("the file is empty (zero bytes)", name=name) from None
-        known = f" ({', '.join(formats)})" if formats else ""
-        raise InputError(f"not an image in a known format{known}", name=name) from None
     except Image.DecompressionBombError as e:
         raise InputError(f"decompression bomb: {e}", name=name) from None
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as e:
-        raise InputError(f"the image cannot be opened: {_describe(e)}", name=name) from None
-
-
-def _known_formats(formats: Sequence[str] | None) -> list[str]:
-    """Those of the formats that this Pillow can open, frequent ones first."""
-    Image.init()
-    if formats is None:
-        return [f for f in Image.ID if f not in REFUSED_FORMATS]
-    return [f for f in formats if f in Image.OPEN]
-
-
-def _describe(e: BaseException) -> str:
-    return str(e) or type(e).__name__
+    except Exception as e:
+        raise InputError(f"the image cannot be {done}: {str(e) or type(e).__name__}", name=name) from None

@@ -3,15 +3,15 @@ where the images are.
 """
 
 import json
+import lzma
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
-from PIL import Image
-
 from .extras import import_pyarrow
+from .images import open_image, to_rgb
 
 MINI = Path(__file__).parent / "mini" / "data"  # the sets that ship with the package: MMEB-eval/ and MMEB-train/
 
@@ -58,7 +58,7 @@ class Images:
             return self.place / found
         try:
             return self.archive.read(found)
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError) as error:
             raise ValueError(f"{found} in {self.place} cannot be read: {error}") from None
 
     def stamp(self, path: str) -> int:
@@ -67,20 +67,12 @@ class Images:
         return self.archive.getinfo(found).CRC if self.archive else (self.place / found).stat().st_size
 
     def check(self, path: str, *, thoroughly: bool = False) -> None:
-        """FileNotFoundError where it is missing; thoroughly: OSError where it cannot be decoded."""
+        """FileNotFoundError where it is missing; thoroughly: ValueError where it cannot be decoded."""
         if self._checked.get(path, False) < (thoroughly + 1):
             found = self._find(path)
             if thoroughly:
-                self._decode(found)
+                to_rgb(open_image(self.source(path), name=found), name=found)
             self._checked[path] = thoroughly + 1
-
-    def _decode(self, found: str) -> None:
-        file = self.archive.open(found) if self.archive else (self.place / found).open("rb")
-        try:
-            with file, Image.open(file) as image:
-                image.load()
-        except (OSError, SyntaxError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError) as error:
-            raise OSError(f"image {found} cannot be read: {error}") from None
 
     def _find(self, path: str) -> str:
         parts = PurePosixPath(path).parts

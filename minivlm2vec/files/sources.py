@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..extras import import_pyarrow
+from ..image_files import suffixes
 from .rows import Row
 
-IMAGE_SUFFIXES = frozenset(
-    ("avif", "bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "ppm", "tif", "tiff", "webp")
-)  # what Pillow reads and people keep in folders
+IMAGE_SUFFIXES = suffixes()
 MAX_CSV_FIELD = 1 << 24  # characters; bounds what an unclosed quote can swallow
 
 Part = tuple[int, list[Row]]  # its number, and its rows

@@ -9,7 +9,6 @@ a picture in the query it has no answer. It sees the training pictures alone, in
 is one of them, as with single emoji of seen concepts, it looks the answer up.
 """
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..images import open_image, to_rgb
 from ..mmeb.dataset import Rows
 from ..rows import Images, read_jsonl, read_rows
 from .world.concepts import SEEN_STYLES
@@ -26,8 +26,7 @@ SIDE = 32
 
 def small(source: Path | bytes) -> np.ndarray:
     """A picture's file as uint8 [S]."""
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)).reshape(-1)
+    return np.asarray(to_rgb(open_image(source)).resize((SIDE, SIDE), Image.Resampling.BOX)).reshape(-1)
 
 
 class SmallPictures:

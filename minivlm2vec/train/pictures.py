@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Callable, Sequence
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..images import open_image, to_rgb
@@ -56,7 +56,8 @@ def _cell(pair: Pair, images: Pictures, score: str, colour: tuple[int, int, int]
     top = CELL - 6 - 13 * len(lines) if pair.image else 20
     if pair.image:
         image = to_rgb(open_image(images.source(pair.image)))
-        picture = ImageOps.contain(image, (CELL - 16, top - 24))
+        scale = min((CELL - 16) / image.width, (top - 24) / image.height)
+        picture = image.resize([max(1, round(side * scale)) for side in image.size])  # a line stays one pixel wide
         cell.paste(picture, ((CELL - picture.width) // 2, 20))
     draw.text((8, 5), score, fill="black", font=font)
     for i, line in enumerate(lines):

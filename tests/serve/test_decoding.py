@@ -81,6 +81,23 @@ def tiny_tiles(side: int) -> bytes:
     return head + long(0) + rest
 
 
+@pytest.fixture
+def stalls(monkeypatch):
+    """A decoder does not come back from a file that ends in the name of what is wanted, as if its library looped."""
+    ask = decoding.Decoder.ask
+
+    async def stalling(self, request, data):
+        if data.endswith(request["want"].encode()):
+            os.kill(self._process.pid, signal.SIGSTOP)
+        return await ask(self, request, data)
+
+    monkeypatch.setattr(decoding.Decoder, "ask", stalling)
+
+
+def stalling(width: int, height: int, want: str = "crops") -> bytes:
+    return encoded(Image.new("L", (width, height)), "PNG") + want.encode()
+
+
 # The pool
 
 
@@ -126,7 +143,8 @@ def test_many_callers_share_a_few_processes(embedder):
 DAMAGED = {
     "nothing": (b"", "zero bytes"),
     "no image": (b"hello", "not an image in a known format"),
-    "a format that is not accepted": (b"P6 1 1 255\n\0\0\0", "not an image in a known format"),
+    "a format that is not accepted": (encoded(Image.new("L", (9, 9)), "EPS"), "it begins as EPS"),
+    "tiny tiles": (tiny_tiles(700), "490,000 pieces; at most 65,536"),
     "too large": (webp(2001), "4,004,001 pixels are more than the 4,000,000 allowed"),
 }
 
@@ -160,13 +178,25 @@ def test_any_error_of_pillow_is_the_images(embedder):
     asyncio.run(body())
 
 
-@pytest.mark.parametrize(("want", "data"), [("size", tiny_tiles(700)), ("crops", many_scans(3000, 1000))])
-def test_a_decoder_that_takes_too_long_is_killed(embedder, want, data):
+def test_scans_are_counted_before_they_are_decoded(embedder):
+    async def body():
+        async with pool(embedder) as decoders:
+            assert await decoders.size(many_scans(3000, 1000), "here") == (3000, 3000)
+            with pytest.raises(InputError, match=r"^here: .*the JPEG has 1,0\d\d scans; at most 100 are decoded"):
+                await decoders.crops(many_scans(3000, 1000), "here", 4, 9_000_000)
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("want", ["size", "crops"])
+def test_a_decoder_that_takes_too_long_is_killed(embedder, stalls, want):
+    data = stalling(30, 30, want)
+
     async def body():
         async with pool(embedder, decode_timeout=0.7) as decoders:
             start = time.monotonic()
             with pytest.raises(InputError, match=r"^here: the image was not decoded within 0\.7 s"):
-                await (decoders.size(data, "here") if want == "size" else decoders.crops(data, "here", 4, 9_000_000))
+                await (decoders.size(data, "here") if want == "size" else decoders.crops(data, "here", 4, 900))
             assert time.monotonic() - start < 5
             assert not decoders._all
             assert await decoders.size(webp(20), "here") == (20, 20)
@@ -174,14 +204,15 @@ def test_a_decoder_that_takes_too_long_is_killed(embedder, want, data):
     asyncio.run(body())
 
 
-def test_a_decoder_that_crashes_is_replaced(embedder):
+def test_a_decoder_that_crashes_is_replaced(embedder, stalls):
     async def body():
         async with pool(embedder, workers=1) as decoders:
             await decoders.start()
-            crops = asyncio.ensure_future(decoders.crops(many_scans(3000, 200), "here", 4, 9_000_000))
+            crops = asyncio.ensure_future(decoders.crops(stalling(30, 30), "here", 4, 900))
             await asyncio.sleep(0.2)
             (decoder,) = decoders._all
             os.kill(decoder._process.pid, signal.SIGSEGV)
+            os.kill(decoder._process.pid, signal.SIGCONT)
             with pytest.raises(InputError, match=r"^here: .*its decoder crashed"):
                 await crops
             assert await decoders.size(webp(20), "here") == (20, 20)
@@ -212,11 +243,11 @@ def test_the_largest_image_fits_into_the_memory_of_a_decoder(embedder):
     asyncio.run(body())
 
 
-def test_a_caller_that_goes_away_leaves_the_pool_working(embedder):
-    slow, quick = many_scans(2000, 100), webp(20)
+def test_a_caller_that_goes_away_leaves_the_pool_working(embedder, stalls):
+    slow, quick = stalling(2000, 2000), webp(20)
 
     async def body():
-        async with pool(embedder, workers=1) as decoders:
+        async with pool(embedder, workers=1, decode_timeout=2) as decoders:
             calls = [asyncio.ensure_future(decoders.crops(slow, "here", 4, 4_000_000)) for _ in range(20)]
             await asyncio.sleep(0.3)
             for gone in calls:
@@ -227,11 +258,11 @@ def test_a_caller_that_goes_away_leaves_the_pool_working(embedder):
     asyncio.run(body())
 
 
-def test_a_stop_does_not_wait_for_decoders(embedder):
+def test_a_stop_does_not_wait_for_decoders(embedder, stalls):
     async def body():
         async with pool(embedder, decode_timeout=60) as decoders:
             await decoders.start()
-            call = asyncio.ensure_future(decoders.crops(many_scans(3000, 2000), "here", 4, 9_000_000))
+            call = asyncio.ensure_future(decoders.crops(stalling(30, 30), "here", 4, 900))
             await asyncio.sleep(0.2)
             start = time.monotonic()
             await decoders.stop()
@@ -298,9 +329,9 @@ def test_pixels_in_flight_are_bounded(embedder):
         wait_for(lambda: limiter.pixels == 0)
 
 
-def test_texts_never_wait_for_images(embedder):
+def test_texts_never_wait_for_images(embedder, stalls):
     """All decoders are busy; texts are answered, alone and beside an image that waits."""
-    slow = {"messages": [user(part(many_scans(3000, 1000), "jpeg")), user("t")]}
+    slow = {"messages": [user(part(stalling(3000, 3000), "png")), user("t")]}
     busy = embedder.num_workers
     limits = Limits(decode_timeout=8.0)
     with running(create_app(embedder, ServeOptions(limits=limits))) as server, ThreadPoolExecutor(busy) as clients:

@@ -201,7 +201,7 @@ def test_missing_and_unreadable_pictures(root):
     write_rows(root, "A", [GOOD, GOOD | {"qry_image_path": "images/b.png"}])
     data = TrainingData(DataConfig(str(root)))
     data.check()
-    with pytest.raises(ValueError, match=r"1 rows cannot be used:\nA, row 1: image images/b.png cannot be read"):
+    with pytest.raises(ValueError, match=r"1 rows cannot be used:\nA, row 1: images/b.png: not an image"):
         data.check(thoroughly=True)
     write_rows(root, "A", [GOOD | {"qry_image_path": "images/c.png"}])
     with pytest.raises(ValueError, match=r"A, row 0: image images/c.png is not in"):
@@ -215,7 +215,7 @@ def test_check_names_broken_rows_before_anything_else(root, tmp_path, capsys):
     (root / "images/a.png").write_bytes(b"no picture")
     assert main(["train", str(path), "--check"]) == 1
     err = capsys.readouterr().err
-    assert "10 rows cannot be used" in err and "A, row 0: image images/a.png cannot be read" in err
+    assert "10 rows cannot be used" in err and "A, row 0: images/a.png: not an image" in err
 
 
 def test_the_cap_takes_the_first_rows_or_random_ones(root):
