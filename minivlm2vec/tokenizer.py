@@ -1,6 +1,7 @@
 """tokenizer.json -> ids, with the `tokenizers` library."""
 
 import json
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -32,6 +33,11 @@ class Tokenizer:
                 f"the text is not valid Unicode: character {e.start} is a lone surrogate", name="text"
             ) from None
         return self.tokenizer.encode(text).ids
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the vocabulary's longest token."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     def __len__(self) -> int:
         return self.tokenizer.get_vocab_size()

@@ -300,7 +300,7 @@ def interrupted(stop_after, source, out, checkpoint, *more) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "word"),
     [("--num-crops", 2, "num_crops is 4 there and 2 now"), ("--instruction", "Other.", "instruction"),
-     ("--store", "float16", "stored_as"), ("--part-rows", 5, "part_rows is 4 there and 5 now"),
+     ("--store", "float16", "stored_as"),
      ("--model", None, "checkpoint"), ("--adapter", None, "adapter is None there and ")],
 )  # fmt: skip
 def test_refuses_to_go_on_with_other_settings(pictures, checkpoint, tmp_path, stop_after, option, value, word):
