@@ -174,8 +174,8 @@ class JsonLines(LineTable):
 class Csv(LineTable):
     """A header and records, in UTF-8, quoted as RFC 4180 has it. Every value is a string; blank lines are no rows.
 
-    A record that is not quoted so is one line, whatever its quotes would swallow: that line is reported, and what comes
-    after it are rows again.
+    Where the quotes of a record are not well-formed, or it goes over several lines and has not the header's number of
+    fields, it is one line: that one is reported, and what a quote that is never closed would swallow are rows again.
     """
 
     delimiter = ","
@@ -195,9 +195,7 @@ class Csv(LineTable):
     def _records(self, lines: "_Lines") -> Iterator[Record]:
         for line, fields, error in self._fields(lines):
             if error is None and len(fields) != len(self.names):
-                last = lines.number - 1
                 error = f"{len(fields)} fields where the header has {len(self.names)}"
-                error += f" (lines {line} to {last})" if last > line else ""
             if error is None and not is_unicode("".join(fields)):
                 error = "not valid UTF-8"
             yield line, {} if error else dict(zip(self.names, fields, strict=True)), error
@@ -210,14 +208,14 @@ class Csv(LineTable):
             offset, line = lines.offset, lines.number
             try:
                 fields = next(csv.reader(texts, delimiter=self.delimiter, strict=True), None)
+                if lines.number > line + 1:
+                    self._check_joined(lines, fields or [], (offset, line))
             except (csv.Error, ValueError) as e:
                 lines.seek(offset, line)
                 yield line, *self._no_record(lines, e)
                 continue
             if fields is None:
                 return
-            if lines.number > line + 1:
-                fields = self._over_lines(lines, fields, (offset, line))
             if fields:  # else a blank line
                 yield line, fields, None
 
@@ -227,9 +225,11 @@ class Csv(LineTable):
         never = "a quote that is opened here is never closed"
         return [], f"not CSV: {never if 'unexpected end' in str(error) else error}"
 
-    def _over_lines(self, lines: "_Lines", fields: list[str], start: tuple[int, int]) -> list[str]:
-        """The fields of a record that goes over several lines."""
-        return fields
+    def _check_joined(self, lines: "_Lines", fields: list[str], start: tuple[int, int]) -> None:
+        """Raises ValueError where the lines since `start` are not the one record that a quote makes of them."""
+        if len(fields) != len(self.names or fields):
+            raise ValueError(f"a quote that is opened here is closed in line {lines.number - 1}, and makes "
+                             f"{len(fields)} fields where the header has {len(self.names)}")  # fmt: skip
 
 
 class Tsv(Csv):
@@ -244,15 +244,14 @@ class Tsv(Csv):
         except ValueError as e:
             return [], str(e)
 
-    def _over_lines(self, lines: "_Lines", fields: list[str], start: tuple[int, int]) -> list[str]:
+    def _check_joined(self, lines: "_Lines", fields: list[str], start: tuple[int, int]) -> None:
+        super()._check_joined(lines, fields, start)
         end = lines.offset, lines.number
         lines.seek(*start)
         joined = [_unquoted(line) for line in islice(lines, end[1] - start[1]) if line.strip()]
-        if any(len(alone) != len(self.names or fields) for alone in joined):
-            lines.seek(*end)
-            return fields
-        lines.seek(*start)
-        return _unquoted(next(lines))
+        lines.seek(*end)
+        if all(len(alone) == len(self.names or fields) for alone in joined):
+            raise ValueError("each of the lines is a record")
 
 
 class Parquet(Table):
