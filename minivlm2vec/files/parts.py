@@ -78,7 +78,8 @@ class Parts:
         while True:
             if self.folder.is_symlink():
                 raise ValueError(f"{self.folder} is a link, which is not followed; remove it")
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # exist_ok would look again, and may find it gone
+                self.folder.mkdir(parents=True)
             try:
                 lock = os.open(self.lock_path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
             except FileNotFoundError:

@@ -48,11 +48,13 @@ def embed(source, out, checkpoint, *more):
 # Rows that were read and rows that were reported add up
 
 FIELD = st.text("ab \"',\té写", max_size=6)
+# Not behind a quote: there an unclosed one could end, and the file would be another one that is well-formed.
+LINES = st.text("ab \",\té\n\r", max_size=8).map(lambda text: re.sub(r"(?<![ab])[\n\r]", "", text))
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    rows=st.lists(st.tuples(FIELD, st.text("ab \",\té\n\r", max_size=8)), max_size=12),
+    rows=st.lists(st.tuples(FIELD, LINES), max_size=12),
     broken=st.integers(0, 12), end=st.sampled_from(["\n", "\r\n", "\r"]), bom=st.booleans(), size=st.integers(1, 5),
 )  # fmt: skip
 def test_csv_of_any_writer_with_a_quote_that_is_never_closed(tmp_path_factory, rows, broken, end, bom, size):
