@@ -49,7 +49,7 @@ def embed(source, out, checkpoint, *more):
 
 FIELD = st.text("ab \"',\té写", max_size=6)
 # Not behind a quote: there an unclosed one could end, and the file would be another one that is well-formed.
-LINES = st.text("ab \",\té\n\r", max_size=8).map(lambda text: re.sub(r"(?<![ab])[\n\r]", "", text))
+LINES = st.text('ab ",\té\n\r', max_size=8).map(lambda text: re.sub(r"(?<![ab])[\n\r]", "", text))
 
 
 @settings(max_examples=150, deadline=None)
