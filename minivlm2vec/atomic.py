@@ -56,7 +56,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def rename(old: Path, new: Path) -> None:
     """Moves a file or a folder over another of its kind. The parent folder remembers it after a power cut too."""
-    if new.is_dir():
+    if new.is_dir() and not new.is_symlink():
         shutil.rmtree(new)
     os.replace(old, new)
     if os.name == "posix":  # elsewhere a folder cannot be opened
@@ -82,8 +82,8 @@ def flush_tree(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder, if there is one."""
-    if path.is_dir():
+    """Removes a file, a folder or a link (not what it leads to), if there is one."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

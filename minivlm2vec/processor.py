@@ -140,7 +140,7 @@ class Processor:
         text, sources = _text_and_images(item)
         text = _with_prompt(_with_tags(text, len(sources)), prompt, bool(sources))
         if not sources:
-            return self._bounded(Planned(self.tokenizer(text)[:max_length]))
+            return self._bounded(Planned(self._first_ids(text, max_length)))
         pieces = IMAGE_TAG.split(text)  # text, number, text, number, … text
         return self.plan_pieces(pieces[::2], sources, [int(n) for n in pieces[1::2]], num_crops=num_crops)
 
@@ -172,6 +172,7 @@ class Processor:
         grids = tuple(self._grid(s, n, num_crops) for s, n in zip(sizes, names, strict=True))
         tokens = [self._num_image_tokens([g]) for g in grids]
         first = np.cumsum([0, *tokens])
+        self._check_characters(sum(map(len, pieces)))
         ids, index, source = self.tokenizer(pieces[0]), [], []
         for number, piece in zip(numbers, pieces[1:], strict=True):
             size = tokens[number - 1]
@@ -237,6 +238,23 @@ class Processor:
             return hd_size(*size, num_crops, self.crop_size).grid
         except ValueError as e:
             raise InputError(str(e), name=name) from None
+
+    def _first_ids(self, text: str, max_length: int | None) -> list[int]:
+        """Ids of a text, of which no more is tokenised than can matter."""
+        if max_length is not None:
+            begin = text[: self.tokenizer.longest_token * 2 * max_length]  # twice: what is cut through changes the last
+            ids = self.tokenizer(begin)
+            if len(ids) > max_length or len(begin) == len(text):
+                return ids[:max_length]
+        self._check_characters(len(text))
+        return self.tokenizer(text)[:max_length]
+
+    def _check_characters(self, number: int) -> None:
+        """Refuses a text that must have too many tokens, before it is tokenised: that takes 200 bytes a character."""
+        limit = self.config.decoder.max_position_embeddings
+        if number > limit * self.tokenizer.longest_token:
+            raise InputError(f"{number:,} characters are more than the {limit:,} tokens of max_position_embeddings can "
+                             "hold; max_length cuts a text", name="text")  # fmt: skip
 
     def _bounded(self, planned: Planned) -> Planned:
         limit = self.config.decoder.max_position_embeddings

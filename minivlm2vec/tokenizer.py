@@ -1,6 +1,7 @@
 """tokenizer.json -> ids, with the `tokenizers` library."""
 
 import json
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -41,6 +42,11 @@ class Tokenizer:
             return self.tokenizer.encode(text).ids
         except BaseException as e:
             raise InputError(f"the tokenizer cannot read the text: {_reason(e)}", name="text") from None
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the vocabulary's longest token."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     def __len__(self) -> int:
         return self.tokenizer.get_vocab_size()

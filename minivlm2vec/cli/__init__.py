@@ -4,12 +4,14 @@ A file has `add_arguments(parser)` and `run(args)`, and imports what is heavy in
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import Option, OptionError
 from . import demo, embed, info, mmeb, new_checkpoint, search, serve, similarity, train
+from .messages import say
 
 COMMANDS = {
     "demo": (demo, "see what it does, with the bundled model and pictures"),
@@ -22,15 +24,23 @@ COMMANDS = {
     "info": (info, "print a checkpoint's architecture"),
     "new-checkpoint": (new_checkpoint, "write a randomly initialised checkpoint"),
 }
+PIPE_CLOSED = 141  # what a shell gives a command that SIGPIPE ends
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand. Returns its exit code: 0 done, 1 a user's error (named on stderr), 2 wrong arguments."""
     args = _parser().parse_args(argv)
     try:
-        return args.run(args) or 0
+        code = args.run(args) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read has read enough, as `head` does
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # else Python complains when it flushes at its end
+        return PIPE_CLOSED
     except (ValueError, OSError, ImportError, RuntimeError) as e:
-        print(f"minivlm2vec {args.command}: {_message(e)}", file=sys.stderr)
+        say(f"minivlm2vec {args.command}: {_message(e)}")
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

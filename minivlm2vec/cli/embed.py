@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files.progress import Progress
 from .arguments import add_model_arguments, model_spec
+from .messages import say, visible
 
 if TYPE_CHECKING:
     from ..files import BadRow, EmbedOptions, Job, Summary, Timing
@@ -29,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "but 0, and names it as `exitcode`)"
     )
     parser.add_argument("source", metavar="SOURCE",
-                        help="a folder of images (with all below it), a .jsonl, .csv, .tsv or .parquet table, or - for "
-                        "JSONL on stdin")  # fmt: skip
+                        help="a folder of images (with all below it) or of Parquet files, a .jsonl, .csv, .tsv or "
+                        ".parquet table, or - for JSONL on stdin")  # fmt: skip
     parser.add_argument("-o", "--out", required=True, metavar="OUT",
                         help="ends in .npy, .safetensors, .parquet or .lance")  # fmt: skip
     add_model_arguments(parser)
@@ -74,10 +75,12 @@ def run(args: argparse.Namespace) -> int:
         with Bar(args) as progress:
             summary = files.embed(args.source, args.out, None, _options(args), progress)
     except files.BadRowError as e:
-        print(f"minivlm2vec embed: stopped (--strict) at {e}", file=sys.stderr)
+        say(f"minivlm2vec embed: stopped (--strict) at {e}")
         return STRICT
+    except BrokenPipeError:
+        raise
     except OSError as e:
-        print(f"minivlm2vec embed: {e}. What is finished is kept: the same command goes on from there", file=sys.stderr)
+        say(f"minivlm2vec embed: {e}. What is finished is kept: the same command goes on from there")
         return USER_ERROR
     except KeyboardInterrupt:
         print("\nThe same command goes on from here.", file=sys.stderr)
@@ -100,15 +103,15 @@ def _options(args: argparse.Namespace) -> "EmbedOptions":
 def _report(summary: "Summary", args: argparse.Namespace) -> None:
     out, rows, bad = summary.out, f"{summary.rows:,}", f"{summary.bad_rows:,}"
     if summary.already_finished:
-        print(f"{out} is finished already: {rows} rows, {bad} of them bad", file=sys.stderr)
+        say(f"{out} is finished already: {rows} rows, {bad} of them bad")
         return
     if len(summary.computed_with) > 1:
-        print(f"computed in part with {' and in part with '.join(summary.computed_with)}: vectors differ by rounding "
-              "from those of one of them alone", file=sys.stderr)  # fmt: skip
+        say(f"computed in part with {' and in part with '.join(summary.computed_with)}: vectors differ by rounding "
+            "from those of one of them alone")  # fmt: skip
     verb = "appended to" if args.append else "wrote"
-    print(f"{verb} {out}: {rows} vectors of {summary.dimension} {args.store}", file=sys.stderr)
+    say(f"{verb} {out}: {rows} vectors of {summary.dimension} {args.store}")
     if summary.errors:
-        print(f"{bad} of them are empty: {summary.errors} says why", file=sys.stderr)
+        say(f"{bad} of them are empty: {summary.errors} says why")
 
 
 class Bar(Progress):
@@ -134,12 +137,16 @@ class Bar(Progress):
 
     def planned(self, job: "Job") -> None:
         if job.listed is not None:
-            images, others = job.listed
-            print(f"{Path(job.source)}: {images:,} images; {others:,} other files left out", file=sys.stderr)
+            tables, others = len(job.listed.tables), sum(job.listed.others.values())
+            found = f"{tables:,} Parquet files" if tables and not job.listed.images else f"{job.listed.images:,} images"
+            left = others - tables if found.endswith("files") else others
+            say(f"{Path(job.source)}: {found}; {left:,} other files left out")
+            for folder in job.listed.unreadable:
+                say(f"{Path(job.source)}: left out, as it cannot be read: {folder}")
         kept = len(job.numbers) - len(job.todo)
         if (kept or job.changed) and not job.complete:
-            again = f"; {job.changed} are done again, as their image files changed" if job.changed else ""
-            print(f"going on: {kept} of {len(job.numbers)} parts are finished{again}", file=sys.stderr)
+            again = f"; {job.changed} are done again, as they or their image files changed" if job.changed else ""
+            say(f"going on: {kept} of {len(job.numbers)} parts are finished{again}")
 
     def begun(self, rows: int) -> None:
         self.bar = self.tqdm(total=rows, desc=self.label, unit="row", disable=self.quiet)
@@ -151,7 +158,7 @@ class Bar(Progress):
         self.num_bad += 1
         if self.num_bad <= SHOWN_BAD_ROWS:
             more = "; further ones are not shown here" if self.num_bad == SHOWN_BAD_ROWS else ""
-            self.bar.write(f"no vector for {bad}{more}", file=sys.stderr)
+            self.bar.write(visible(f"no vector for {bad}{more}"), file=sys.stderr)
 
     def computed(self, timing: "Timing") -> None:
         self.bar.close()

@@ -1,8 +1,20 @@
-"""What the library logs, printed."""
+"""What a command says: printed so that nothing in it steers a terminal."""
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+
+def visible(text: str) -> str:
+    """The text with every character that is not printable, but for the ends of lines, as an escape: the names of files
+    and columns are a stranger's."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def say(text: str) -> None:
+    """Tells the user on stderr."""
+    print(visible(text), file=sys.stderr)
 
 
 class Printer(logging.Handler):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import add_model_arguments, model_spec
+from .messages import say
 
 if TYPE_CHECKING:
     from ..files import Hit, Query, SearchOptions
@@ -67,7 +68,7 @@ def _search(args: argparse.Namespace) -> int:
     hits = files.search(vectors, query, None, options)
     if args.html:
         files.write_hits(args.html, vectors, query, hits, image_root=args.image_root)
-        print(f"wrote {args.html}", file=sys.stderr)
+        say(f"wrote {args.html}")
     if args.json:
         print(_as_json(args.vectors, query, hits))
     elif not args.html:
@@ -89,9 +90,8 @@ def _build_index(args: argparse.Namespace) -> int:
     from ..files import build_index
 
     report = build_index(args.vectors, args.build_index, nprobes=args.nprobes, k=args.top)
-    print(f"{args.vectors}: index {report.kind} over {report.rows:,} rows; recall@{report.k} against exact search "
-          f"{report.recall:.3f} ({report.queries} of its own vectors, {report.nprobes} probes)",
-          file=sys.stderr)  # fmt: skip
+    say(f"{args.vectors}: index {report.kind} over {report.rows:,} rows; recall@{report.k} against exact search "
+        f"{report.recall:.3f} ({report.queries} of its own vectors, {report.nprobes} probes)")  # fmt: skip
     return 0
 
 
@@ -109,22 +109,23 @@ def _write_gallery(args: argparse.Namespace) -> int:
         args.html, vectors, top=args.top, limit=args.limit, image_root=args.image_root, device=args.device or "cpu"
     )
     size = Path(args.html).stat().st_size / 1e6
-    print(f"wrote {args.html}: {shown:,} of {vectors.shape[0]:,} rows, {size:,.1f} MB", file=sys.stderr)
+    say(f"wrote {args.html}: {shown:,} of {vectors.shape[0]:,} rows, {size:,.1f} MB")
     return 0
 
 
 def _as_json(vectors: str, query: "Query", hits: "Sequence[Hit]") -> str:
-    from ..files.rows import as_text
+    from ..files.rows import as_json
 
     found = {"vectors": vectors, "query": query.as_json(), "hits": [vars(hit) for hit in hits]}
-    return json.dumps(found, indent=2, ensure_ascii=False, default=as_text)
+    text = as_json(found, indent=2)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def _as_table(query: "Query", hits: "Sequence[Hit]") -> str:
     from ..files.rows import printable
 
     names = list(hits[0].columns) if hits else []
-    table = [["rank", "score", "row", *names]]
+    table = [["rank", "score", "row", *map(printable, names)]]
     table += [[str(h.rank), f"{h.score:.4f}", str(h.row), *(printable(h.columns.get(c)) for c in names)] for h in hits]
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     lines = [f"instruction: {printable(query.instruction, 100)}"] if query.instruction else []

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 
+from ..files.rows import printable
 from .arguments import add_model_arguments, load_embedder
 
 
@@ -39,10 +40,5 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("  score  kind   target")
         for row in rows:
-            print(f"{row['score']:>7.4f}  {row['kind']:<5}  {_one_line(row['target'])}")
+            print(f"{row['score']:>7.4f}  {row['kind']:<5}  {printable(row['target'], 100)}")
     return 0
-
-
-def _one_line(text: str, width: int = 100) -> str:
-    text = text.replace("\n", "\\n")
-    return text if len(text) <= width else text[: width - 1] + "…"

@@ -17,11 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from minivlm2vec_kernels.ops import choose_backend
 
 from .. import __version__
+from ..atomic import remove
 from ..distributed import Ranks
 from ..embedder import Embedder
 from ..errors import Option, OptionError
@@ -32,9 +34,10 @@ from .parts import Parts
 from .pipeline import Pipeline
 from .progress import Progress, Timing
 from .rows import BadRow, BadRowError, Columns, digest_of
-from .sources import Index, JsonLines, Table, open_table, spool_folder, spool_stdin
-from .vectors import LanceDataset, open_vectors
+from .sources import Index, JsonLines, Listing, Table, open_table, spool_folder, spool_stdin, table_of_folder
+from .vectors import FlatFile, LanceDataset, VectorFile, check_lance_name, open_vectors
 
+NO_VECTORS = {"vector_column", "batch_tokens", "part_rows"}  # settings that change no vector beyond rounding
 NOT_COMPARED = {"text_column", "image_column", "image_root", "batch_tokens", "part_rows"}  # may differ when appending
 
 
@@ -82,8 +85,8 @@ def embed(
     has no vector (NaN), and OUT.errors.jsonl says why.
 
     Args:
-        source: a folder of images (with all below it), a .jsonl, .csv, .tsv or .parquet table, or "-" for JSONL on
-            stdin.
+        source: a folder of images (with all below it) or of Parquet files, a .jsonl, .csv, .tsv or .parquet table, or
+            "-" for JSONL on stdin.
         out: ends in .npy, .safetensors, .parquet (extra `files`) or .lance (extra `lance`).
         embedder: default the one that `options.model` names, loaded when there is something to compute.
 
@@ -92,7 +95,7 @@ def embed(
     Raises ValueError for what the caller can mend (OptionError, InputError, CheckpointError, BadRowError among them),
     ImportError for a missing extra, OSError for a disk that is full or cannot be read.
     """
-    options, progress = options or EmbedOptions(), progress or Progress()
+    options, progress = _checked(options), progress or Progress()
     if embedder is not None and options.model.name is None:
         options = replace(options, model=ModelSpec.of(embedder))
     with Ranks() as ranks, _planned_by_the_first(source, out, options, ranks, progress) as job:
@@ -108,27 +111,35 @@ def embed(
 def plan(source: str | os.PathLike, out: str | os.PathLike, options: EmbedOptions | None = None) -> Job:
     """Reads through the source, refuses everything that can be refused before a model is loaded, and finds or begins
     the run's folder, OUT.parts. See `embed` for what it takes and raises."""
-    options, out = options or EmbedOptions(), Path(out)
-    _check_target(out, options)
+    options, out = _checked(options), _check_target(source, out, _checked(options))
     parts = Parts(out)
     with ExitStack() as held:
         held.enter_context(parts.locked())
+        begun, made = parts.manifest(), _made(out, options)
+        settings = (begun or {}).get("settings") or (made.settings if made else {})
+        if not options.overwrite and "part_rows" in settings:
+            options = replace(options, part_rows=settings["part_rows"])
         job = _describe(source, out, options, parts)
         manifest = {"settings": job.settings, "source": vars(job.index)}
-        begun = parts.manifest()
-        _check_run(job, begun, manifest)
-        complete = _check_out(job)
-        finished = [n for n in parts.finished() if n in job.numbers] if begun == manifest else []
-        kept = set() if complete else set(_unchanged(job, finished))
+        goes_on = _goes_on(job, begun, manifest)
+        complete = made is not None
+        if made is not None:
+            _check_made(job, made)
+        elif _appends(job):
+            _check_append(job)
+        if not complete:
+            _check_written(job)
+        kept = set(_unchanged(job)) if goes_on and not complete else set()
         todo = () if complete else tuple(n for n in job.numbers if n not in kept)
         if not complete:
             _check_space(job, todo)
-        for number in set(parts.finished()) - kept:
+        present = parts.present()
+        for number in set(present) - kept:
             parts.discard(number)
         if begun != manifest:
             parts.begin(manifest)
         parts.write_todo(list(todo))
-        changed = 0 if complete else len(finished) - len(kept)
+        changed = len(present) - len(kept) if goes_on and not complete else 0
         return replace(job, todo=todo, changed=changed, complete=complete, held=held.pop_all())
 
 
@@ -155,7 +166,7 @@ def compute(
     rows = job.num_rows(numbers)
     progress.begun(rows)
     for result in pipeline.run(job.rows(numbers)):
-        job.parts.write(result, job.dtype, computed_with(embedder))
+        job.parts.write(result, job.dtype, f"{computed_with(embedder)}, {job.options.batch_tokens} tokens together")
     timing = Timing(rows, pipeline.watch.elapsed, pipeline.watch.waited)
     progress.computed(timing)
     return timing
@@ -164,9 +175,9 @@ def compute(
 def assemble(job: Job) -> Assembled:
     """Puts the parts together, in the parts' folder. Raises ValueError where the source changed since it was planned,
     or parts are missing."""
-    if _stat(job.table.path) != job.stat:
+    if job.table.stat() != job.stat:
         raise OptionError(f"{job.source} was changed while it was read; begin anew with ", Option("overwrite"))
-    missing = set(job.numbers) - set(job.parts.finished())
+    missing = set(job.numbers) - set(job.parts.present())
     if missing:
         raise ValueError(f"{len(missing)} of {len(job.numbers)} parts are not computed yet")
     heads = [job.parts.head(n) for n in job.numbers]
@@ -181,9 +192,7 @@ def assemble(job: Job) -> Assembled:
         "computed_with": sorted({head.computed_with for head in heads}),
     }
     suffix = job.out.suffix
-    schema = job.table.arrow_schema(job.index) if suffix in writers.ARROW else None
-    shape = (job.index.num_rows, job.settings["dimension"])
-    head = writers.Head(*shape, job.dtype, meta, schema, job.settings["vector_column"])
+    head = _head(job, meta)
     written = job.parts.assembled(suffix)
     suffixes = writers.write_errors(written, [bad.as_json() for bad in bad_rows])
     if not _appends(job):
@@ -193,10 +202,11 @@ def assemble(job: Job) -> Assembled:
 
 def publish(assembled: Assembled) -> Summary:
     """Moves the files in place, or appends the rows, and removes the parts."""
-    job, head = assembled.job, assembled.head
-    if "" not in assembled.suffixes:
-        writers.append_lance(job.out, job.parts.folder / "append.json", head, _pieces(job))
-    writers.move(assembled.written, job.out, assembled.suffixes)
+    job, head, suffixes = assembled.job, assembled.head, assembled.suffixes
+    if "" not in suffixes:
+        before = writers.append_lance(job.out, job.parts.folder / "append.json", head, _pieces(job))
+        suffixes = writers.join_errors(job.out, assembled.written, before)
+    writers.move(assembled.written, job.out, suffixes)
     job.parts.remove()
     return _summary(job.out, head.meta)
 
@@ -222,10 +232,12 @@ def _planned_by_the_first(
         ranks.barrier()
         return job
     ranks.barrier()
-    parts = Parts(Path(out))
+    out = _check_target(source, out, options)
+    parts = Parts(out)
     manifest = parts.manifest()
     assert manifest is not None, "the first process has begun the run"
-    job = _describe(source, Path(out), options, parts, Index(**manifest["source"]), manifest["settings"])
+    options = replace(options, part_rows=manifest["settings"]["part_rows"])
+    job = _describe(source, out, options, parts, Index(**manifest["source"]), manifest["settings"])
     return replace(job, todo=tuple(parts.todo()))
 
 
@@ -236,28 +248,31 @@ def _describe(
     """The job, from its source and options; without an index of the source it is spooled and read through."""
     name = os.fspath(source)
     table, root, listed = _open_source(name, options, parts, spool=index is None)
-    stat = _stat(table.path)
+    stat = table.stat()
     index = index or table.index(options.part_rows)
     columns = Columns.choose(index.columns, options.text_column, options.image_column, root)
     _check_columns(list(index.columns), out.suffix, options.vector_column)
     checkpoint = options.model.locate()
-    settings = settings or _settings(options, checkpoint, columns, folder=listed is not None)
+    settings = settings or _settings(options, checkpoint, columns, folder=listed is not None and not listed.tables)
     return Job(name, table, index, columns, out, parts, options, checkpoint, settings, stat, listed)
 
 
 def _open_source(
     source: str, options: EmbedOptions, parts: Parts, *, spool: bool
-) -> tuple[Table, Path, tuple[int, int] | None]:
+) -> tuple[Table, Path, Listing | None]:
     """The source as a table, what relative paths are relative to, and what was found in a folder."""
     path = Path(source)
     root = Path(options.image_root) if options.image_root else None
+    if root is not None and not root.is_dir():
+        raise OptionError(Option("image_root"), f" {root} is no folder")
     if source == "-":
         if spool:
             spool_stdin(parts.spool)
         return JsonLines(parts.spool), (root or Path()).absolute(), None
     if path.is_dir():
-        listed = spool_folder(path, parts.spool) if spool else None
-        return JsonLines(parts.spool, has_lines=False), (root or path).absolute(), listed
+        listed = spool_folder(path, parts.spool) if spool or not parts.spool.stat().st_size else None
+        table = table_of_folder(path, listed) if listed is not None and not listed.images else None
+        return table or JsonLines(parts.spool, has_lines=False), (root or path).absolute(), listed
     if not path.exists():
         raise ValueError(f"{path} does not exist: SOURCE is a folder, a table, or - for JSONL on stdin")
     return open_table(path), (root or path.parent).absolute(), None
@@ -285,16 +300,29 @@ def _settings(options: EmbedOptions, checkpoint: Checkpoint, columns: Columns, *
     }
 
 
-def _stat(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+def _head(job: Job, meta: dict[str, Any]) -> writers.Head:
+    schema = job.table.arrow_schema(job.index) if job.out.suffix in writers.ARROW else None
+    shape = (job.index.num_rows, job.settings["dimension"])
+    return writers.Head(*shape, job.dtype, meta, schema, job.settings["vector_column"])
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 
-def _check_target(out: Path, options: EmbedOptions) -> None:
-    """Refuses an OUT of another ending, or one that the options do not fit."""
+def _checked(options: EmbedOptions | None) -> EmbedOptions:
+    if not isinstance(options, EmbedOptions | None):
+        raise OptionError(Option("options"), f" are an EmbedOptions, got {type(options).__name__}")
+    return options or EmbedOptions()
+
+
+def _check_target(source: str | os.PathLike, out: str | os.PathLike, options: EmbedOptions) -> Path:
+    """OUT, where it really is. Refuses one of another ending, or one that the options do not fit."""
+    for what, name in (("source", source), ("out", out)):
+        if not isinstance(name, str | os.PathLike):
+            raise OptionError(Option(what), f" is a path, got {type(name).__name__}")
+        if "://" in os.fspath(name):
+            raise OptionError(Option(what), f" {os.fspath(name)} is an address; only local files are read and written")
+    out = Path(os.path.realpath(out)) if os.path.islink(out) else Path(out)  # a link stays, and leads to the file
     *kinds, last = writers.WRITERS
     if out.suffix not in writers.WRITERS:
         raise OptionError(Option("out"), f" {out}: OUT ends in {', '.join(kinds)} or {last}")
@@ -303,12 +331,44 @@ def _check_target(out: Path, options: EmbedOptions) -> None:
     writers.require_packages(out.suffix)
     if out.is_dir() and out.suffix != ".lance":
         raise OptionError(Option("out"), f" {out} is a folder")
+    if out.suffix == ".lance":
+        check_lance_name(out)
+    written = (writers.beside(out, suffix) for suffix in ("", writers.META, writers.ROWS, writers.ERRORS))
+    if any(path.exists() and os.path.exists(source) and os.path.samefile(path, source) for path in written):
+        raise OptionError(Option("out"), f" {out} would be written over the source {os.fspath(source)}")
+    return out
 
 
-def _check_run(job: Job, begun: dict[str, Any] | None, manifest: dict[str, Any]) -> None:
-    """Refuses a run, begun in OUT.parts, that is another one."""
-    if begun is not None and begun != manifest and not job.options.overwrite:
-        raise _made_otherwise(job.parts.folder, job, begun["settings"], begun["source"])
+def _goes_on(job: Job, begun: dict[str, Any] | None, manifest: dict[str, Any]) -> bool:
+    """Whether a run begun in OUT.parts is this one. Refuses another one."""
+    if begun is None:
+        return False
+    if begun["source"] == manifest["source"] and not _differ(begun["settings"], job.settings, NO_VECTORS):
+        return True
+    if not job.options.overwrite:
+        raise _made_otherwise(job.parts.folder, job, begun["settings"], begun["source"], NO_VECTORS)
+    return False
+
+
+def _differ(old: dict[str, Any], new: dict[str, Any], but: set[str]) -> list[str]:
+    return [name for name, value in new.items() if name not in but and old.get(name) != value]
+
+
+def _check_written(job: Job) -> None:
+    """Has the writer of OUT write, or refuse, the first row: names and types that the format does not take are told
+    before the work."""
+    if job.out.suffix not in writers.ARROW or _appends(job):
+        return
+    tables = job.table.arrow_tables(job.index, [0] if job.index.num_rows else [], job.options.part_rows)
+    trial = job.parts.assembled(f".trial{job.out.suffix}")
+    head = _head(job, {"settings": job.settings})
+    none = np.full((1, head.dimension), np.nan, job.dtype)
+    try:
+        writers.WRITERS[job.out.suffix](trial, head, ((none, table.slice(0, 1)) for table in tables))
+    except (ValueError, TypeError, RuntimeError, OverflowError) as e:
+        raise ValueError(f"{job.out.name} cannot hold the columns of {job.source}: {writers.said(e)}") from None
+    finally:
+        remove(trial)
 
 
 def _check_columns(names: list[str], suffix: str, vector_column: str) -> None:
@@ -323,23 +383,30 @@ def _check_columns(names: list[str], suffix: str, vector_column: str) -> None:
                           " gives the vectors another name")  # fmt: skip
 
 
-def _check_out(job: Job) -> bool:
-    """Refuses an OUT that this job did not make. True where it did, and nothing is left to do."""
-    if not job.out.exists():
-        return False
-    if _appends(job):
-        _check_append(job)
-    if job.options.overwrite or job.options.append:
-        return False
-    meta = open_vectors(job.out).meta
+def _made(out: Path, options: EmbedOptions) -> VectorFile | LanceDataset | None:
+    """The OUT that is there, unless it is to be replaced or added to. Refuses one whose files do not fit together."""
+    if options.overwrite or options.append or not out.exists():
+        return None
+    try:
+        made = open_vectors(out)
+        if isinstance(made, FlatFile):
+            made.check_rows()
+    except ValueError as e:
+        raise OptionError(f"{e}; ", Option("overwrite"), " replaces it") from None
+    return made
+
+
+def _check_made(job: Job, made: VectorFile | LanceDataset) -> None:
+    """Refuses an OUT that this job did not make. Where it did, nothing is left to do."""
+    meta = made.meta
     if meta is None:
         raise OptionError(f"{job.out} exists and does not say what made it; ", Option("overwrite"), " replaces it")
-    if meta["settings"] != job.settings or meta["source"]["fingerprint"] != job.index.fingerprint:
-        raise _made_otherwise(job.out, job, meta["settings"], meta["source"])
+    but = NO_VECTORS - ({"vector_column"} if job.out.suffix in writers.ARROW else set())
+    if _differ(meta["settings"], job.settings, but) or meta["source"]["fingerprint"] != job.index.fingerprint:
+        raise _made_otherwise(job.out, job, meta["settings"], meta["source"], but)
     if meta["images"] != digest_of(job.columns.stamps(rows) for _, rows in job.rows(job.numbers)):
         raise OptionError(f"{job.out} is finished, but image files have changed since; ", Option("overwrite"),
                           " begins anew")  # fmt: skip
-    return True
 
 
 def _appends(job: Job) -> bool:
@@ -349,19 +416,19 @@ def _appends(job: Job) -> bool:
 def _check_append(job: Job) -> None:
     """Refuses to append vectors that cannot be compared with OUT's, or columns that it has not."""
     dataset = LanceDataset(job.out)
-    differ = [f"{name} is {dataset.settings.get(name)!r} there and {value!r} now" for name, value in
-              job.settings.items() if name not in NOT_COMPARED and dataset.settings.get(name) != value]  # fmt: skip
+    differ = [f"{name} is {dataset.settings.get(name)!r} there and {job.settings[name]!r} now"
+              for name in _differ(dataset.settings, job.settings, NOT_COMPARED)]  # fmt: skip
     if differ:
         raise ValueError(f"cannot append to {job.out}, which was made otherwise: {'; '.join(differ)}")
-    more = [name for name in job.index.columns if name not in dataset.table.schema.names]
-    if more:
-        raise ValueError(f"cannot append to {job.out}, which has no column {', '.join(map(repr, more))}")
+    writers.check_appended(job.out, dataset.table.schema, job.table, job.index, job.options.part_rows)
 
 
-def _made_otherwise(path: Path, job: Job, settings: dict[str, Any], source: dict[str, Any]) -> OptionError:
+def _made_otherwise(
+    path: Path, job: Job, settings: dict[str, Any], source: dict[str, Any], but: set[str]
+) -> OptionError:
     """What of a file or a run is not as this job would have it."""
-    differ = [f"{name} is {_short(name, settings.get(name))} there and {_short(name, value)} now"
-              for name, value in job.settings.items() if settings.get(name) != value]  # fmt: skip
+    differ = [f"{name} is {_short(name, settings.get(name))} there and {_short(name, job.settings[name])} now"
+              for name in _differ(settings, job.settings, but)]  # fmt: skip
     if not differ:
         rows = f"{source['num_rows']:,} rows then, {job.index.num_rows:,} now"
         differ = [f"the source has changed since ({rows})"]
@@ -375,12 +442,14 @@ def _short(name: str, value: Any) -> str:
     return value[:12] if name in ("checkpoint", "adapter") and value else repr(value)
 
 
-def _unchanged(job: Job, finished: list[int]) -> list[int]:
-    """The finished parts whose image files are still what they were. Raises BadRowError for a bad row in these, under
-    `strict`."""
-    heads = {number: job.parts.head(number) for number in finished}
-    kept = [n for n, rows in job.rows(finished) if job.columns.stamps(rows) == heads[n].images]
-    for bad in (bad for n in kept for bad in heads[n].errors if job.options.strict):
+def _unchanged(job: Job) -> list[int]:
+    """The finished parts that are whole, and whose image files are still what they were. Raises BadRowError for a bad
+    row in these, under `strict`."""
+    heads = {n: job.parts.finished(n, job.num_rows([n]), job.settings["dimension"], job.dtype)
+             for n in job.parts.present() if n in job.numbers}  # fmt: skip
+    images = {n: head.images for n, head in heads.items() if head is not None}
+    kept = [n for n, rows in job.rows(list(images)) if job.columns.stamps(rows) == images[n]]
+    for bad in (bad for n in kept for bad in job.parts.head(n).errors if job.options.strict):
         raise BadRowError(bad)
     return kept
 

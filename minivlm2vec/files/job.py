@@ -11,7 +11,7 @@ import numpy as np
 from .options import Checkpoint, EmbedOptions
 from .parts import Parts
 from .rows import Columns
-from .sources import Index, Part, Table
+from .sources import Index, Listing, Part, Table
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,14 @@ class Job:
         source: as the caller named it; table: what is read, after spooling; index: what a pass over it told.
         columns: where a row keeps its text and images.
         settings: everything that the caller decides about the vectors and the file's form. A run goes on, and a file
-            counts as finished, only under the same settings. What rounds otherwise and no more (the device, its number
-            of threads, the kernels, torch's version) is no setting, so that a run can go on elsewhere: the parts say
-            what they were computed with, see `computed_with`.
+            counts as finished, only under the same settings, but for those that change no vector: a run that goes on
+            keeps its part_rows, and takes the vectors' column and batch_tokens as they are said now. What rounds
+            otherwise and no more (the device, its number of threads, the kernels, torch's version) is no setting, so
+            that a run can go on elsewhere: the parts say what they were computed with, see `computed_with`.
         stat: size and time of change of the table before it was read.
-        listed: of a folder: how many images were found, and how many other files were left out.
+        listed: what was found in a folder.
         todo: numbers of the parts that are still to be computed; changed: how many of these had been finished, before
-            their image files changed.
+            they or their image files changed.
         complete: OUT is there and finished, made by this very job.
     """
 
@@ -42,7 +43,7 @@ class Job:
     checkpoint: Checkpoint
     settings: dict[str, Any]
     stat: tuple[int, int]
-    listed: tuple[int, int] | None = None
+    listed: Listing | None = None
     todo: tuple[int, ...] = ()
     changed: int = 0
     complete: bool = False

@@ -1,22 +1,45 @@
 """What a caller says: which model, how to embed, what to search for. Frozen, and checked when it is made."""
 
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
 from .. import prompts
 from ..config import VLM2VecConfig, changes
 from ..embedder import Embedder, vector_length
-from ..errors import Option, OptionError, at_least_one
+from ..errors import Option, OptionError, at_least_one, some
 from ..lora import with_adapters_parts
 from ..model import VLM2Vec
 from ..processor import Processor
 from ..weights import empty_model, fingerprint, named_parts, resolve
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
+
+
+def _check_types(options: Any) -> None:
+    """Refuses a value that is not of its field's type."""
+    hints = get_type_hints(type(options))
+    for name in (f.name for f in fields(options)):
+        value, allowed = getattr(options, name), _allowed(hints[name])
+        if Any in allowed or value in [a for a in allowed if isinstance(a, str)]:
+            continue
+        kinds = tuple(Integral if a is int else a for a in allowed if isinstance(a, type))
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in allowed):
+            names = [a if isinstance(a, str) else a.__name__ for a in allowed if a is not type(None)]
+            raise OptionError(Option(name), f" is {' or '.join(names)}, got {value!r}")
+
+
+def _allowed(hint: Any) -> list[Any]:
+    """The types, and the strings of a Literal, that a hint allows."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [a for part in get_args(hint) for a in _allowed(part)] or [hint]
 
 
 @dataclass(frozen=True)
@@ -37,6 +60,9 @@ class ModelSpec:
     device: str | None = None
     backend: str | None = None
     show_progress: bool = False
+
+    def __post_init__(self) -> None:
+        _check_types(self)
 
     @classmethod
     def of(cls, embedder: Embedder) -> "ModelSpec":
@@ -159,7 +185,7 @@ class EmbedOptions:
     model: ModelSpec = ModelSpec()
     text_column: str | None = None
     image_column: str | None = None
-    image_root: str | Path | None = None
+    image_root: str | os.PathLike | None = None
     instruction: str | None = None
     task: str | None = None
     max_length: int | None = None
@@ -173,10 +199,9 @@ class EmbedOptions:
     part_rows: int = 512
 
     def __post_init__(self) -> None:
+        _check_types(self)
         at_least_one(batch_tokens=self.batch_tokens, part_rows=self.part_rows, max_length=self.max_length,
                      num_crops=self.model.num_crops, workers=self.workers)  # fmt: skip
-        if self.store not in ("float32", "float16"):
-            raise OptionError(Option("store"), f" is float32 or float16, got {self.store!r}")
         _check_instruction(self.instruction, self.task)
 
     def prompt(self, *, folder: bool) -> str:
@@ -216,6 +241,7 @@ class Query:
     task: str | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self)
         asked = self.text is not None or self.image is not None
         if self.like is not None and asked:
             raise OptionError(Option("like"), " asks by a row of VECTORS; it excludes ", Option("text"), " and ",
@@ -233,6 +259,19 @@ class Query:
 
     def as_json(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if v is not None}
+
+
+def as_query(query: Any) -> Query:
+    """The Query of a text, or of a dict of its fields."""
+    if isinstance(query, Mapping):
+        known = [f.name for f in fields(Query)]
+        unknown = [str(name) for name in query if name not in known]
+        if unknown:
+            raise OptionError(f"a query has no {some(unknown)}; it has {', '.join(known)}")
+        return Query(**query)
+    if not isinstance(query, str | Query):
+        raise OptionError(f"a query is a text, a Query or a dict of its fields, got {type(query).__name__}")
+    return Query(text=query) if isinstance(query, str) else query
 
 
 @dataclass(frozen=True)
@@ -258,7 +297,8 @@ class SearchOptions:
     nprobes: int = 20
 
     def __post_init__(self) -> None:
-        at_least_one(top=self.top, num_crops=self.model.num_crops)
+        _check_types(self)
+        at_least_one(top=self.top, num_crops=self.model.num_crops, nprobes=self.nprobes)
 
 
 def named(model: str | None, adapter: str | None, fingerprints: tuple[str | None, str | None]) -> str:

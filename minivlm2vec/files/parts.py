@@ -3,8 +3,11 @@
 Every file here appears whole or not at all, see `atomic`.
 """
 
+import contextlib
+import errno
+import hashlib
 import json
-import shutil
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,24 +58,52 @@ class Parts:
         self.folder = out.with_name(out.name + ".parts")
         self.manifest_path = self.folder / "manifest.json"
         self.spool = self.folder / "source.jsonl"
+        self.lock_path = self.folder / "lock"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Makes the folder, holds its lock, and removes it where no run was begun in it.
 
-        Raises ValueError where another process holds the lock."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "lock", "w") as f:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise ValueError(f"another run is writing to {self.folder}") from None
+        Raises ValueError where another process holds the lock, or a link stands in its place."""
+        lock = self._lock()
+        try:
+            yield
+        finally:
+            if self._is_lock(lock) and not self.manifest_path.exists():
+                self.remove()  # nothing was begun
+            os.close(lock)
+
+    def _lock(self) -> int:
+        """A descriptor of the lock, held. Another process may remove the folder meanwhile: then it is made again."""
+        while True:
+            if self.folder.is_symlink():
+                raise ValueError(f"{self.folder} is a link, which is not followed; remove it")
+            with contextlib.suppress(FileExistsError):  # exist_ok would look again, and may find it gone
+                self.folder.mkdir(parents=True)
             try:
-                yield
-            finally:
-                if self.folder.exists() and not self.manifest_path.exists():
-                    self.remove()  # nothing was begun
+                lock = os.open(self.lock_path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            except FileNotFoundError:
+                continue
+            except OSError as e:
+                if e.errno != errno.ELOOP:
+                    raise
+                raise ValueError(f"{self.lock_path} is a link, which is not followed; remove it") from None
+            try:
+                if fcntl is not None:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+                raise ValueError(f"another run is writing to {self.folder}") from None
+            if self._is_lock(lock):
+                return lock
+            os.close(lock)
+
+    def _is_lock(self, lock: int) -> bool:
+        """Whether the lock in the folder is still the one that was opened."""
+        try:
+            return os.path.samestat(os.fstat(lock), os.lstat(self.lock_path))
+        except FileNotFoundError:
+            return False
 
     def manifest(self) -> dict[str, Any] | None:
         """What the run is, or None where none has begun."""
@@ -93,14 +124,26 @@ class Parts:
         """What `write_todo` wrote, in whichever process."""
         return json.loads((self.folder / "todo.json").read_text(encoding="utf-8"))
 
-    def finished(self) -> list[int]:
-        """Numbers of the finished parts, ascending."""
+    def present(self) -> list[int]:
+        """Numbers of the parts that are there, ascending."""
         return sorted(int(p.name[5:13]) for p in self.folder.glob("part-*.safetensors"))
+
+    def finished(self, number: int, rows: int, dimension: int, dtype: np.dtype) -> PartHead | None:
+        """The head of a part, or None where it is missing, damaged, of another size, or a link: then it is to be
+        computed again."""
+        try:
+            vectors, head = self.vectors(number), self.head(number)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            return None
+        return head if vectors.shape == (rows, dimension) and vectors.dtype == dtype else None
 
     def write(self, result: Result, dtype: np.dtype, computed_with: str) -> None:
         errors = json.dumps([vars(bad) for bad in result.errors])
         head = {"errors": errors, "images": result.images, "computed_with": computed_with}
-        write_bytes(self._path(result.number), save({"vectors": result.vectors.astype(dtype)}, head))
+        vectors = result.vectors.astype(dtype)
+        write_bytes(
+            self._path(result.number), save({"vectors": vectors}, head | {"checksum": _checksum(vectors, head)})
+        )
 
     def head(self, number: int) -> PartHead:
         with self._open(number) as f:
@@ -109,9 +152,14 @@ class Parts:
         return PartHead(errors, meta["images"], meta.get("computed_with", "not recorded"))
 
     def vectors(self, number: int) -> np.ndarray:
-        """[n, D] in the dtype that they were written in."""
+        """[n, D] in the dtype that they were written in. Raises ValueError where they are no longer what was written;
+        the parts of earlier versions have no checksum."""
         with self._open(number) as f:
-            return f.get_tensor("vectors")
+            vectors, head = f.get_tensor("vectors"), f.metadata() or {}
+        checksum = head.pop("checksum", None)
+        if checksum is not None and checksum != _checksum(vectors, head):
+            raise ValueError(f"{self._path(number)} is damaged (its checksum is another); run the command again")
+        return vectors
 
     def assembled(self, suffix: str) -> Path:
         """Where OUT is put together."""
@@ -126,15 +174,30 @@ class Parts:
         self._path(number).unlink()
 
     def remove(self) -> None:
-        """Removes the folder; what makes it a run goes first."""
+        """Removes the folder, whose lock is held; what makes it a run goes first, and the lock last. Whoever has made
+        the folder his own by then keeps it."""
         self.manifest_path.unlink(missing_ok=True)
-        shutil.rmtree(self.folder)
+        for path in self.folder.iterdir():
+            if path != self.lock_path:
+                remove(path)
+        self.lock_path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def _path(self, number: int) -> Path:
         return self.folder / f"part-{number:08d}.safetensors"
 
     def _open(self, number: int) -> Any:
+        path = self._path(number)
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link, which is not followed")
         try:
-            return safe_open(self._path(number), framework="numpy")
+            return safe_open(path, framework="numpy")
         except SafetensorError as e:
-            raise ValueError(f"{self._path(number)} is damaged ({e}); remove it and run the command again") from None
+            raise ValueError(f"{path} is damaged ({e}); run the command again") from None
+
+
+def _checksum(vectors: np.ndarray, head: dict[str, str]) -> str:
+    digest = hashlib.sha256(np.ascontiguousarray(vectors).data)
+    digest.update(json.dumps(head, sort_keys=True).encode())
+    return digest.hexdigest()

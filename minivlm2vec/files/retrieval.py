@@ -8,10 +8,11 @@ Shapes: N rows, D width.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..embedder import Embedder, truncated
 from ..errors import Option, OptionError, at_least_one
 from ..extras import import_lancedb
-from .options import Checkpoint, ModelSpec, Query, SearchOptions, named
+from .options import Checkpoint, ModelSpec, Query, SearchOptions, as_query, named
 from .vectors import LanceDataset, VectorFile, Vectors, open_vectors
 
 INDEX_TYPES = {"IVF_FLAT": "IvfFlat", "IVF_PQ": "IvfPq", "IVF_HNSW_SQ": "HnswSq"}  # LanceDB's names
@@ -49,29 +50,47 @@ class IndexReport:
     queries: int
 
 
+@overload
 def search(
-    vectors: str | Path | VectorFile | LanceDataset,
-    query: str | Query,
+    vectors: str | os.PathLike | VectorFile | LanceDataset,
+    query: str | Mapping[str, Any] | Query,
     embedder: Embedder | None = None,
     options: SearchOptions | None = None,
-) -> list[Hit]:
-    """The rows that are nearest to a query, the nearest first.
+) -> list[Hit]: ...
+@overload
+def search(
+    vectors: str | os.PathLike | VectorFile | LanceDataset,
+    query: list | tuple,
+    embedder: Embedder | None = None,
+    options: SearchOptions | None = None,
+) -> list[list[Hit]]: ...
+def search(vectors: Any, query: Any, embedder: Embedder | None = None, options: SearchOptions | None = None) -> list:
+    """The rows that are nearest to a query, the nearest first; for a list of queries, a list of these.
 
     Args:
         vectors: what `embed` wrote, or another file of vectors of length 1; `open_vectors` opens it once for many
             searches.
-        query: a text, or a Query.
+        query: a text, a Query, or a dict of the fields of one; or a list of such.
         embedder: embeds the query; default the model that made the vectors (or `options.model`), loaded for this
             search. Not needed for a query by `like`.
 
     Raises ValueError (OptionError) where query, options and vectors do not go together; among others where another
     checkpoint made the vectors, unless `force`.
     """
-    options = options or SearchOptions()
+    options = SearchOptions() if options is None else options
+    if not isinstance(options, SearchOptions):
+        raise OptionError(Option("options"), f" are a SearchOptions, got {type(options).__name__}")
     collection = vectors if isinstance(vectors, Vectors) else open_vectors(vectors)
-    query = Query(text=query) if isinstance(query, str) else query
-    query = query.resolved(images=collection.has_images)
     _check_options(options, collection)
+    many = isinstance(query, (list, tuple))
+    queries = [as_query(q).resolved(images=collection.has_images) for q in (query if many else [query])]
+    if any(q.like is None for q in queries):
+        embedder = _embedder_for(collection, embedder, options)
+    found = [_hits(collection, q, embedder, options) for q in queries]
+    return found if many else found[0]
+
+
+def _hits(collection: Any, query: Query, embedder: Embedder | None, options: SearchOptions) -> list[Hit]:
     vector = _query_vector(collection, query, embedder, options)
     k = options.top + (query.like is not None)  # a row finds itself
     if isinstance(collection, LanceDataset):
@@ -212,6 +231,15 @@ def _query_vector(collection: Vectors, query: Query, embedder: Embedder | None, 
     """[D] float32 of length 1."""
     if query.like is not None:
         return _own_vector(collection, query.like)
+    assert embedder is not None, "it was loaded for the queries that are embedded"
+    num_crops = options.model.num_crops or collection.settings.get("num_crops")
+    item = {"text": query.text, "image": query.image}
+    found = embedder.encode([item], prompt=query.instruction or None, num_crops=num_crops, convert_to="torch")
+    return truncated(torch.as_tensor(found), collection.shape[1])[0].cpu()
+
+
+def _embedder_for(collection: Vectors, embedder: Embedder | None, options: SearchOptions) -> Embedder:
+    """The model that embeds the queries; it is loaded once it is known to have made the vectors."""
     comparable = collection.meta is None or options.force
     if embedder is None:
         checkpoint = _model_of(collection, options).locate()
@@ -227,10 +255,7 @@ def _query_vector(collection: Vectors, query: Query, embedder: Embedder | None, 
     if embedder.dimension != collection.shape[1] and not (recorded and embedder.dimension > collection.shape[1]):
         raise ValueError(f"{name} makes vectors of {embedder.dimension} numbers, those of {collection.path} have "
                          f"{collection.shape[1]}")  # fmt: skip
-    num_crops = options.model.num_crops or collection.settings.get("num_crops")
-    item = {"text": query.text, "image": query.image}
-    found = embedder.encode([item], prompt=query.instruction or None, num_crops=num_crops, convert_to="torch")
-    return truncated(torch.as_tensor(found), collection.shape[1])[0].cpu()
+    return embedder
 
 
 def _own_vector(collection: Vectors, row: int) -> Tensor:

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from ..errors import InputError, Option, OptionError
 
 TEXT_COLUMNS = ("text",)
 IMAGE_COLUMNS = ("image", "images", "image_path")
+UNHOLDABLE = (ValueError, OverflowError, NotImplementedError)  # raised for values of Arrow that Python cannot hold
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,16 @@ class Columns:
         found = [self._image(v) for v in values]
         return [f for f in found if f is not None]
 
+    def absolute(self, value: Any) -> Any:
+        """What an image column holds, with absolute paths; anything else stays as it is."""
+        if isinstance(value, list):
+            return [self.absolute(v) for v in value]
+        if isinstance(value, dict) and not value.get("bytes") and isinstance(value.get("path"), str):
+            return value | {"path": self.absolute(value["path"])}
+        if not isinstance(value, str) or not value or not _is_path(value):
+            return value
+        return os.path.join(self.root, value)
+
     def item(self, row: Row) -> dict[str, Any]:
         """The input for `Embedder.plan`. Raises InputError."""
         if row.error is not None:
@@ -114,7 +127,7 @@ class Columns:
             return value
         if not isinstance(value, str):
             raise InputError(f"an image is a path, a data URI or bytes, got {type(value).__name__}", name="image")
-        if value.startswith(("http://", "https://")):
+        if not _is_path(value):
             raise InputError("is a URL; only files are read, so download it first", name=value)
         return os.path.join(self.root, value)
 
@@ -131,6 +144,71 @@ def as_text(value: Any) -> str:
     return f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value)
 
 
+def as_json(value: Any, **options: Any) -> str:
+    """JSON of a value: null for a NaN or an infinity, text for what JSON has no type for, lone surrogates (names that
+    are not in UTF-8) escaped. options: of `json.dumps`."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=as_text, **options)
+    except ValueError:
+        text = json.dumps(_finite(value), ensure_ascii=False, default=as_text, **options)
+    return text if is_unicode(text) else re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
+
+
+def is_unicode(text: str) -> bool:
+    """False where a text holds half a surrogate pair: bytes that were not UTF-8, or a lone \\ud800 in JSON."""
+    try:
+        text.encode("utf-8")
+        return True
+    except UnicodeEncodeError:
+        return False
+
+
+def plain_rows(table: Any) -> list[dict[str, Any]]:
+    """The rows of a pyarrow.Table. What Python cannot hold, such as a date after 9999, becomes text; bytes of a string
+    that are not UTF-8 become lone surrogates."""
+    rows: list[dict[str, Any]] = [{} for _ in range(table.num_rows)]
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        for row, value in zip(rows, plain_column(column), strict=True):
+            row[name] = value
+    return rows
+
+
+def plain_column(column: Any) -> list[Any]:
+    """As `plain_rows`, of one column."""
+    try:
+        return column.to_pylist()
+    except UNHOLDABLE:
+        return [_plain(scalar) for scalar in column]
+
+
+def _plain(scalar: Any) -> Any:
+    """A scalar of Arrow, and what it holds, as Python has it or as text."""
+    try:
+        return scalar.as_py()
+    except UNHOLDABLE:
+        pass
+    if hasattr(scalar, "dictionary"):
+        return _plain(scalar.value)
+    if hasattr(scalar, "as_buffer"):
+        return scalar.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
+    if not callable(items := getattr(scalar, "values", len)):  # of a list or a map
+        return [_plain(value) for value in items]
+    if isinstance(scalar, Mapping):
+        return {name: _plain(value) for name, value in scalar.items()}
+    try:
+        return str(scalar.cast("string"))
+    except UNHOLDABLE:
+        return f"<{scalar.type}>"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(v) for name, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def printable(value: Any, width: int = 60) -> str:
     """A value on one line, without characters that would steer a terminal."""
     if not isinstance(value, str):
@@ -140,7 +218,7 @@ def printable(value: Any, width: int = 60) -> str:
 
 
 def _is_path(image: Any) -> bool:
-    return isinstance(image, str) and not image.startswith("data:")
+    return isinstance(image, str) and not image.startswith(("data:", "http://", "https://"))
 
 
 def _size_and_time(path: str) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """OUT -> rows and vectors: reads back what `embed` wrote, in chunks, and the columns of single rows."""
 
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..errors import Option, OptionError
 from ..extras import import_lancedb, import_pyarrow
+from .rows import plain_rows
 from .writers import KEY, META, ROW_NUMBER, ROWS, beside
 
 CHUNK_BYTES = 64 << 20
@@ -65,6 +68,10 @@ class FlatFile(VectorFile):
     def __init__(self, path: Path, tensor: Tensor, meta: dict[str, Any] | None):
         super().__init__(path, (tensor.shape[0], tensor.shape[1]), meta)
         self.tensor = tensor
+        recorded = (meta["rows"], meta["settings"]["dimension"]) if meta else self.shape
+        if recorded != self.shape:
+            raise ValueError(f"{path} holds vectors {list(self.shape)}, and {list(recorded)} are recorded for it: one "
+                             "of its files is not of the same run")  # fmt: skip
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         step = max(1, CHUNK_BYTES // max(1, self.shape[1] * self.tensor.itemsize))
@@ -76,8 +83,19 @@ class FlatFile(VectorFile):
         path = beside(self.path, ROWS)
         if not path.is_file():
             return {n: {} for n in wanted}
+        found, lines = {}, 0
         with open(path, "rb") as f:
-            return {i: json.loads(line) for i, line in enumerate(islice(f, max(wanted, default=-1) + 1)) if i in wanted}
+            for lines, line in enumerate(f, 1):
+                if lines - 1 in wanted:
+                    found[lines - 1] = _columns_of(path, lines, line)
+        if lines != self.shape[0]:
+            raise ValueError(f"{path} has {lines:,} lines, {self.path} has {self.shape[0]:,} rows: one of them is not "
+                             "of the same run, or was cut")  # fmt: skip
+        return found
+
+    def check_rows(self) -> None:
+        """Raises ValueError where the file of the rows has not a line for each of them."""
+        self.rows([])
 
     def vectors(self, numbers: Iterable[int]) -> Tensor:
         return self.tensor[torch.tensor(list(numbers), dtype=torch.int64)].float()
@@ -93,7 +111,10 @@ class ParquetFile(VectorFile):
         self.column = meta["settings"]["vector_column"] if meta else "embedding"
         if self.column not in schema.names or not hasattr(schema.field(self.column).type, "list_size"):
             raise ValueError(f"{path} has no column {self.column!r} of fixed-size lists")
-        super().__init__(path, (self.file.metadata.num_rows, schema.field(self.column).type.list_size), meta)
+        kind = schema.field(self.column).type
+        if str(kind.value_type) not in ("halffloat", "float", "double"):
+            raise ValueError(f"column {self.column!r} holds {kind.value_type}; vectors are float32 or float16")
+        super().__init__(path, (self.file.metadata.num_rows, kind.list_size), meta)
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         step = max(1, CHUNK_BYTES // (4 * self.shape[1]))
@@ -104,7 +125,7 @@ class ParquetFile(VectorFile):
 
     def rows(self, numbers: Iterable[int]) -> dict[int, dict[str, Any]]:
         columns = [c for c in self.file.schema_arrow.names if c != self.column]
-        return {n: table.to_pylist()[0] for n, table in self._take(sorted(set(numbers)), columns)}
+        return {n: plain_rows(table)[0] for n, table in self._take(sorted(set(numbers)), columns)}
 
     def vectors(self, numbers: Iterable[int]) -> Tensor:
         numbers = list(numbers)
@@ -140,6 +161,7 @@ class LanceDataset(Vectors):
     def __init__(self, path: Path):
         if not path.is_dir():
             raise ValueError(f"{path} does not exist" if not path.exists() else f"{path} is no Lance dataset")
+        check_lance_name(path)
         self.table = import_lancedb().connect(path.parent).open_table(path.stem)
         meta = _meta(self.table.schema.metadata)
         if meta is None:
@@ -160,7 +182,7 @@ class LanceDataset(Vectors):
             query = query.bypass_vector_index()
         elif self.table.list_indices():
             query = query.nprobes(nprobes).refine_factor(REFINE)
-        return [(row[ROW_NUMBER], 1 - row["_distance"], self._columns(row)) for row in query.to_arrow().to_pylist()]
+        return [(row[ROW_NUMBER], 1 - row["_distance"], self._columns(row)) for row in plain_rows(query.to_arrow())]
 
     def vectors(self, numbers: Iterable[int]) -> Tensor:
         numbers = list(numbers)
@@ -174,14 +196,25 @@ class LanceDataset(Vectors):
         return {c: v for c, v in row.items() if not c.startswith("_") and c not in (self.column, ROW_NUMBER)}
 
 
-def open_vectors(path: str | Path) -> VectorFile | LanceDataset:
+def check_lance_name(path: Path) -> None:
+    """Refuses names that LanceDB can write and not open again."""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", path.name):
+        raise OptionError(Option("out"), f" {path}: the name of a Lance dataset has no other characters than the "
+                          "letters A to Z, digits, _, - and .; give the folder such a name")  # fmt: skip
+
+
+def open_vectors(path: str | os.PathLike) -> VectorFile | LanceDataset:
     """Opens what `embed` wrote, or another file of vectors. Raises ValueError for one that holds none, ImportError
     where an extra is needed."""
+    if "://" in os.fspath(path):
+        raise ValueError(f"{path} is an address; only local files are read")
     path = Path(path)
+    if path.is_symlink() and not beside(path, ROWS).exists():  # else its companions lie beside the link
+        path = Path(os.path.realpath(path))
     if path.suffix == ".lance":
         return LanceDataset(path)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist")
+    if not path.is_file():
+        raise ValueError(f"{path} is no ordinary file" if path.exists() else f"{path} does not exist")
     try:
         if path.suffix == ".parquet":
             return ParquetFile(path)
@@ -197,6 +230,13 @@ def open_vectors(path: str | Path) -> VectorFile | LanceDataset:
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(f"{path} holds {dtype} {list(tensor.shape)}; vectors are float32 or float16 [N, D]")
     return FlatFile(path, tensor, meta)
+
+
+def _columns_of(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{path}, line {number}: {e}") from None
 
 
 def _npy_meta(path: Path) -> dict[str, Any] | None:

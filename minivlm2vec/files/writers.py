@@ -6,7 +6,6 @@ these alone. It writes elsewhere: OUT appears by `move`, after everything is on 
 """
 
 import json
-import os
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,8 +15,10 @@ from typing import IO, Any
 import numpy as np
 
 from ..atomic import flush, flush_tree, remove, rename, write_bytes
+from ..errors import some
 from ..extras import import_lancedb, import_pyarrow
-from .rows import as_text
+from .rows import Columns, as_json, plain_column
+from .sources import Index, Table
 
 ROWS = ".rows.jsonl"  # beside .npy and .safetensors: line i has the columns of row i
 META = ".json"  # beside .npy: what made it
@@ -46,7 +47,7 @@ Pieces = Iterator[tuple[np.ndarray, Any]]
 def write_npy(path: Path, head: Head, pieces: Pieces) -> list[str]:
     """Writes `path` and its companions; returns the suffixes of the files, the vectors' own last."""
     with open(beside(path, META), "w", encoding="utf-8", newline="\n") as meta:
-        meta.write(json.dumps(head.meta, indent=1, ensure_ascii=False) + "\n")
+        meta.write(as_json(head.meta, indent=1) + "\n")
         flush(meta)
     with open(path, "wb") as f:
         shape = {"descr": head.dtype.str, "fortran_order": False, "shape": (head.rows, head.dimension)}
@@ -59,7 +60,7 @@ def write_safetensors(path: Path, head: Head, pieces: Pieces) -> list[str]:
     """One tensor, "vectors", written piece by piece, which safetensors itself does not do. Returns as `write_npy`."""
     size = head.rows * head.dimension * head.dtype.itemsize
     header = {
-        "__metadata__": {KEY: json.dumps(head.meta, ensure_ascii=False)},
+        "__metadata__": {KEY: as_json(head.meta)},
         "vectors": {
             "dtype": {"<f4": "F32", "<f2": "F16"}[head.dtype.str],
             "shape": [head.rows, head.dimension],
@@ -92,29 +93,69 @@ def write_parquet(path: Path, head: Head, pieces: Pieces) -> list[str]:
 
 def write_lance(path: Path, head: Head, pieces: Pieces) -> list[str]:
     """A table of LanceDB: the source's columns with absolute paths of images, so that folders can be appended to one
-    another, the row's number, and the vectors. Returns as `write_npy`."""
+    another, the row's number, and the vectors. Returns as `write_npy`.
+
+    The table is made empty and then added to: create_table with data sets to null what it takes for bad vectors, in the
+    source's own columns too."""
     remove(path)
     reader = _numbered(head, pieces, 0)
-    database = import_lancedb().connect(path.parent)
-    database.create_table(path.stem, data=reader, schema=reader.schema, on_bad_vectors="null")
+    table = import_lancedb().connect(path.parent).create_table(path.stem, schema=reader.schema)
+    if head.rows:
+        table.add(reader)
     flush_tree(path)
     return [""]
 
 
-def append_lance(out: Path, note: Path, head: Head, pieces: Pieces) -> None:
+def append_lance(out: Path, note: Path, head: Head, pieces: Pieces) -> int:
     """Adds the rows to a .lance in one commit, unless an earlier, killed attempt did so: the number of rows before
-    the first attempt, kept in the file `note`, tells."""
+    the first attempt, kept in the file `note`, tells. Returns it."""
     table = import_lancedb().connect(out.parent).open_table(out.stem)
     rows = table.count_rows()
     if not note.exists():
         write_bytes(note, json.dumps(rows).encode())
     before = json.loads(note.read_text())
     if rows == before and head.rows:
-        table.add(_numbered(head, pieces, before), on_bad_vectors="null")
+        table.add(_numbered(head, pieces, before, table.schema))
     elif rows != before + head.rows:
         raise ValueError(f"{out} had {before:,} rows when appending began and has {rows:,} now: something else is "
                          "writing to it")  # fmt: skip
     table.optimize()  # takes the new rows into an index
+    return before
+
+
+def check_appended(out: Path, there: Any, table: Table, index: Index, part_rows: int) -> None:
+    """Refuses columns that a .lance, of the schema `there`, has not or has of a type that their values do not fit: they
+    are read through where the types are not the same."""
+    pa = import_pyarrow("for columns of Arrow")
+    own = lance_schema(table.arrow_schema(index))
+    more = [name for name in own.names if name not in there.names or name == ROW_NUMBER]
+    if more:
+        raise ValueError(f"cannot append to {out}, which has no column {some([repr(name) for name in more])}")
+    lacking = [f.name for f in there if not f.nullable and f.name not in own.names]
+    if lacking:
+        raise ValueError(f"cannot append to {out}, whose column {lacking[0]!r} is never null")
+    other = [field for field in own if field != there.field(field.name)]
+    for piece in table.arrow_tables(index, range(-(-index.num_rows // part_rows)), part_rows) if other else ():
+        for field in other:
+            wanted = there.field(field.name)
+            try:
+                _check_no_nan(_fitted(_for_lance(piece.select([field.name])), pa.schema([wanted])).column(0))
+            except (ValueError, TypeError, NotImplementedError) as e:
+                raise ValueError(f"cannot append to {out}: its column {wanted.name!r} is {wanted.type}, that of the "
+                                 f"table is {field.type}: {said(e)}") from None  # fmt: skip
+
+
+def _check_no_nan(column: Any) -> None:
+    """Lance takes no NaN in what could be a vector."""
+    pa = import_pyarrow("for columns of Arrow")
+    vectors = pa.types.is_fixed_size_list(column.type) and pa.types.is_floating(column.type.value_type)
+    if vectors and any(np.isnan(c.flatten().to_numpy(zero_copy_only=False)).any() for c in column.chunks):
+        raise ValueError("a NaN stands in it")
+
+
+def said(e: Exception) -> str:
+    """What an error of a library says, without where in its sources it says so."""
+    return str(e).split(", /")[0].split("\n")[0] or type(e).__name__
 
 
 WRITERS: dict[str, Callable[[Path, Head, Pieces], list[str]]] = {
@@ -137,17 +178,32 @@ def write_errors(path: Path, bad_rows: list[dict[str, Any]]) -> list[str]:
     """A line of JSON for each row without a vector; no such file where every row has one. Returns as `write_npy`."""
     if not bad_rows:
         return []
+    beside(path, ERRORS).unlink(missing_ok=True)
     with open(beside(path, ERRORS), "w", encoding="utf-8", newline="\n") as f:
-        f.writelines(json.dumps(bad, ensure_ascii=False) + "\n" for bad in bad_rows)
+        f.writelines(as_json(bad) + "\n" for bad in bad_rows)
         flush(f)
     return [ERRORS]
+
+
+def join_errors(out: Path, written: Path, before: int) -> list[str]:
+    """Puts the errors of OUT's first `before` rows in front of those that `written` tells of the rows behind them.
+    Returns as `write_npy`."""
+    old, new = _read_errors(out), _read_errors(written)
+    both = [bad for bad in old if bad["row"] < before] + [bad | {"row": bad["row"] + before} for bad in new]
+    return write_errors(written, both)
+
+
+def _read_errors(path: Path) -> list[dict[str, Any]]:
+    errors = beside(path, ERRORS)
+    return [json.loads(line) for line in errors.read_text(encoding="utf-8").splitlines()] if errors.is_file() else []
 
 
 def move(written: Path, out: Path, suffixes: list[str]) -> None:
     """Moves the files in place. OUT itself vanishes first and appears last: where it is, all is."""
     if "" in suffixes:
         remove(out)
-    remove(beside(out, ERRORS))
+    if ERRORS not in suffixes:
+        remove(beside(out, ERRORS))
     for suffix in suffixes:
         rename(beside(written, suffix), beside(out, suffix))
 
@@ -161,7 +217,7 @@ def _write_vectors(f: IO[bytes], path: Path, pieces: Pieces) -> None:
     with open(beside(path, ROWS), "w", encoding="utf-8", newline="\n") as rows:
         for vectors, content in pieces:
             f.write(np.ascontiguousarray(vectors).data)
-            rows.writelines(json.dumps(c, ensure_ascii=False, default=as_text) + "\n" for c in content)
+            rows.writelines(as_json(c) + "\n" for c in content)
         flush(rows)
     flush(f)
 
@@ -181,7 +237,7 @@ def _with_vectors(head: Head) -> Any:
     element = pa.float16() if head.dtype == np.float16 else pa.float32()
     schema = head.schema.append(pa.field(head.vector_column, pa.list_(element, head.dimension)))
     meta = {k: v for k, v in (head.schema.metadata or {}).items() if k != b"pandas"}
-    return schema.with_metadata(meta | {KEY: json.dumps(head.meta, ensure_ascii=False)})
+    return schema.with_metadata(meta | {KEY: as_json(head.meta)})
 
 
 def _append_vectors(table: Any, vectors: np.ndarray, schema: Any, *, null: bool = False) -> Any:
@@ -194,29 +250,76 @@ def _append_vectors(table: Any, vectors: np.ndarray, schema: Any, *, null: bool 
     return pa.table([*table.columns, column], schema=schema)
 
 
-def _numbered(head: Head, pieces: Pieces, first: int) -> Any:
-    """A stream of Arrow batches for .lance: the columns, the row's number from `first` on, the vector."""
+def _numbered(head: Head, pieces: Pieces, first: int, there: Any = None) -> Any:
+    """A stream of Arrow batches for .lance: the columns, the row's number from `first` on, the vector; of the schema
+    `there`, where it is given."""
     pa = import_pyarrow("for columns of Arrow")
-    columns = head.schema.append(pa.field(ROW_NUMBER, pa.int64()))
+    columns = lance_schema(head.schema).append(pa.field(ROW_NUMBER, pa.int64()))
     schema = _with_vectors(replace(head, schema=columns))
     settings = head.meta["settings"]
 
     def batches() -> Iterator[Any]:
         start = first
         for vectors, table in pieces:
-            table = _with_absolute_paths(table, settings["image_column"], settings["image_root"])
+            table = _for_lance(_with_absolute_paths(table, settings["image_column"], settings["image_root"]))
             numbers = pa.array(np.arange(start, start + len(vectors)))
-            table = table.append_column(ROW_NUMBER, numbers)
-            yield from _append_vectors(table, vectors, schema, null=True).to_batches()
+            table = _append_vectors(table.append_column(ROW_NUMBER, numbers), vectors, schema, null=True)
+            yield from (table if there is None else _fitted(table, there)).to_batches()
             start += len(vectors)
 
-    return pa.RecordBatchReader.from_batches(schema, batches())
+    return pa.RecordBatchReader.from_batches(schema if there is None else there, batches())
+
+
+def lance_schema(schema: Any) -> Any:
+    """The columns as .lance holds them: a list of a fixed size, of which Lance takes only vectors without a NaN, and a
+    view of a list are lists."""
+    pa = import_pyarrow("for columns of Arrow")
+
+    def kind(t: Any) -> Any:
+        fixed = pa.types.is_fixed_size_list(t) or pa.types.is_list_view(t) or pa.types.is_large_list_view(t)
+        return pa.list_(t.value_type) if fixed else t
+
+    return pa.schema([field.with_type(kind(field.type)) for field in schema], schema.metadata)
+
+
+def _for_lance(table: Any) -> Any:
+    """The table as `lance_schema` has it; strings that are not UTF-8, which Lance does not take, with U+FFFD."""
+    pa = import_pyarrow("for columns of Arrow")
+    table = table.cast(lance_schema(table.schema))
+    for number, field in enumerate(table.schema):
+        try:
+            table.column(number).validate(full=True)
+        except ValueError:
+            plain = [_valid(value) for value in plain_column(table.column(number))]
+            table = table.set_column(number, field, pa.array(plain, field.type))
+    return table
+
+
+def _valid(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    if isinstance(value, list):
+        return [_valid(v) for v in value]
+    return {k: _valid(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _fitted(table: Any, schema: Any) -> Any:
+    """The table with these columns and no others: values are cast, a missing column is null. Raises ValueError where a
+    value does not fit."""
+    pa = import_pyarrow("for columns of Arrow")
+    names, rows = table.column_names, table.num_rows
+    columns = [table[f.name].cast(f.type) if f.name in names else pa.nulls(rows, f.type) for f in schema]
+    for field, column in zip(schema, columns, strict=True):
+        if column.null_count and not field.nullable:
+            raise ValueError(f"some rows have no {field.name!r}")
+    return pa.table(columns, schema=schema)
 
 
 def _with_absolute_paths(table: Any, column: str | None, root: str) -> Any:
-    """The table with absolute paths in its image column."""
+    """The table with absolute paths in its image column, whichever way that holds them."""
     pa = import_pyarrow("for columns of Arrow")
-    if column not in table.column_names or table.schema.field(column).type != pa.string():
+    if column not in table.column_names:
         return table
-    paths = [os.path.join(root, v) if v and ":" not in v[:6] else v for v in table[column].to_pylist()]
-    return table.set_column(table.column_names.index(column), table.schema.field(column), pa.array(paths, pa.string()))
+    field, columns = table.schema.field(column), Columns(None, column, Path(root))
+    values = [columns.absolute(_valid(value)) for value in plain_column(table[column])]
+    return table.set_column(table.column_names.index(column), field, pa.array(values, field.type))

@@ -199,6 +199,18 @@ def test_options_are_frozen_and_checked():
         (lambda: EmbedOptions(part_rows=0), "part_rows is 0; at least 1 is needed"),
         (lambda: EmbedOptions(ModelSpec(num_crops=0)), "num_crops is 0"),
         (lambda: EmbedOptions(store="float64"), "store is float32 or float16, got 'float64'"),
+        (lambda: EmbedOptions("mini"), "model is ModelSpec, got 'mini'"),
+        (lambda: EmbedOptions(part_rows="4"), "part_rows is int, got '4'"),
+        (lambda: EmbedOptions(batch_tokens=1.5), "batch_tokens is int, got 1.5"),
+        (lambda: EmbedOptions(batch_tokens=None), "batch_tokens is int, got None"),
+        (lambda: EmbedOptions(workers=True), "workers is int, got True"),
+        (lambda: EmbedOptions(image_root=3), "image_root is str or PathLike, got 3"),
+        (lambda: EmbedOptions(strict="no"), "strict is bool, got 'no'"),
+        (lambda: EmbedOptions(text_column=["a"]), r"text_column is str, got \['a'\]"),
+        (lambda: ModelSpec(Path("mini")), "name is str, got PosixPath"),
+        (lambda: ModelSpec(dtype=torch.float16), "dtype is float32 or bfloat16 or float16, got torch.float16"),
+        (lambda: SearchOptions(nprobes=0), "nprobes is 0"), (lambda: SearchOptions(top="5"), "top is int, got '5'"),
+        (lambda: Query(text=7), "text is str, got 7"),
         (lambda: EmbedOptions(task="t2i", instruction="x"), "instruction and task are both given"),
         (lambda: EmbedOptions(task="nonsense"), "no task is named"), (lambda: SearchOptions(top=0), "top is 0"),
         (lambda: Query(), "nothing is asked: give text, image or like"),
@@ -208,6 +220,35 @@ def test_options_are_frozen_and_checked():
             make()
     with pytest.raises(FrozenInstanceError):
         EmbedOptions().part_rows = 3
+    assert EmbedOptions(part_rows=np.int64(3), image_root=Path()).part_rows == 3
+
+
+def test_many_queries_at_once(table, embedder, tmp_path):
+    out = tmp_path / "out.npy"
+    files.embed(table, out, embedder)
+    asked = ["caption 2", {"text": "caption 5", "instruction": ""}, Query(like=4), {"like": 1}]
+    found = files.search(out, asked, embedder, SearchOptions(top=3))
+    assert [len(hits) for hits in found] == [3] * 4 and found[1][0].row == 5
+    assert found == [files.search(out, query, embedder, SearchOptions(top=3)) for query in asked]
+    assert files.search(out, tuple(asked[:1]), embedder) == [files.search(out, asked[0], embedder)]
+    assert files.search(out, [], embedder) == []
+    for wrong, words in [
+        (7, "a query is a text, a Query or a dict of its fields, got int"), (["a", None], "got NoneType"),
+        ([["a"]], "got list"), ({"txt": "a"}, "a query has no txt; it has text, image, like"), ({}, "nothing is asked"),
+    ]:  # fmt: skip
+        with pytest.raises(OptionError, match=words):
+            files.search(out, wrong, embedder)
+    with pytest.raises(OptionError, match="options are a SearchOptions, got dict"):
+        files.search(out, "a", embedder, {"top": 3})
+
+
+def test_arguments_of_another_type_are_told(table, embedder, tmp_path):
+    with pytest.raises(OptionError, match="options are an EmbedOptions, got dict"):
+        files.embed(table, tmp_path / "out.npy", embedder, {"part_rows": 4})
+    with pytest.raises(OptionError, match="source is a path, got list"):
+        files.embed([{"text": "a"}], tmp_path / "out.npy", embedder)
+    with pytest.raises(OptionError, match="out is a path, got NoneType"):
+        files.embed(table, None, embedder)
 
 
 def test_strict(table, embedder, tmp_path):

@@ -300,7 +300,7 @@ def interrupted(stop_after, source, out, checkpoint, *more) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "word"),
     [("--num-crops", 2, "num_crops is 4 there and 2 now"), ("--instruction", "Other.", "instruction"),
-     ("--store", "float16", "stored_as"), ("--part-rows", 5, "part_rows is 4 there and 5 now"),
+     ("--store", "float16", "stored_as"),
      ("--model", None, "checkpoint"), ("--adapter", None, "adapter is None there and ")],
 )  # fmt: skip
 def test_refuses_to_go_on_with_other_settings(pictures, checkpoint, tmp_path, stop_after, option, value, word):
@@ -321,6 +321,39 @@ def test_refuses_to_go_on_with_other_settings(pictures, checkpoint, tmp_path, st
     assert not left_behind(tmp_path)
     code, err = embed(pictures, out, checkpoint, option, value, "--overwrite")
     assert code == 3 and open_vectors(out).meta["settings"] != settings and not left_behind(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--part-rows", 5), ("--batch-tokens", 4096), ("--vector-column", "vec"), ("--workers", 1)]
+)
+def test_options_that_change_no_vector_keep_what_is_finished(checkpoint, tmp_path, stop_after, option, value):
+    pytest.importorskip("pyarrow")
+    source = write_jsonl(tmp_path / "items.jsonl", [{"text": f"row {i}"} for i in range(19)])
+    for suffix in (".npy", ".parquet"):
+        out, whole = tmp_path / f"out{suffix}", tmp_path / f"whole{suffix}"
+        interrupted(stop_after, source, out, checkpoint)
+        code, err = embed(source, out, checkpoint, option, value)
+        assert code == 0 and "2 of 5 parts are finished" in err, err
+        assert embed(source, whole, checkpoint)[0] == 0
+        got, expected = (open_vectors(path).vectors(range(19)).numpy() for path in (out, whole))
+        assert np.abs(got - expected).max() < TOLERANCE
+        code, err = embed(source, out, checkpoint, option, value)
+        assert code == 0 and "finished already" in err
+        code, err = embed(source, out, checkpoint)
+        renamed = option == "--vector-column" and suffix == ".parquet"  # there it is how the file looks
+        assert (code, "finished already" in err) == ((1, False) if renamed else (0, True)), err
+
+
+def test_a_name_that_is_taken_leaves_what_is_finished(checkpoint, tmp_path, stop_after):
+    pytest.importorskip("pyarrow")
+    source = write_jsonl(tmp_path / "items.jsonl", [{"text": f"row {i}", "embedding": i} for i in range(12)])
+    out = tmp_path / "out.parquet"
+    code, err = embed(source, out, checkpoint)
+    assert code == 1 and "has a column 'embedding' already; --vector-column gives" in err and not left_behind(tmp_path)
+    interrupted(stop_after, source, out, checkpoint, "--vector-column", "one")
+    assert embed(source, out, checkpoint)[0] == 1
+    code, err = embed(source, out, checkpoint, "--vector-column", "two")
+    assert code == 0 and "2 of 3 parts are finished" in err and open_vectors(out).shape == (12, 64)
 
 
 def test_adapters_are_told_apart(checkpoint, tmp_path, stop_after):

@@ -132,3 +132,132 @@ def test_no_rows_and_no_dataset(checkpoint, tmp_path):
     for name in ("missing.lance", "junk.lance"):
         code, _, err = run("search", tmp_path / name, "--text", "x")
         assert code == 1 and "Traceback" not in err
+
+
+IMAGES = {  # a type of Arrow that holds a path -> its column of two rows
+    "string": lambda pa: pa.array(["0.png", "1.png"]),
+    "large_string": lambda pa: pa.array(["0.png", "1.png"], pa.large_string()),
+    "string_view": lambda pa: pa.array(["0.png", "1.png"], pa.string_view()),
+    "dictionary": lambda pa: pa.array(["0.png", "1.png"]).dictionary_encode(),
+    "list": lambda pa: pa.array([["0.png"], ["1.png"]]),
+    "large_list": lambda pa: pa.array([["0.png"], ["1.png"]], pa.large_list(pa.large_string())),
+    "fixed_size_list": lambda pa: pa.array([["0.png"], ["1.png"]], pa.list_(pa.string(), 1)),
+    "struct": lambda pa: pa.array([{"bytes": None, "path": "0.png"}, {"bytes": None, "path": "1.png"}]),
+    "list of structs": lambda pa: pa.array([[{"bytes": None, "path": f"{i}.png"}] for i in range(2)]),
+}
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_relative_paths_of_every_type_are_made_absolute(checkpoint, tmp_path, kind):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    out = tmp_path / "all.lance"
+    for n, folder in enumerate("AB"):
+        save_pictures(tmp_path / folder, ["0.png", "1.png"], seed=n)
+        pq.write_table(pa.table({"image": IMAGES[kind](pa)}), tmp_path / folder / "t.parquet")
+        code, err = embed(tmp_path / folder / "t.parquet", out, checkpoint, *(["--append"] if n else []))
+        assert code == 0, err
+    rows = sorted(LanceDataset(out).table.to_arrow().to_pylist(), key=lambda row: row["row_number"])
+    found = [row["image"] for row in rows]
+    found = [value[0] if isinstance(value, list) else value for value in found]
+    found = [value["path"] if isinstance(value, dict) else value for value in found]
+    assert found == [str(tmp_path / folder / f"{i}.png") for folder in "AB" for i in range(2)]
+
+
+def test_a_users_own_vectors_stay_as_they_are(checkpoint, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    nan = float("nan")
+    fixed = [[nan] * 16, [1.0] * 16, None, [2.0] * 16]
+    columns = {
+        "text": ["a cat", "a dog", "a bird", "a fish"],
+        "vector": pa.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0, 1.0], [0.0, nan]], pa.list_(pa.float32())),
+        "fixed": pa.array(fixed, pa.list_(pa.float32(), 16)),
+        "pairs": pa.array([["a", "b"]] * 4, pa.list_(pa.string(), 2)),
+    }  # fmt: skip
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    out = tmp_path / "out.lance"
+    for more in ([], ["--append"]):
+        code, err = embed(tmp_path / "t.parquet", out, checkpoint, *more)
+        assert code == 0, err
+    got = LanceDataset(out).table.to_arrow().sort_by("row_number")
+    for name, column in columns.items():
+        expected = column if isinstance(column, list) else column.to_pylist()
+        assert repr(got[name].to_pylist()) == repr(expected * 2), name
+
+
+def test_bad_utf8_in_another_column(checkpoint, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    raw = pa.array([b"ok", b"caf\xe9"], pa.binary()).buffers()
+    table = pa.table({"text": ["a", "b"], "note": pa.StringArray.from_buffers(2, raw[1], raw[2])})
+    pq.write_table(table, tmp_path / "t.parquet")
+    code, err = embed(tmp_path / "t.parquet", tmp_path / "out.lance", checkpoint)
+    assert code == 0, err
+    assert sorted(LanceDataset(tmp_path / "out.lance").table.to_arrow()["note"].to_pylist()) == ["caf\ufffd", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "words"),
+    [("my photos.lance", {"text": "a"}, "no other characters"), ("写真.lance", {"text": "a"}, "no other characters"),
+     ("out.lance", {"text": "a", "meta.id": 1}, "cannot hold the columns of .*meta.id"),
+     ("out.lance", {"text": "a", "": 1}, "cannot hold the columns of "),
+     ("out.lance", {"text": "a", "row_number": 1}, "has a column 'row_number' already")],
+)  # fmt: skip
+def test_names_are_refused_before_the_work(checkpoint, tmp_path, monkeypatch, name, row, words):
+    source = write_jsonl(tmp_path / "t.jsonl", [row])
+    monkeypatch.setattr("minivlm2vec.files.embedding.compute", None)
+    code, err = embed(source, tmp_path / name, checkpoint)
+    assert code == 1 and re.search(words, err) and "cargo" not in err, err
+    assert [p.name for p in tmp_path.iterdir()] == ["t.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("there", "now", "words"),
+    [(1, 1.5, "column 'n' is int64, that of the table is double"), (1, "x", "is int64, that of the table is string"),
+     (1.5, 2, None), (1.5, 2**60 + 1, "is double, that of the table is int64"), (1, None, None), ("x", None, None),
+     (["a"], "x", "is list<item: string>, that of the table is string")],
+)  # fmt: skip
+def test_types_of_appended_columns_are_checked_before_the_work(checkpoint, tmp_path, monkeypatch, there, now, words):
+    first = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "n": there}])
+    more = write_jsonl(tmp_path / "b.jsonl", [{"text": "b", "n": None}] * 8 + [{"text": "c", "n": now}])
+    out = tmp_path / "out.lance"
+    assert embed(first, out, checkpoint)[0] == 0
+    if words is not None:
+        monkeypatch.setattr("minivlm2vec.files.embedding.compute", None)
+    code, err = embed(more, out, checkpoint, "--append")
+    if words is not None:
+        assert code == 1 and words in err and not left_behind(tmp_path), err
+        return
+    assert code == 0, err
+    assert [row["n"] for row in LanceDataset(out).table.to_arrow().sort_by("row_number").to_pylist()][-1] == now
+
+
+def test_appending_keeps_the_errors_of_earlier_rows(checkpoint, tmp_path):
+    out = tmp_path / "out.lance"
+    one = write_jsonl(tmp_path / "1.jsonl", [{"text": "a"}, {"text": ""}])
+    two = write_jsonl(tmp_path / "2.jsonl", [{"text": "b"}])
+    three = write_jsonl(tmp_path / "3.jsonl", [{"text": ""}, {"text": "c"}])
+    codes = [embed(source, out, checkpoint, *more)[0]
+             for source, more in ((one, []), (two, ["--append"]), (three, ["--append"]))]  # fmt: skip
+    assert codes == [3, 0, 3]
+    errors = [json.loads(line) for line in (tmp_path / "out.lance.errors.jsonl").read_text().splitlines()]
+    assert [bad["row"] for bad in errors] == [1, 3]
+    null = {row["row_number"] for row in LanceDataset(out).table.to_arrow().to_pylist() if row["embedding"] is None}
+    assert null == {1, 3}
+
+
+def test_errors_of_an_append_that_was_killed_stand_there_once(checkpoint, tmp_path, monkeypatch):
+    out = tmp_path / "out.lance"
+    one, two = (write_jsonl(tmp_path / f"{n}.jsonl", [{"text": "a", "n": n}, {"text": "", "n": n}]) for n in range(2))
+    assert embed(one, out, checkpoint)[0] == 3
+    for step in ("minivlm2vec.files.writers.move", "minivlm2vec.files.parts.Parts.remove"):
+        with monkeypatch.context() as patch, pytest.raises(TypeError):
+            patch.setattr(step, None)
+            embed(two, out, checkpoint, "--append")
+    assert embed(two, out, checkpoint, "--append")[0] == 3
+    errors = [json.loads(line) for line in (tmp_path / "out.lance.errors.jsonl").read_text().splitlines()]
+    assert [bad["row"] for bad in errors] == [1, 3] and LanceDataset(out).shape[0] == 4

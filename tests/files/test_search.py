@@ -1,6 +1,9 @@
 """`minivlm2vec search` over .npy, .safetensors and .parquet."""
 
 import json
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from minivlm2vec import Embedder, files
@@ -327,3 +331,83 @@ def test_vectors_that_are_cut(tmp_path):
     np.save(foreign, np.load(out))
     assert run("search", foreign, "--text", "x", *model)[0] == 1
     assert run("search", foreign, "--text", "x", *model, "--dimensions", 16)[0] == 0
+
+
+def test_vectors_behind_another_tensor(tmp_path):
+    """Of several tensors in a file each is read from its own place, whatever their order and what stands between."""
+    vectors = unit(np.random.default_rng(0), 4, 8)
+    for other in ({"a": vectors[::-1].copy()}, {"z": np.zeros(3, np.float16), "a": np.arange(5)}):
+        for stored in (vectors, vectors.astype(np.float16)):
+            save_file({**other, "vectors": stored}, tmp_path / "two.safetensors")
+            found = open_vectors(tmp_path / "two.safetensors")
+            assert np.array_equal(found.vectors(range(4)).numpy(), stored.astype(np.float32))
+            scores = vectors @ vectors[2]
+            hits = search(tmp_path / "two.safetensors", "--like", 2, "--top", 3)["hits"]
+            assert [hit["row"] for hit in hits] == [n for n in np.argsort(-scores).tolist() if n != 2]
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+@pytest.mark.parametrize("change", ["fewer vectors", "more rows", "rows cut short", "a row is no JSON"])
+def test_files_that_do_not_belong_together_are_refused(checkpoint, tmp_path, suffix, change):
+    source = write_jsonl(tmp_path / "t.jsonl", [{"text": f"row {i}"} for i in range(4)])
+    out, rows = tmp_path / f"out{suffix}", tmp_path / f"out{suffix}.rows.jsonl"
+    argv = ("embed", source, "-o", out, "--model", checkpoint, "--device", "cpu", "--quiet")
+    assert run(*argv)[0] == 0
+    if change == "fewer vectors":
+        if suffix == ".npy":
+            np.save(out, np.load(out)[[1, 3]])
+        else:
+            with safe_open(out, "numpy") as f:
+                kept, meta = f.get_tensor("vectors")[[1, 3]], f.metadata()
+            save_file({"vectors": kept}, out, meta)
+    else:
+        lines = rows.read_text().splitlines(keepends=True)
+        rows.write_text("".join({"more rows": [*lines, lines[0]], "rows cut short": lines[:1],
+                                 "a row is no JSON": [*lines[:3], "cut"]}[change]))  # fmt: skip
+    words = {"fewer vectors": "[2, 64]", "more rows": "has 5 lines", "rows cut short": "has 1 lines",
+             "a row is no JSON": "line 4"}[change]  # fmt: skip
+    for more in (["--text", "row 3"], ["--html", tmp_path / "all.html"]):
+        code, _, err = run("search", out, "--device", "cpu", *more)
+        assert code == 1 and words in err and out.name in err, err
+    code, _, err = run(*argv)
+    if change != "a row is no JSON":  # the file of the rows is not parsed to see that it is finished
+        assert code == 1 and words in err and "--overwrite replaces it" in err
+    assert run(*argv, "--overwrite")[0] == 0 and run("search", out, "--text", "row 3", "--device", "cpu")[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["int8", "uint8", "bool_"])
+def test_vectors_of_another_type_are_a_sentence(tmp_path, kind):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    values = pa.array([0, 1] * 32, pa.int8()).cast(getattr(pa, kind)())
+    pq.write_table(pa.table({"embedding": pa.FixedSizeListArray.from_arrays(values, 64)}), tmp_path / "x.parquet")
+    code, _, err = run("search", tmp_path / "x.parquet", "--like", 0)
+    assert code == 1 and f"holds {kind.strip('_')}; vectors are float32 or float16" in err
+
+
+def test_nothing_steers_the_terminal(checkpoint, tmp_path):
+    """Names of files and columns, and what they hold, in tables, JSON and messages; C1 controls too."""
+    evil = "\x1b[31m\x9b2J\u202e\x7f"
+    source = write_jsonl(tmp_path / f"t{evil}.jsonl", [{"text": evil, evil: evil, "n": float("nan")}, {"text": 7}])
+    out = tmp_path / f"out{evil}.npy"
+    said = run("embed", source, "-o", out, "--model", checkpoint, "--device", "cpu")
+    said += run("embed", source, "-o", out, "--model", checkpoint, "--device", "cpu", "--text-column", f"no{evil}")
+    for more in ([], ["--json"], ["--html", tmp_path / f"{evil}.html"]):
+        said += run("search", out, "--text", f"x{evil}", "--device", "cpu", *more)
+    said += run("search", tmp_path / f"none{evil}.npy", "--text", "x")
+    text = "".join(part for part in said if isinstance(part, str))
+    assert not [c for c in text if not c.isprintable() and c not in "\n\r"] and "\\x1b[31m" in text
+    hits = json.loads(run("search", out, "--text", "x", "--device", "cpu", "--json")[1])["hits"]
+    assert hits[0]["columns"] == {"text": evil, evil: evil, "n": None}
+
+
+def test_a_reader_that_has_read_enough_is_no_error(checkpoint, tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "x.npy", unit(rng, 5000, 16))
+    command = [sys.executable, "-m", "minivlm2vec", "search", str(tmp_path / "x.npy"), "--like", "0", "--top", "4000"]
+    path = os.pathsep.join(sys.path)
+    env = os.environ | {"PYTHONPATH": path}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    assert process.stdout is not None and process.stdout.readline().startswith(b"rank")
+    process.stdout.close()
+    assert process.stderr is not None and process.stderr.read() == b"" and process.wait() == 141
