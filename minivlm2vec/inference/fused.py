@@ -59,6 +59,8 @@ class InferenceOnly(nn.Module):
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_torchdynamo_orig_callable":  # what torch.compile asks a module for, before anything else
+            self.compile()
         try:
             return super().__getattr__(name)
         except AttributeError as error:
@@ -288,6 +290,8 @@ class FusedVLM2Vec(InferenceOnly, VLM2Vec):
         return share_prefixes(batch, longest, weight_bound_rows=WEIGHT_BOUND_ROWS.get(kind, 256))
 
     def forward(self, batch: PackedBatch, *, normalize: bool = True) -> Tensor:
+        if torch.compiler.is_compiling():  # as a part of something else
+            self.compile()
         if self.graphs is not None:
             return self.graphs(batch, normalize=normalize)
         return self.run(batch, normalize=normalize)
