@@ -3,6 +3,8 @@ docs/research.md has a line on each."""
 
 import copy
 import io
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -262,6 +264,18 @@ def test_exports_a_packed_batch(e, caplog):
         program.module()(e.processor(["a"]))
     single = exported(e, ["a cat"], ["q" * 500]).module()
     close("one", single(e.processor(["a text"])), e.model(e.processor(["a text"])), 2e-6)
+
+
+@torch.no_grad()
+def test_the_export_of_the_documents(tmp_path, monkeypatch):
+    section = (
+        (Path(__file__).parents[2] / "docs/research.md").read_text(encoding="utf-8").partition("ecosystem's tools\n")[2]
+    )
+    (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(block, names := {"Embedder": Embedder, "torch": torch})
+    e = names["e"]
+    close("vectors", names["vectors"], e.model(e.processor(["a text of any length", "x"])), 2e-6)
 
 
 @torch.no_grad()

@@ -402,6 +402,17 @@ def test_sentence_transformer_saves_adapter_and_options(checkpoint, tmp_path):
     assert third.dtype == torch.float32 and third[0].num_crops == 1
 
 
+def test_sentence_transformer_saves_what_the_model_is(sentence_model, tmp_path):
+    """Causality and whatever else config.json records of a changed model."""
+    causal = sentence_model.encode(["a text of several tokens"])
+    sentence_model[0].vlm2vec.causal = False
+    sentence_model.save_pretrained(str(tmp_path))
+    again = type(sentence_model)(str(tmp_path), device="cpu", trust_remote_code=True)
+    got = again.encode(["a text of several tokens"])
+    np.testing.assert_array_equal(got, sentence_model.encode(["a text of several tokens"]))
+    assert not again[0].vlm2vec.causal and np.abs(got - causal).max() > 1e-3
+
+
 def test_sentence_transformer_save_leaves_no_older_shards(sentence_model, tmp_path):
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"of an earlier, larger model")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
