@@ -44,9 +44,10 @@ class PackedBatch:
     host_cu_seqlens: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.__dict__.update(max_seqlen=max(self.lengths, default=0), host_cu_seqlens=cumulative(self.lengths))
-        for tensor in (self.input_ids, self.position_ids, self.cu_seqlens, self.host_cu_seqlens):
-            tensor.__dict__["_dynamo_weak_dynamic_indices"] = {0}  # torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        self.__dict__.update(max_seqlen=max((0, *self.lengths)), host_cu_seqlens=cumulative(self.lengths))
+        if not torch.compiler.is_compiling():
+            for tensor in (self.input_ids, self.position_ids, self.cu_seqlens, self.host_cu_seqlens):
+                tensor.__dict__["_dynamo_weak_dynamic_indices"] = {0}  # torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
     @property
     def num_sequences(self) -> int:

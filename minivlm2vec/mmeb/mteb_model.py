@@ -177,7 +177,7 @@ def _named(name: str) -> str:
 def _revision(revision: str | None, embedder: Embedder, asked: dict[str, Any]) -> str:
     """The Hub's, where one was asked for, and a digest of everything that decides the vectors."""
     p = embedder.processor
-    settings = (p.tokenizer.content_hash(), p.num_crops, p.fast_decode, p.exif_transpose)
+    settings = (p.tokenizer.content_hash(), p.num_crops, p.fast_decode, p.exif_transpose, embedder.dimension)
     digest = hashlib.sha256(repr([embedder.fingerprint, settings, sorted(asked.items())]).encode()).hexdigest()[:16]
     return f"{revision}-{digest}" if revision else digest
 

@@ -14,7 +14,7 @@ downloaded: the class is this one).
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch import Tensor
 from ..batch import Grid, PackedBatch, cumulative
 from ..embedder import Embedder, truncated
 from ..inference import InferenceOnly
+from ..model import VLM2Vec
 from ..processor import Loaded
 from ..weights import save_model
 
@@ -93,9 +94,9 @@ class VLM2VecModule(InputModule):
             )
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
-        batch = _packed(features, self.vlm2vec.num_image_tokens).to(self.vlm2vec.device)
-        vectors, size = self.vlm2vec(batch, normalize=self.normalize), self.embedder.truncate_dim
-        vectors = vectors if size is None else truncated(vectors, size, normalize=self.normalize)
+        vectors = self.vlm2vec(_packed(features, self.vlm2vec), normalize=self.normalize)
+        if (size := self.embedder.truncate_dim) is not None:
+            vectors = truncated(vectors, size, normalize=self.normalize)
         return features | {"sentence_embedding": vectors.float()}
 
     def get_embedding_dimension(self) -> int:
@@ -110,6 +111,8 @@ class VLM2VecModule(InputModule):
             "normalize": self.normalize,
             "fast_decode": processor.fast_decode,
             "exif_transpose": processor.exif_transpose,
+            "truncate_dim": self.embedder.truncate_dim,
+            "force_dimensions": self.embedder.force_dimensions,
         }
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
@@ -160,15 +163,16 @@ def _padded(items: Sequence[Loaded]) -> dict[str, Tensor]:
     return features
 
 
-def _packed(features: dict[str, Any], num_image_tokens: Callable[[Grid], int]) -> PackedBatch:
-    """The inverse: without padding, and image tokens numbered through the batch."""
+@torch.compiler.disable  # lengths are read here, so that the model itself is one graph
+def _packed(features: dict[str, Any], model: VLM2Vec) -> PackedBatch:
+    """The inverse: without padding, and image tokens numbered through the batch; on the model's device."""
     ids, mask, source = features["input_ids"], features["attention_mask"].bool(), features["image_source"]
     lengths = mask.sum(1).tolist()
     grids: tuple[Grid, ...] = ()
     first = [0] * len(ids)  # the number of each sample's first image token
     if "pixel_values" in features:
         grids = tuple((h, w) for _, h, w in features["image_grid_thw"].tolist())
-        tokens = list(accumulate(map(num_image_tokens, grids), initial=0))
+        tokens = list(accumulate(map(model.num_image_tokens, grids), initial=0))
         counts = features["num_images_per_sample"].tolist()
         first = [tokens[n] for n in accumulate(counts[:-1], initial=0)]
     crops = features["pixel_values"] if grids else ids.new_empty(0, 1, 1, 3, dtype=torch.uint8)
@@ -183,7 +187,7 @@ def _packed(features: dict[str, Any], num_image_tokens: Callable[[Grid], int]) -
         grids=grids,
         image_index=image_index,
         image_source=source[image_index] - 1,
-    )
+    ).to(model.device)
 
 
 def _plain(item: Any) -> Any:

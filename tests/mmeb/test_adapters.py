@@ -156,7 +156,7 @@ def test_mteb_keeps_results_of_different_models_apart(mteb, checkpoint, tmp_path
         same[0], made(second), made(adapter=lora), made(adapter=lora, optimize=False, num_crops=2), made(num_crops=1),
         made(max_length=None), made(instructions="fixed"), made(prompts_dict={"X": "a"}), made(prompts_dict={"X": "b"}),
         made(dtype=torch.bfloat16), made(dtype=torch.bfloat16, precision="fp8"), made(exif_transpose=True),
-        made(revision="main"), made(embedder=trained), made(embedder=mean),
+        made(revision="main"), made(truncate_dim=8, force_dimensions=True), made(embedder=trained), made(embedder=mean),
     ]  # fmt: skip
     assert len({m.revision for m in others}) == len(others)
     adapted = made(adapter=lora)
@@ -374,6 +374,25 @@ def test_sentence_transformer_trains_and_saves_whole(sentence_model, tmp_path, n
     np.testing.assert_allclose(again.encode(inputs), trained, atol=2e-6)
     ours = Embedder.from_pretrained(folder, device="cpu", num_crops=1, show_progress=False)
     np.testing.assert_allclose(ours.encode(inputs), trained, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [({"bf16": True}, 0.05), ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, 1e-4)],
+    ids=["autocast", "compiled"],
+)
+def test_sentence_transformer_trains_with_the_trainers_own_options(sentence_model, tmp_path, options, tolerance):
+    """The same losses as without them."""
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    torch._dynamo.reset()
+    losses = [
+        train(model, MultipleNegativesRankingLoss(model), tmp_path, steps=2, save_strategy="no", **more)
+        for model, more in ((copy.deepcopy(sentence_model), {}), (sentence_model, options))
+    ]
+    torch._dynamo.reset()
+    np.testing.assert_allclose(losses[1], losses[0], rtol=tolerance)
+    assert losses[0][1] < 0.8 * losses[0][0]
 
 
 def test_sentence_transformer_saves_adapter_and_options(checkpoint, tmp_path):
