@@ -276,7 +276,7 @@ def test_sentence_transformer_gives_the_embedders_vectors(sentence_model, embedd
     assert sentence_model.supports("image") and sentence_model.supports(("text", "image"))
 
 
-def test_sentence_module_cuts_as_its_embedder_does(checkpoint, embedder):
+def test_sentence_module_cuts_as_its_embedder_does(checkpoint, embedder, tmp_path):
     pytest.importorskip("sentence_transformers")
     from minivlm2vec.mmeb.sentence_module import VLM2VecModule
 
@@ -286,6 +286,9 @@ def test_sentence_module_cuts_as_its_embedder_does(checkpoint, embedder):
     assert module.get_embedding_dimension() == 8
     expected = embedder.encode(["a cat"])[:, :8]
     np.testing.assert_allclose(vectors, expected / np.linalg.norm(expected), atol=2e-6)
+    module.save(str(tmp_path))
+    again = VLM2VecModule.load(str(tmp_path))
+    np.testing.assert_array_equal(again(again.preprocess(["a cat"]))["sentence_embedding"].detach().numpy(), vectors)
 
 
 def test_sentence_transformer_prompts_messages_and_truncation(sentence_model, embedder):
