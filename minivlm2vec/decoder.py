@@ -25,6 +25,7 @@ class Packing:
     cos: Tensor  # [T, H / 2]
     sin: Tensor
     causal: bool = True
+    host_cu_seqlens: Tensor | None = None  # the same on the host
 
 
 class Decoder(nn.Module):
@@ -40,7 +41,7 @@ class Decoder(nn.Module):
     def packing(self, batch: PackedBatch, *, dtype: torch.dtype, causal: bool = True) -> Packing:
         """dtype: of the hidden states, to which cos and sin are rounded."""
         cos, sin = rope_tables(batch.position_ids, batch.cu_seqlens, self.config)
-        return Packing(batch.cu_seqlens, batch.max_seqlen, cos.to(dtype), sin.to(dtype), causal)
+        return Packing(batch.cu_seqlens, batch.max_seqlen, cos.to(dtype), sin.to(dtype), causal, batch.host_cu_seqlens)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """Input embeddings [T, D] -> hidden states [T, D] after the final norm."""
@@ -75,7 +76,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, p: Packing) -> Tensor:  # [T, D] -> [T, D]
         q, k, v = self.qkv(x, p)
-        y = ops.attention(q, k, v, p.cu_seqlens, p.max_seqlen, causal=p.causal, backend=self.backend)
+        y = ops.attention(
+            q, k, v, p.cu_seqlens, p.max_seqlen,
+            causal=p.causal, host_cu_seqlens=p.host_cu_seqlens, backend=self.backend,
+        )  # fmt: skip
         return self.o_proj(y.flatten(1))
 
     def qkv(self, x: Tensor, p: Packing) -> tuple[Tensor, Tensor, Tensor]:  # [T, D] -> [T, N or Nkv, H]

@@ -17,7 +17,7 @@ from . import prompts
 from .batch import PackedBatch
 from .config import VLM2VecConfig
 from .errors import InputError, Option, OptionError, at_least_one
-from .inference import FusedVLM2Vec, check_options
+from .inference import FusedVLM2Vec, check_options, origin
 from .inference import optimize as optimized
 from .lora import merge_adapter, with_adapters_parts
 from .model import VLM2Vec
@@ -34,6 +34,8 @@ class Embedder:
     "images", each image a path, a PIL image, a numpy array uint8 [H, W, 3], the bytes of a file, or a data URI.
     In a text, <|image_n|> stands for the n-th image; where images come without any tag,
     "<|image_1|>\\n<|image_2|>\\n…" is put in front (as in the MMEB data; the model card's demo has a space there).
+
+    With a plain model it is copied and pickled whole, weights too. A fast one refuses that, and says what to do.
 
     Args:
         model: a VLM2Vec, plain or made fast by `inference.optimize`.
@@ -177,6 +179,11 @@ class Embedder:
         size = truncate_dim or self.truncate_dim
         vector_length(size, self.model.config, self.model.dimension, force=self.force_dimensions)
         return size
+
+    @property
+    def fingerprint(self) -> str:
+        """Which model it computes with, as its weights are now: `weights.model_fingerprint`."""
+        return origin(self.model).fingerprint
 
     @overload
     def encode(

@@ -3,12 +3,11 @@
 T packed tokens, H head dim.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
 from .config import DecoderConfig
+from .transfer import constants
 
 
 def rope_tables(position_ids: Tensor, cu_seqlens: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
@@ -23,7 +22,7 @@ def rope_tables(position_ids: Tensor, cu_seqlens: Tensor, config: DecoderConfig)
     if config.rope_scaling is not None:
         lengths = cu_seqlens.diff()
         is_long = lengths > config.original_max_position_embeddings
-        is_long = torch.repeat_interleave(is_long, lengths, output_size=len(position_ids))
+        is_long = torch.repeat_interleave(is_long, lengths, output_size=position_ids.shape[0])
         frequencies = torch.where(is_long[:, None], long, frequencies)
     return rotations(position_ids, frequencies, config)
 
@@ -34,7 +33,7 @@ def rotations(position_ids: Tensor, frequencies: Tensor, config: DecoderConfig) 
     return angles.cos() * config.rope_attention_factor, angles.sin() * config.rope_attention_factor
 
 
-@functools.lru_cache(maxsize=16)  # copying them to a device waits for it, which no batch but the first should
+@constants
 def inverse_frequencies(config: DecoderConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """Those of short and of long sequences, [H / 2] float32 each. Frequency i is 1 / (factor_i * theta^(2 i / H))."""
     H, scaling = config.head_dim, config.rope_scaling

@@ -1,7 +1,33 @@
-"""Tensors on their way to the host, beside what the device computes next."""
+"""Tensors on their way to the host, beside what the device computes next; constants on their way to a device, once."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., tuple[Tensor, ...]])
+
+
+def constants(make: F) -> F:
+    """Decorator of a function that makes tensors for hashable arguments. They are made once, as copying them to a
+    device waits for it, and are constants of a compiled graph. At most 16 are kept, and none that a tracer makes."""
+    kept: dict[Any, tuple[Tensor, ...]] = {}
+
+    @functools.wraps(make)
+    def get(*args: Any) -> tuple[Tensor, ...]:
+        if args in kept:
+            return kept[args]
+        with torch.inference_mode(False):  # a model that trains may want them too
+            made = make(*args)
+        if all(type(t) is Tensor for t in made):
+            kept[args] = made
+            if len(kept) > 16:
+                kept.pop(next(iter(kept)), None)
+        return made
+
+    return torch.compiler.assume_constant_result(get)  # type: ignore[return-value]
 
 
 class HostCopy:

@@ -3,7 +3,6 @@
 C crops, P patches per side, L = P * P + 1 positions (the class token first), D width, N heads, H head dim.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from .config import CLIP_STD as STD
 from .config import VisionConfig
 from .linear import Embedding, Linear
 from .registry import register
+from .transfer import constants
 
 
 @register("tower", "clip")
@@ -109,9 +109,9 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [C, L, D] -> [C, L, D]
         C, L, _ = x.shape
-        cu_seqlens = torch.arange(0, (C + 1) * L, L, dtype=torch.int32, device=x.device)
+        here, host = (torch.arange(0, (C + 1) * L, L, dtype=torch.int32, device=d) for d in (x.device, "cpu"))
         q, k, v = self.qkv(x)
-        y = ops.attention(q, k, v, cu_seqlens, L, causal=False, backend=self.backend)
+        y = ops.attention(q, k, v, here, L, causal=False, host_cu_seqlens=host, backend=self.backend)
         return self.out_proj(rearrange(y, "(C L) N H -> C L (N H)", L=L))
 
     def qkv(self, x: Tensor) -> tuple[Tensor, ...]:  # [C, L, D] -> three [C * L, N, H]
@@ -150,7 +150,7 @@ def normalized_images(
     return ops.image_patches(crops, grids, mean, std, S, dtype, backend=backend).view(-1, 3, S, S)
 
 
-@functools.lru_cache(maxsize=16)  # copying them to a device waits for it
+@constants
 def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [3] float32 of CLIP's training pixels, in 0 .. 1."""
     return torch.tensor(MEAN, device="cpu").to(device), torch.tensor(STD, device="cpu").to(device)

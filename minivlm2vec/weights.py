@@ -408,6 +408,24 @@ def fingerprint(folder: str | Path, *, adapter: bool = False) -> str:
     return digest.hexdigest()
 
 
+def model_fingerprint(model: nn.Module, *more: Any) -> str:
+    """`fingerprint` of a plain model in memory, whatever was done to it since it was loaded.
+
+    sha256 of its class, configuration, pooling and causality, of `more`, and of name, shape, dtype and the first and
+    last row of every parameter and saved buffer.
+    """
+    pooling, causal = getattr(model, "pooling", None), getattr(model, "causal", None)
+    parts = [type(model).__qualname__, getattr(pooling, "__qualname__", type(pooling).__qualname__), causal]
+    digest = hashlib.sha256(repr([*parts, getattr(model, "config", None), *more]).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        if value.numel():
+            whole = value if type(value) is Tensor else value.dequantize()  # torchao's
+            rows = torch.atleast_1d(whole)
+            digest.update(torch.cat([rows[:1], rows[-1:]]).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _ends(tensor) -> bytes:
     """Shape, dtype, first and last row of a tensor in a file."""
     head = f"{tensor.get_shape()}{tensor.get_dtype()}".encode()

@@ -73,6 +73,7 @@ def attention(
     scale: float | None = None,
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | None = None,
+    host_cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T) v, each sequence for itself.
@@ -83,6 +84,7 @@ def attention(
 
     `cu_seqlens_q`, `max_seqlen_q`: where the queries are fewer than the keys (the last tokens of each sequence).
     Queries are aligned to the end of their keys: with `causal`, query i of Lq sees keys 0 .. Lk - Lq + i.
+    `host_cu_seqlens`: cu_seqlens on the CPU, where the caller has them: torch then reads no lengths back from a device.
 
     Padding for CUDA graphs: a sequence may be empty, and a query without any key gets zeros. Rows beyond the last
     sequence are allowed; they have no influence and no gradient, and what is returned in their place is unspecified.
@@ -98,7 +100,8 @@ def attention(
 
         op = attention_backward_triton.Attention.apply if needs_grad(q, k, v) else attention_triton.attention
         return op(q, k, v, cu_seqlens, max_seqlen, causal, scale, cu_seqlens_q, max_seqlen_q)
-    return torch_ops.attention(q, k, v, cu_seqlens, causal=causal, scale=scale, cu_seqlens_q=cu_seqlens_q)
+    lengths = cu_seqlens if host_cu_seqlens is None else host_cu_seqlens
+    return torch_ops.attention(q, k, v, lengths, causal=causal, scale=scale, cu_seqlens_q=cu_seqlens_q)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = None) -> Tensor:

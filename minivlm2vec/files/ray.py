@@ -31,8 +31,9 @@ class EmbedBatch:
 
     Args:
         model: a checkpoint's folder or Hub name, as every worker can reach it.
-        text_column, image_column: where a row keeps its text and its images (paths, data URIs or bytes; lists of
-            these); default: text; image, images or image_path.
+        text_column, image_column: where a row keeps its text and its images (paths, data URIs, bytes, or arrays uint8
+            [H, W, 3], [H, W, 4] or [H, W], as `ray.data.read_images` gives them; lists of these); default: text; image,
+            images or image_path.
         image_root: what relative paths are relative to.
         instruction, max_length: as for `Embedder.encode`, where the first is called prompt.
         vector_column: name of the column that is added, [n, D] float32.
@@ -64,7 +65,9 @@ class EmbedBatch:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The batch with two columns more: the vectors [n, D] float32, and `<vector_column>_error`, which says why a
-        row has none (its vector is NaN then) and is empty otherwise."""
+        row has none (its vector is NaN then) and is empty otherwise. Raises TypeError for batches in another format."""
+        if not isinstance(batch, dict):
+            raise TypeError(f"a batch is a dict of NumPy arrays, got a {type(batch).__name__}: batch_format='numpy'")
         names = list(batch)
         columns = Columns.choose(names, *self.columns)
         n = len(batch[names[0]])
@@ -78,7 +81,9 @@ class EmbedBatch:
 
 
 def _plain(value: Any) -> Any:
-    """A value of a column as Python has it."""
-    if isinstance(value, np.ndarray):
+    """A value of a column as Python has it; an array of pixels stays one, several of one shape become a list."""
+    if isinstance(value, np.ndarray) and value.dtype != object and value.ndim in (2, 3):
+        return value[..., None] if value.ndim == 2 else value
+    if isinstance(value, np.ndarray | list):
         return [_plain(v) for v in value]
     return value.item() if isinstance(value, np.generic) else value

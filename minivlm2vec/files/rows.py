@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import InputError, Option, OptionError
 
 TEXT_COLUMNS = ("text",)
@@ -83,7 +85,7 @@ class Columns:
         return [c for c in (self.text, self.image) if c is not None]
 
     def images(self, row: Row) -> list[Any]:
-        """The images of a row: absolute paths, data URIs or bytes. Raises InputError."""
+        """The images of a row: absolute paths, data URIs, bytes or arrays. Raises InputError."""
         value = row.columns.get(self.image) if self.image else None
         values = value if isinstance(value, list) else [value]
         found = [self._image(v) for v in values]
@@ -121,6 +123,8 @@ class Columns:
     def _image(self, value: Any) -> Any:
         if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:  # as Hugging Face datasets keep them
             value = value.get("bytes") or value.get("path")
+        if isinstance(value, np.ndarray):
+            return value
         if value is None or value == "":
             return None
         if isinstance(value, bytes) or (isinstance(value, str) and value.startswith("data:")):

@@ -5,6 +5,7 @@ prepack.py   weights in the CPU's own layout
 fp8.py       large products in 8 bits: other vectors, so only on request
 prefix.py    texts that begin alike compute that once
 graphs.py    CUDA graphs for small batches
+origin.py    what the model was before
 
 Each is held to the plain model by the same recorded outputs, and applies only to what it knows.
 """
@@ -21,6 +22,7 @@ from ..vision import VisionLayer, VisionTower
 from .fp8 import KEEP, check_fp8, quantize, takes_fp8
 from .fused import FUSED, FusedVLM2Vec, InferenceOnly, fuse, is_plain
 from .graphs import GraphedModel, can_graph
+from .origin import keep_origin, origin, stored_bytes
 from .prepack import can_prepack
 from .prepack import prepack as pack
 
@@ -56,6 +58,7 @@ def optimize(
     Raises ValueError where an option does not fit the model, before anything is changed.
     """
     _check(model, precision, prepack, cuda_graphs)
+    keep_origin(model, precision, fp8_keep)
     model.eval().requires_grad_(False)
     whole = _is_wholly_plain(model)
     packs = precision != "fp8" and (can_prepack(model.device, model.dtype) if prepack is None else prepack)
@@ -140,4 +143,4 @@ def _fuse_whole(model: VLM2Vec, share_prefixes: bool, cuda_graphs: bool | None) 
     return model
 
 
-__all__ = ["FusedVLM2Vec", "InferenceOnly", "check_options", "optimize"]
+__all__ = ["FusedVLM2Vec", "InferenceOnly", "check_options", "optimize", "origin", "stored_bytes"]

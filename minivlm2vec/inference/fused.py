@@ -24,10 +24,11 @@ from ..vision import LayerNorm, VisionAttention, VisionLayer, VisionMLP, VisionT
 from .prefix import WEIGHT_BOUND_ROWS, SharedBatch, SharedPacking, share_prefixes
 
 
-def _refuse(what: str) -> Any:
+def _refuse(what: str, instead: str = "") -> Any:
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError(
             f"{type(self).__name__} is made for inference alone and cannot {what}: load the model with optimize=False"
+            + instead
         )
 
     return method
@@ -40,7 +41,9 @@ class InferenceOnly(nn.Module):
     register_full_backward_pre_hook = register_full_backward_hook = _refuse("call hooks")
     register_backward_hook = register_state_dict_pre_hook = _refuse("call hooks")
     state_dict = load_state_dict = _load_from_state_dict = _refuse("be saved or loaded")
-    __deepcopy__ = __reduce_ex__ = _refuse("be copied or pickled")
+    __deepcopy__ = __reduce_ex__ = _refuse(
+        "be copied or pickled", ", or anew (from_pretrained) in the process that needs it"
+    )
     _apply = _refuse("be moved or cast")
     compile = _refuse("be compiled")
     _replace = add_module = register_module = __delattr__ = _refuse("have a part replaced")
@@ -56,6 +59,8 @@ class InferenceOnly(nn.Module):
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_torchdynamo_orig_callable":  # what torch.compile asks a module for, before anything else
+            self.compile()
         try:
             return super().__getattr__(name)
         except AttributeError as error:
@@ -285,6 +290,8 @@ class FusedVLM2Vec(InferenceOnly, VLM2Vec):
         return share_prefixes(batch, longest, weight_bound_rows=WEIGHT_BOUND_ROWS.get(kind, 256))
 
     def forward(self, batch: PackedBatch, *, normalize: bool = True) -> Tensor:
+        if torch.compiler.is_compiling():  # as a part of something else
+            self.compile()
         if self.graphs is not None:
             return self.graphs(batch, normalize=normalize)
         return self.run(batch, normalize=normalize)

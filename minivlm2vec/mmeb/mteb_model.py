@@ -6,6 +6,7 @@ model = VLM2VecModel("TIGER-Lab/VLM2Vec-Full")
 mteb.evaluate(model, mteb.get_benchmark("MIEB(lite)"))
 """
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mteb.types import PromptType
 
 from .. import prompts
 from ..embedder import Embedder
+from ..inference import origin, stored_bytes
 
 FULL = "TIGER-Lab/VLM2Vec-Full"
 INSTRUCTIONS = ("task", "fixed")
@@ -28,7 +30,7 @@ class VLM2VecModel(AbsEncoder):
     """An mteb encoder.
 
     Args:
-        model_name: of the checkpoint, or a folder.
+        model_name: of the checkpoint, or a folder; default the embedder's, else VLM2Vec-Full.
         revision: on the Hub.
         device: default the best there is.
         instructions: "task": the instruction that VLM2Vec was trained with for that kind of task, see
@@ -38,12 +40,15 @@ class VLM2VecModel(AbsEncoder):
             before `instructions`. "{text}" is where the text goes; without it the text comes after.
         num_crops, max_length: 4 and 256 as in mteb's wrapper; the latter cuts texts without images only.
         embedder: one that is loaded already.
-        options: for `Embedder.from_pretrained`.
+        options: for `Embedder.from_pretrained`, such as adapter.
+
+    mteb keeps results by name, revision and `experiment_kwargs`. The revision here is told from the weights, as they
+    are when this object is made, and from every option that changes vectors; so no other model's results are taken.
     """
 
     def __init__(
         self,
-        model_name: str = FULL,
+        model_name: str | None = None,
         revision: str | None = None,
         device: str | None = None,
         *,
@@ -57,11 +62,14 @@ class VLM2VecModel(AbsEncoder):
         if instructions not in INSTRUCTIONS:
             raise ValueError(f"instructions is one of {', '.join(INSTRUCTIONS)}, got {instructions!r}")
         loading = {"revision": revision, "device": device, **options}
-        self.model = embedder or Embedder.from_pretrained(model_name, **loading)
+        self.model = embedder or Embedder.from_pretrained(model_name or FULL, **loading)
         self.instructions = instructions
         self.prompts_dict = prompts_dict
         self.options = {"num_crops": num_crops, "max_length": max_length}
-        self.mteb_model_meta = model_meta(str(model_name), revision, self.model, instructions)
+        name, _, adapter = str(model_name or self.model.name or FULL).partition(" + ")  # as an Embedder is called
+        asked: dict[str, Any] = {"instructions": instructions, **self.options}
+        asked |= {"prompts": prompts_dict} if prompts_dict else {}
+        self.mteb_model_meta = model_meta(name, revision, self.model, asked, str(options.get("adapter") or adapter))
 
     def encode(
         self,
@@ -127,31 +135,51 @@ def instruction(
     return prompts.IMAGE
 
 
-def model_meta(name: str, revision: str | None, embedder: Embedder, instructions: str) -> ModelMeta:
-    """A description for mteb's result files; a folder is called "local/<its name>"."""
-    is_hub_name = name.count("/") == 1 and not Path(name).exists()
-    parameters = sum(p.numel() for p in embedder.model.parameters())
+def model_meta(
+    name: str, revision: str | None, embedder: Embedder, asked: dict[str, Any], adapter: str = ""
+) -> ModelMeta:
+    """A description for mteb's result files; a folder is called "local/<its name>". With an adapter the name is the
+    adapter's, and the model's is what it is adapted from. revision: on the Hub.
+
+    asked: the options of the call.
+    """
+    model, published = embedder.model, name == FULL and not adapter
     return ModelMeta(
         loader=None,
-        name=name if is_hub_name else f"local/{Path(name).name or 'model'}",
-        revision=revision or ("main" if is_hub_name else "local"),
+        name=_named(adapter or name),
+        adapted_from=_named(name) if adapter else None,
+        revision=_revision(revision, embedder, asked),
         release_date=None,
         languages=["eng-Latn"],
-        n_parameters=parameters,
-        memory_usage_mb=sum(p.numel() * p.element_size() for p in embedder.model.parameters()) / 2**20,
-        max_tokens=embedder.model.config.decoder.max_position_embeddings,
+        n_parameters=origin(model).num_parameters,
+        n_embedding_parameters=model.decoder.embed_tokens.weight.numel(),
+        memory_usage_mb=stored_bytes(model) / 2**20,
+        max_tokens=model.config.decoder.max_position_embeddings,
         embed_dim=embedder.dimension,
         license=None,
         open_weights=True,
-        public_training_code="https://github.com/TIGER-AI-Lab/VLM2Vec" if name == FULL else None,
-        public_training_data="https://huggingface.co/datasets/TIGER-Lab/MMEB-train" if name == FULL else None,
+        public_training_code="https://github.com/TIGER-AI-Lab/VLM2Vec" if published else None,
+        public_training_data="https://huggingface.co/datasets/TIGER-Lab/MMEB-train" if published else None,
         framework=["PyTorch"],
         similarity_fn_name=ScoringFunction.COSINE,
         use_instructions=True,
         training_datasets=None,
         modalities=["image", "text"],
-        experiment_kwargs={"instructions": instructions},
+        experiment_kwargs=asked,
     )
+
+
+def _named(name: str) -> str:
+    is_hub_name = name.count("/") == 1 and not Path(name).exists()
+    return name if is_hub_name else f"local/{Path(name).name or 'model'}"
+
+
+def _revision(revision: str | None, embedder: Embedder, asked: dict[str, Any]) -> str:
+    """The Hub's, where one was asked for, and a digest of everything that decides the vectors."""
+    p = embedder.processor
+    settings = (p.tokenizer.content_hash(), p.num_crops, p.fast_decode, p.exif_transpose, embedder.dimension)
+    digest = hashlib.sha256(repr([embedder.fingerprint, settings, sorted(asked.items())]).encode()).hexdigest()[:16]
+    return f"{revision}-{digest}" if revision else digest
 
 
 def _items(batch: dict[str, Any]) -> list[dict[str, Any]]:

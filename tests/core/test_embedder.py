@@ -1,7 +1,9 @@
 """Embedder: the invariant, the options, and what happens to bad inputs in a list of good ones."""
 
 import base64
+import copy
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -245,3 +247,61 @@ def test_options_of_another_type_are_named(e, options, message):
     with pytest.raises(ValueError, match=message):
         e.encode(["a"], **options)
     assert e.encode(["a"], max_length=np.int64(4)).shape == (1, e.dimension)
+
+
+# ------------------------------------------------------------------------------------------------ copied and pickled
+
+
+@pytest.fixture
+def plain(e) -> Embedder:
+    return Embedder.from_pretrained(e.model.checkpoint, device="cpu", optimize=False, num_crops=2, show_progress=False)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_an_embedder_with_a_plain_model_is_copied_whole(plain, mixed, how):
+    before, other = plain.encode(mixed), how(plain)
+    with torch.no_grad():
+        plain.model.decoder.norm.weight.zero_()
+    assert np.array_equal(other.encode(mixed), before)
+    assert (other.name, other.processor.num_crops) == (plain.name, 2) and other.fingerprint != plain.fingerprint
+
+
+def encoded(embedder, inputs, queue) -> None:
+    queue.put(embedder.encode(inputs))
+
+
+def test_an_embedder_goes_to_a_spawned_process(plain):
+    context = torch.multiprocessing.get_context("spawn")
+    queue, inputs = context.Queue(), ["a cat", {"text": "what?", "image": png(photo())}]
+    process = context.Process(target=encoded, args=(plain, inputs, queue))
+    process.start()
+    assert np.abs(queue.get(timeout=120) - plain.encode(inputs)).max() < 2e-6
+    process.join()
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, pickle.dumps])
+def test_a_fast_embedder_says_what_to_do_instead(e, how):
+    """Its packed weights have no form to be copied in."""
+    with pytest.raises(
+        RuntimeError, match=r"copied or pickled: load the model with optimize=False, or anew \(from_pretr"
+    ):
+        how(e)
+    other = copy.copy(e)  # the same model with other settings
+    assert other.model is e.model and np.array_equal(other.encode(["a"]), e.encode(["a"]))
+
+
+def test_the_fingerprint_is_that_of_the_weights(e, plain):
+    """Alike for the fast and the plain model; another where any tensor, the pooling, causality or precision is."""
+    known = {plain.fingerprint}
+    assert e.fingerprint in known
+    for change in (
+        lambda m: m.projector.mlp[2].bias.data.add_(1e-3),
+        lambda m: m.vision.layers[0].mlp.fc1.weight.data.mul_(1.001),
+        lambda m: setattr(m, "causal", False),
+        lambda m: setattr(m, "pooling", torch.nn.Identity()),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.register_buffer("scale", torch.tensor(True)),
+    ):
+        change(plain.model)
+        assert plain.fingerprint not in known
+        known.add(plain.fingerprint)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import minivlm2vec.model  # noqa: F401 (it registers the published parts, before a test replaces the registry)
 from minivlm2vec import registry
 from tests.support.golden import synth_image
 

@@ -1,4 +1,4 @@
-"""`minivlm2vec.files.ray.EmbedBatch`, by itself and on a local Ray with two workers."""
+"""`minivlm2vec.files.ray.EmbedBatch`, by itself and on a local Ray with two workers and its own reader of images."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from minivlm2vec import Embedder
 from minivlm2vec.files.ray import EmbedBatch
@@ -46,6 +47,16 @@ found = ray.data.from_items(rows).map_batches(
 ).take_all()
 found = [{**row, "embedding": np.asarray(row["embedding"]).tolist()} for row in sorted(found, key=lambda r: r["n"])]
 json.dump(found, open(f"{folder}/found.json", "w"))
+
+def read(**options):
+    rows = ray.data.read_images(folder, include_paths=True, **options).map_batches(
+        EmbedBatch, fn_constructor_args=[checkpoint], fn_constructor_kwargs={"device": "cpu"}, batch_size=8,
+        compute=ray.data.ActorPoolStrategy(size=1),
+    ).take_all()
+    rows = sorted(rows, key=lambda r: int(r["path"].rpartition("/p")[2][:-4]))
+    return [(np.asarray(row["embedding"]).tolist(), row["embedding_error"]) for row in rows]
+
+json.dump([read(mode="RGB"), read(mode="L"), read(mode="RGB", size=(48, 80))], open(f"{folder}/images.json", "w"))
 """
 
 
@@ -70,6 +81,68 @@ def test_a_batch(checkpoint, tmp_path):
         actor({"caption": np.array(["x"], object)})
 
 
+def pixels(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def column(*values):
+    """As Ray has a column of values that differ in shape."""
+    out = np.empty(len(values), object)
+    out[:] = values
+    return out
+
+
+IMAGES = {
+    "of one size": (pixels(3, 50, 60, 3), None),
+    "of several sizes": (column(pixels(50, 60, 3), pixels(70, 40, 3, seed=1)), None),
+    "grey": (pixels(2, 50, 60), lambda a: a[..., None]),
+    "grey and RGBA": (column(pixels(50, 60), pixels(40, 60, 4)), lambda a: a[..., None] if a.ndim == 2 else a),
+    "with one channel": (pixels(2, 50, 60, 1), None),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_as_arrays(checkpoint, name):
+    images, as_input = IMAGES[name]
+    got = EmbedBatch(str(checkpoint), device="cpu")({"image": images})
+    inputs = [{"image": as_input(a) if as_input else a} for a in images]
+    expected = Embedder.from_pretrained(checkpoint, device="cpu").encode(inputs)
+    assert got["embedding_error"].tolist() == [""] * len(images)
+    assert np.abs(got["embedding"] - expected).max() < TOLERANCE
+
+
+def test_several_arrays_in_a_row_and_arrays_that_are_no_image(checkpoint, tmp_path):
+    save_pictures(tmp_path, ["a.png"])
+    rows = [
+        pixels(2, 50, 60, 3),
+        [pixels(50, 60, 3, seed=1), "a.png"],
+        pixels(50, 60, 3) / 255,
+        pixels(5, 6, 7),
+        [],
+        None,
+    ]
+    got = EmbedBatch(str(checkpoint), image_root=str(tmp_path), device="cpu")(
+        {"image": column(*rows), "text": column(*"uvwxyz")}
+    )
+    inputs = [
+        {"text": "u", "images": list(rows[0])},
+        {"text": "v", "images": [rows[1][0], tmp_path / "a.png"]},
+        "y",
+        "z",
+    ]
+    expected = Embedder.from_pretrained(checkpoint, device="cpu").encode(inputs)
+    assert np.abs(got["embedding"][[0, 1, 4, 5]] - expected).max() < TOLERANCE
+    assert np.isnan(got["embedding"][2:4]).all()
+    for error, what in zip(got["embedding_error"][2:4], ["float64 [50, 60, 3]", "uint8 [5, 6, 7]"], strict=True):
+        assert f"a numpy image is uint8 [height, width, 3], got {what}" in error
+
+
+def test_a_batch_in_another_format_is_named(checkpoint):
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(TypeError, match="got a DataFrame: batch_format='numpy'"):
+        EmbedBatch(str(checkpoint), device="cpu")(pandas.DataFrame({"text": ["a"]}))
+
+
 def test_two_workers_one_of_which_is_killed(checkpoint, tmp_path):
     pytest.importorskip("ray")
     save_pictures(tmp_path, [f"p{i}.png" for i in range(12)])
@@ -90,3 +163,12 @@ def test_two_workers_one_of_which_is_killed(checkpoint, tmp_path):
     )
     assert np.abs(vectors[:12] - expected).max() < TOLERANCE
     assert np.isnan(vectors[12]).all() and "no such file" in found[12]["embedding_error"]
+    colour, grey, resized = json.loads((tmp_path / "images.json").read_text())
+    for rows, inputs in (
+        (colour, [Image.open(tmp_path / f"p{i}.png") for i in range(12)]),
+        (grey, [Image.open(tmp_path / f"p{i}.png").convert("L") for i in range(12)]),
+    ):
+        expected = Embedder.from_pretrained(checkpoint, device="cpu").encode(inputs)
+        assert [error for _, error in rows] == [""] * 12
+        assert np.abs(np.array([vector for vector, _ in rows], np.float32) - expected).max() < TOLERANCE
+    assert [error for _, error in resized] == [""] * 12 and np.isfinite([vector for vector, _ in resized]).all()
