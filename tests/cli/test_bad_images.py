@@ -94,7 +94,8 @@ def test_mmeb_leaves_out_the_rows_that_need_it(photos, checkpoint, tmp_path):
     assert code == 1 and "2.png" in err and reason in err
     code, out, err = run(*command, "--skip-damaged", "--allow-collapsed")
     assert code == 0, err
-    assert "1 damaged rows left out; the first: Mine, row 2: 2.png: " in out and reason in out
+    out = " ".join(out.split())  # the table breaks its lines
+    assert "damaged rows left out" in out and "Mine, row 2: 2.png: " in out and reason in out
 
 
 def test_train_check_names_the_row(photos, tmp_path):
