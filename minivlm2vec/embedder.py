@@ -297,6 +297,11 @@ class Embedder:
         them. On CUDA it returns before they are computed: reading them waits."""
         batch = items if isinstance(items, PackedBatch) else self.prepare(items)
         vectors = self.model(batch.to(self.device, non_blocking=True), normalize=normalize)
+        if vectors.shape[1] != self.model.dimension:
+            raise ValueError(
+                f"{type(self.model).__name__} made vectors of {vectors.shape[1]} numbers, and its `dimension` is "
+                f"{self.model.dimension}: give its pooling, or the class, that attribute"
+            )
         size = self._size(truncate_dim)
         return vectors if size is None else truncated(vectors, size, normalize=normalize)
 

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import OWN, VLM2VecConfig, read_object, shown
+from .config import OWN, VLM2VecConfig, changes, read_object, shown
 from .errors import CheckpointError, some
 from .linear import Linear
+from .model import VLM2Vec
 from .weights import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -32,6 +33,8 @@ from .weights import (
     KNOWN,
     drop_prefixes,
     keys_of,
+    named_parts,
+    new_parts,
     parameter_of,
     saved_tensors,
     under_keys,
@@ -272,6 +275,7 @@ class AdaptedLinear(Linear):
 def add_lora(model: M, config: LoraConfig, *, generator: torch.Generator | None = None) -> M:
     """Freezes the model and puts new adapters on the modules that `config` targets. Returns the model.
 
+    Parts that the model's checkpoint does not have, and `config.modules_to_save`, are trained whole beside them.
     generator: for A's first numbers, on the CPU. Raises ValueError where a target, or a module to save, fits no module,
     or all are excluded.
     """
@@ -279,12 +283,12 @@ def add_lora(model: M, config: LoraConfig, *, generator: torch.Generator | None 
     targets = config.target_modules
     each = {targets: targets} if isinstance(targets, str) else {t: (t,) for t in targets}
     unused = [name for name, one in each.items() if not any(_fits(one, key) for key in places)]
-    if unused:
+    if unused and targets != TARGETS:  # another tower may lack some of the usual ones
         raise ValueError(f"target_modules: no module fits {', '.join(unused)}")
     places = {key: place for key, place in places.items() if config.targets(key)}
     if not places:
         raise ValueError("exclude_modules: no module is left for an adapter")
-    whole = whole_tensors(model, config)
+    whole = whole_tensors(model, with_new_parts(config, model))
     model.requires_grad_(False)
     for tensor in whole.values():
         tensor.requires_grad_(tensor.is_floating_point() and isinstance(tensor, nn.Parameter))
@@ -354,14 +358,21 @@ def merge_lora(model: M) -> M:
 
 def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, *, base_model: str | None = None) -> None:
     """Writes the model's adapters as PEFT does: adapter_config.json and adapter_model.safetensors, in which
-    `config.modules_to_save` lie too.
+    `config.modules_to_save` lie too. Parts that the model's checkpoint does not have are kept and named there.
 
-    base_model: what the adapters belong to, a folder or a Hub name, for the config.
+    base_model: what the adapters belong to, a folder or a Hub name, for the config. Raises ValueError where the model
+    has no adapter, or trains something that would not be in the file.
     """
     tensors = {name: t.detach() for name, t in adapter_tensors(model)}
     if not tensors:
-        raise ValueError("the model has no adapter to write")
-    for name, t in whole_tensors(model, config).items():
+        raise ValueError("the model has no adapter of `add_lora` to write (PEFT writes its own by save_pretrained)")
+    config = with_new_parts(config, model)
+    whole = whole_tensors(model, config)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and ".adapters." not in n and n not in whole]
+    if trained:
+        raise ValueError(f"{some(trained)} are trained too, and would not be in the adapter: modules_to_save keeps "
+                         "modules that are trained whole")  # fmt: skip
+    for name, t in whole.items():
         tensors |= under_keys(name, t.detach())
     write_adapter(folder, tensors, config, base_model=base_model)
 
@@ -395,6 +406,18 @@ def whole_tensors(model: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
     if unused := [one for one, names in found.items() if not names]:
         raise ValueError(f"modules_to_save: no module with parameters fits {', '.join(unused)}")
     return {name: tensors[name] for names in found.values() for name in names}
+
+
+def with_new_parts(config: LoraConfig, model: nn.Module, base: VLM2VecConfig | None = None) -> LoraConfig:
+    """The configuration that names the model's parts which the base does not have, and keeps them whole. base: default
+    that of the folder which the model was loaded from."""
+    if not isinstance(model, VLM2Vec) or (base is None and model.checkpoint is None):
+        return config
+    base = base or VLM2VecConfig.from_json(cast(Path, model.checkpoint))
+    own, tensors = replace(base, parts=named_parts(model)), saved_tensors(model)
+    new = (part.rstrip(".") for part in new_parts(base, own) if any(n.startswith(part) for n in tensors))
+    modules = tuple(dict.fromkeys([*config.modules_to_save, *new]))
+    return replace(config, modules_to_save=modules, parts=config.parts | changes(base.parts, own.parts))
 
 
 def with_adapters_parts(config: VLM2VecConfig, folder: str | Path) -> VLM2VecConfig:

@@ -54,9 +54,8 @@ def find(kind: str, name: str) -> Any:
     """The part of that name. Raises CheckpointError for one that nobody has registered."""
     if name not in _parts[kind]:
         raise CheckpointError(
-            f"config.json names the {kind} {name!r}, which is not registered here; registered are "
-            f"{', '.join(map(repr, _parts[kind]))}. Import the file that registers it first, or name that file: "
-            "--plugin FILE.py, minivlm2vec.load_plugin(FILE)"
+            f"the {kind} {name!r} is not registered here; registered are {', '.join(map(repr, _parts[kind]))}. Import "
+            "the file that registers it first, or name that file: --plugin FILE.py, minivlm2vec.load_plugin(FILE)"
         )
     return _parts[kind][name]
 
@@ -90,4 +89,7 @@ def load_plugin(path: str | os.PathLike) -> None:
 
 
 def _origin(part: Any) -> str:
-    return f"{getattr(part, '__module__', '?')}.{getattr(part, '__qualname__', part)}"
+    """Where it is defined; the same for a file that is loaded as a plugin and imported too."""
+    module = getattr(part, "__module__", "?")
+    file = getattr(sys.modules.get(module), "__file__", None) or module
+    return f"{file}: {getattr(part, '__qualname__', part)}"

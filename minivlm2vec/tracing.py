@@ -15,6 +15,7 @@ from minivlm2vec_kernels import reference
 
 from .batch import PackedBatch
 from .decoder import Attention, Packing
+from .projector import Projector
 from .vision import VisionAttention
 
 Layers = bool | Collection[int]  # all, none, or these; negative numbers count from the end
@@ -31,12 +32,12 @@ class Trace:
         attentions: {layer: [N, L, L] of each sequence}; rows are queries, and each sums to one.
         vision_hidden_states: {layer: [C, P, D]} after the tower's layers.
         vision_attentions: {layer: [C, N, P, P]}.
-        merged_per_side: rows of image tokens a crop.
+        merged_per_side: rows of image tokens a crop; None where the projector is not the published one.
     """
 
     batch: PackedBatch
     vectors: Tensor
-    merged_per_side: int
+    merged_per_side: int | None
     hidden_states: dict[int, Tensor] = field(default_factory=dict)
     attentions: dict[int, list[Tensor]] = field(default_factory=dict)
     vision_hidden_states: dict[int, Tensor] = field(default_factory=dict)
@@ -44,13 +45,22 @@ class Trace:
 
     def image_map(self, values: Tensor, image: int = 0) -> Tensor:
         """values [T] of all tokens -> [rows, columns] of those that show an image of the batch, as they lie on the
-        canvas that the image was put on (`images.hd_size` says where), without those of its global view."""
-        m = self.merged_per_side
+        canvas that the image was put on (`images.hd_size` says where), without those of its global view. Where an image
+        stands several times, the mean of its tokens."""
+        m, T = self.merged_per_side, self.batch.num_tokens
+        if m is None:
+            raise ValueError("the projector is not the published one: where its tokens lie in an image is not known")
+        if values.shape != (T,):
+            raise ValueError(f"values are [T], a number for each of the batch's {T} tokens, got {list(values.shape)}")
         sizes = [(h * m, w * m) for h, w in self.batch.grids]
         if image not in range(len(sizes)):
             raise ValueError(f"image {image} is none of the batch's, which has {len(sizes)}")
         counts = [h * (w + 1) + 1 + m * (m + 1) for h, w in sizes]  # see `batch.num_image_tokens`
-        of_images = values.new_zeros(sum(counts)).index_copy(0, self.batch.image_source, values[self.batch.image_index])
+        of_images, index = values.new_zeros(2, sum(counts)), self.batch.image_source  # sums, and of how many
+        of_images = of_images.index_add(
+            1, index, torch.stack([values, torch.ones_like(values)])[:, self.batch.image_index]
+        )
+        of_images = of_images[0] / of_images[1].clamp_min(1)
         h, w = sizes[image]
         start = sum(counts[:image])
         return of_images[start : start + h * (w + 1)].view(h, w + 1)[:, :w]  # without the rows' ends
@@ -71,6 +81,8 @@ def trace(
 
     Raises ValueError for a layer that is none, or whose attention is another module than the plain model's.
     """
+    if vision is not False and attentions is False and hidden_states is False:
+        raise ValueError("vision says of which layers of the tower; attentions or hidden_states says what of them")
     kept: dict[str, dict[int, Any]] = {}
     with ExitStack() as hooks:
         for prefix, part, chosen in (("", model.decoder, True), ("vision_", model.vision, vision)):
@@ -81,7 +93,8 @@ def trace(
                     hook = _keep_output if kind == "hidden_states" else _keep_attention
                     hooks.callback(hook(layer, found, name).remove)
         vectors = model(batch)
-    return Trace(batch, vectors, model.config.vision.merged_per_side, **kept)
+    published = isinstance(model.projector, Projector)
+    return Trace(batch, vectors, model.config.vision.merged_per_side if published else None, **kept)
 
 
 def numbered(layers: Collection[int], n: int) -> dict[int, int]:
@@ -94,6 +107,8 @@ def numbered(layers: Collection[int], n: int) -> dict[int, int]:
 def _chosen(part: nn.Module, layers: Layers) -> dict[int, nn.Module]:
     if layers is False:
         return {}
+    if layers is not True and not isinstance(layers, Collection):
+        raise ValueError(f"layers are True, False or a list of numbers, got {layers!r}")
     found = getattr(part, "layers", None)
     if found is None:
         raise ValueError(f"a {type(part).__name__} has no `layers` to trace")

@@ -7,6 +7,7 @@ again before the next tensor, so loading needs the model's own memory and little
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections import defaultdict
@@ -229,6 +230,7 @@ def assign(model: VLM2Vec, sources: list[Source], *, skip: Sequence[str] = ()) -
             "the checkpoint does not fit the model:"
             + (f" {len(missing)} parameters have no tensor: {some(missing)}." if missing else "")
             + (f" {len(unexpected)} tensors have no place: {some(unexpected)}." if unexpected else "")
+            + " Beginnings of the names of what is new, or left out on purpose, are given by `skip`."
         )
     plan = {name: [found[name][i] for i in sorted(found[name])] for name in tensors}
     for name, parts in plan.items():
@@ -282,8 +284,8 @@ def described(model: VLM2Vec) -> VLM2VecConfig:
     config = replace(model.config, parts=named_parts(model))
     if changed := _differences(model, empty_model(config)):
         raise ValueError(
-            f"a model made from the config.json would be another: {some(changed)}. Register the part "
-            "(@register, see minivlm2vec/registry.py), or make the change in a registered class"
+            f"a model made from the config.json would be another: {some(changed)}. Say sizes in model.config, register "
+            "the part (@register, see minivlm2vec/registry.py), or make the change in a registered class"
         )
     return config
 
@@ -317,8 +319,13 @@ def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     once = saved_tensors(model).keys()  # what is tied, once
     for name, value in model.state_dict().items():
+        if name.endswith("_extra_state"):
+            raise ValueError(f"{name} is state that is no tensor, which a checkpoint cannot hold: make it a buffer")
         if name not in once:
             continue
+        if type(value) not in (Tensor, nn.Parameter):
+            raise ValueError(f"{name} is a {type(value).__name__}, stored in a way that no checkpoint has: save the "
+                             "model before it is quantised or split")  # fmt: skip
         if ".adapters." in name or ".lora_" in name:
             raise ValueError(f"{name} belongs to an adapter: merge it first (lora.merge_lora), or save it by itself "
                              "(lora.save_adapter)")  # fmt: skip
@@ -569,16 +576,19 @@ def _begin_new(model: nn.Module, new: dict[str, Tensor], device: torch.device | 
         reset = getattr(module, "reset_parameters", None)
         if not callable(reset):
             raise ValueError(f"{owner or type(model).__name__} is new and a {type(module).__name__}, which has no "
-                             "reset_parameters to begin with")  # fmt: skip
+                             "reset_parameters to begin with: give it one that fills its parameters and buffers")  # fmt: skip
         kept = {n: t for n, t in module.state_dict().items() if "." not in n and f"{owner}.{n}".lstrip(".") not in new}
         for name in (n for n in new if n.rpartition(".")[0] == owner):
             like = new[name]
             value = torch.empty_like(like, device=device, dtype=dtype if like.is_floating_point() else None)
-            _set(model, places[name], value)
+            _set(model, places[name], value.fill_(math.nan) if value.is_floating_point() else value.zero_())
         with torch.no_grad():
             reset()
             for name, value in kept.items():
                 getattr(module, name).copy_(value)
+    tensors = saved_tensors(model)
+    if forgotten := [n for n in new if tensors[n].is_floating_point() and tensors[n].isnan().any()]:
+        raise ValueError(f"{some(forgotten)} are new, and reset_parameters of their modules leaves them unset")
     log.warning("%d new parameters begin by reset_parameters: %s", len(new), some([*new], 6))
 
 
@@ -594,11 +604,17 @@ def _check_finite(model: nn.Module, sums: dict[str, Tensor]) -> None:
 
 
 def _check_filled(model: nn.Module) -> None:
-    """Raises ValueError for a tensor that is left without values: a buffer that no checkpoint holds."""
+    """Raises ValueError for a tensor that is left without values: a buffer that no checkpoint holds, an attribute."""
     left = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    left += [
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for name, t in vars(module).items()
+        if isinstance(t, Tensor) and t.is_meta
+    ]
     if left:
-        raise ValueError(f"{some(left)}: a model is built on the meta device, and no checkpoint holds buffers with "
-                         "persistent=False; make them with device=\"cpu\", or in `forward`")  # fmt: skip
+        raise ValueError(f"{some(left)}: a model is built on the meta device, and no checkpoint holds plain attributes "
+                         "or buffers with persistent=False; make them with device=\"cpu\", or in `forward`")  # fmt: skip
 
 
 def _check_tied(sources: list[Source]) -> None:

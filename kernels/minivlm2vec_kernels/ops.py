@@ -12,6 +12,7 @@ As in torch, an op whose name ends in an underscore writes over an argument, and
 theirs alone. Every op can be traced by torch.compile without a graph break.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Literal
@@ -315,8 +316,11 @@ def merge_crops(
     features [C, P * P, D], crops in the order of `image_patches`; sub_GN, glb_GN: 4D values each, any shape.
     An image gives h * m rows of w * m merged patches (m = P / 2; channels in the order dy, dx, D), each row
     ended by sub_GN; then glb_GN; then the global view's m rows of m, each ended by sub_GN.
-    Returns [I, 4D], I = sum (h * w + 1) * m^2 + 1 + (h + 1) * m.
+    Returns [I, 4D], I = sum (h * w + 1) * m^2 + 1 + (h + 1) * m. Raises ValueError for features of another shape.
     """
+    views, patches = sum(1 + h * w for h, w in grids), features.shape[1]
+    if len(features) != views or patches % 4 or patches != math.isqrt(patches) ** 2:
+        raise ValueError(f"features of {views} crops are [{views}, P * P, D], P even; got {list(features.shape)}")
     if choose_backend(backend, features, sub_GN, glb_GN) == "torch":
         return torch_ops.merge_crops(features, grids, sub_GN, glb_GN)
     from . import merge_crops_triton

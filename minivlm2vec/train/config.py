@@ -5,6 +5,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from ..config import Parts
 from ..errors import nearest
 from ..lora import LoraConfig
 
@@ -170,6 +171,11 @@ def _with_parts(raw: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("model.checkpoint is missing: the folder or Hub name to begin from")
     own = {key: table[key] for key in ("plugins", "skip") if key in table}
     parts = {key: value for key, value in table.items() if key not in (*own, "checkpoint")}
+    known = ("checkpoint", "plugins", "skip", *(f.name for f in fields(Parts)))
+    for key in parts.keys() - set(known):
+        near = nearest(key, known)
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}"
+        raise ValueError(f"no setting is named model.{key}; {hint}")
     return raw | own | {"model": table["checkpoint"], "parts": parts}
 
 

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import VLM2VecConfig, changes
-from ..lora import LoraConfig, add_lora, exclude_frozen
+from ..config import VLM2VecConfig
+from ..lora import LoraConfig, add_lora, exclude_frozen, with_new_parts
 from ..model import VLM2Vec
-from ..weights import described, load_model, new_parts, saved_tensors
+from ..weights import described, load_model
 from .config import TrainConfig
 
 
@@ -39,7 +38,7 @@ def trainable_model(
     recorded = described(model)
     model = model.to(device)
     _freeze(model, config.freeze)
-    lora = config.lora and _with_new_parts(exclude_frozen(config.lora, model), model, written, recorded)
+    lora = config.lora and with_new_parts(exclude_frozen(config.lora, model), model, written)
     if lora:
         add_lora(model, lora, generator=torch.Generator().manual_seed(config.seed))
     if cuda:
@@ -50,14 +49,6 @@ def trainable_model(
     if not any(p.requires_grad for p in model.vision.parameters()):
         _without_gradient(model.vision)
     return model, recorded, lora
-
-
-def _with_new_parts(lora: LoraConfig, model: VLM2Vec, written: VLM2VecConfig, recorded: VLM2VecConfig) -> LoraConfig:
-    """The parts that are not the base's are trained whole and kept in the adapter, which names them."""
-    tensors = saved_tensors(model)
-    new = (part.rstrip(".") for part in new_parts(written, recorded) if any(n.startswith(part) for n in tensors))
-    modules = tuple(dict.fromkeys([*lora.modules_to_save, *new]))
-    return replace(lora, modules_to_save=modules, parts=changes(written.parts, recorded.parts))
 
 
 def set_training(module: nn.Module) -> None:

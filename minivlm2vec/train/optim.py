@@ -1,6 +1,8 @@
 """The optimizer and its rates: AdamW with linear warm-up and decay, or what takes their places."""
 
+import hashlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,6 +41,28 @@ def linear(config: OptimConfig) -> Schedule:
         return max(0.0, (config.steps - step) / max(1, config.steps - config.warmup))
 
     return factor
+
+
+def described_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, dict[str, Any]]:
+    """What a run that goes on must have in common: each group's parameters and plain settings, its rate the first one.
+
+    names: of parameters, by their ids.
+    """
+    found = {}
+    for number, group in enumerate(optimizer.param_groups):
+        inside = [names[id(p)] for p in group["params"]]
+        digest = hashlib.sha256("\n".join(inside).encode()).hexdigest()[:8]
+        rest = {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr") and is_plain(v)}
+        rate = group.get("initial_lr", group["lr"])
+        found[str(number)] = {"parameters": f"{len(inside)} ({digest})", "lr": float(rate)} | rest
+    return found
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a setting is a number, a text, nothing, or a sequence of these."""
+    return isinstance(value, (int, float, str, type(None))) or (
+        isinstance(value, (list, tuple)) and all(map(is_plain, value))
+    )
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -28,7 +28,7 @@ from .inputs import Prepared, RowLoader
 from .log import Log
 from .loss import ContrastiveLoss, Loss, Targets, hit_rate
 from .model import set_training, trainable_model
-from .optim import LOSS, MakeOptimizer, Schedule, adamw, linear, set_rates
+from .optim import LOSS, MakeOptimizer, Schedule, adamw, described_groups, is_plain, linear, set_rates
 from .pictures import nearest_sheet
 
 Record = dict[str, float]  # of a step, by name: what log.jsonl and TensorBoard get
@@ -230,11 +230,19 @@ class Trainer:
         return checkpoint.RunState(self.parameters, buffers, self.optimizer, self.device, self.ranks)
 
     def _settings(self) -> dict[str, Any]:
-        """The configuration, and the kinds of the parts that it does not name."""
+        """The configuration, and what can be told of the parts that it does not name: their kinds, the optimizer's
+        groups, the loss' plain attributes."""
         parts = {"model": self.model, "pooling": self.model.pooling, "data": self.data, "loss": self.loss,
                  "optimizer": self.optimizer}  # fmt: skip
         kinds = {name: _kind(part) for name, part in parts.items()}
-        return self.config.as_dict() | {"parts": {**kinds, "causal": self.model.causal}}
+        groups = described_groups(self.optimizer, {id(p): name for name, p in self.parameters.items()})
+        loss = {
+            k: v
+            for k, v in getattr(self.loss, "__dict__", {}).items()
+            if k != "training" and k[:1] != "_" and is_plain(v)
+        }
+        told = {"causal": self.model.causal, "optimizer_groups": groups, "loss_settings": loss}
+        return self.config.as_dict() | {"parts": kinds | told}
 
     def _resume(self) -> int:
         folder = checkpoint.newest(self.out)

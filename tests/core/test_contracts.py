@@ -125,3 +125,10 @@ def test_a_projector_that_miscounts_is_named(folder, monkeypatch):
     monkeypatch.setattr(OneToken, "num_tokens", lambda self, grid: 2)
     with pytest.raises(ValueError, match="the projector gave 2 image tokens, the batch has places for 4"):
         e.encode(INPUTS[1:])
+
+
+def test_a_tower_that_does_not_fit_the_projector_is_named(base):
+    config = VLM2VecConfig.from_json(base).with_parts(tower="convolutions of tests")
+    e = load(base, config=config, optimize=False)
+    with pytest.raises(ValueError, match=r"features of \d+ crops are \[\d+, P \* P, D\], P even; got \[\d+, 1, \d+\]"):
+        e.encode(INPUTS[1:])

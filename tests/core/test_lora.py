@@ -647,3 +647,20 @@ def test_lm_head_in_modules_to_save_is_left_out(folder, adapter):
     change_config(adapter, modules_to_save=["lm_head"])
     change_tensors(adapter, lambda t: t | {"base_model.model.lm_head.weight": torch.zeros(3, 64)})
     load_adapter(load_model(folder), adapter)
+
+
+def test_what_is_new_or_trained_is_in_the_adapter_or_named(folder, tmp_path):
+    """The configuration need not say it."""
+    torch.manual_seed(0)
+    config = VLM2VecConfig.from_json(folder).with_parts(pooling="weighted", causal=False)
+    model = stir(add_lora(load_model(folder, config=config), LoraConfig(r=2)))
+    assert model.pooling.matrix.weight.requires_grad
+    save_adapter(model, tmp_path / "a", LoraConfig(r=2))
+    e = Embedder.from_pretrained(folder, adapter=tmp_path / "a", device="cpu", show_progress=False)
+    assert e.model.causal is False and torch.equal(e.model.pooling.matrix.weight, model.pooling.matrix.weight)
+    close("vectors", e.model(batch_of(folder)), model.eval()(batch_of(folder)).detach(), 2e-5)
+    model.decoder.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"decoder\.norm\.weight are trained too, and would not be in the adapter"):
+        save_adapter(model, tmp_path / "b", LoraConfig(r=2))
+    save_adapter(model, tmp_path / "b", LoraConfig(r=2, modules_to_save=("norm",)))
+    assert PREFIX + "model.norm.weight" in load_file(tmp_path / "b/adapter_model.safetensors")

@@ -86,7 +86,7 @@ def test_a_published_checkpoint_says_nothing(folder, tmp_path):
 
 def test_an_unknown_name_is_refused_with_the_way_to_bring_it(folder, tmp_path, plugin):
     config = VLM2VecConfig.from_json(folder)
-    with pytest.raises(CheckpointError, match=r"pooling 'nobody', which is not registered.*'last_token'.*--plugin"):
+    with pytest.raises(CheckpointError, match=r"pooling 'nobody' is not registered.*'last_token'.*--plugin"):
         load_model(folder, config=config.with_parts(pooling="nobody"))
     with pytest.raises(CheckpointError, match=r"minivlm2vec\.poling is no part of a model; did you mean pooling"):
         config.with_parts(poling="mean")
@@ -112,7 +112,7 @@ def test_a_plugin_in_a_new_process_and_by_the_commands(folder, tmp_path, plugin)
     embed = ("embed", "texts.csv", "-o", "out.npy", "--model", saved, "--device", "cpu")
     refused = command(*embed)
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
-    assert "pooling 'plugged', which is not registered here" in refused.stderr and "--plugin" in refused.stderr
+    assert "pooling 'plugged' is not registered here" in refused.stderr and "--plugin" in refused.stderr
     done = command(*embed, "--plugin", plugin)
     assert done.returncode == 0, done.stderr
     assert np.abs(np.load(tmp_path / "out.npy") - expected).max() < 2e-6
@@ -177,7 +177,7 @@ def test_fewer_layers_and_another_width_are_written(folder, tmp_path):
 
 
 def test_names_are_of_one_part_each():
-    with pytest.raises(ValueError, match=r"'mean of tests' already: .*\.mean; .*other needs another name"):
+    with pytest.raises(ValueError, match=r"'mean of tests' already: .*mean; .*other needs another name"):
 
         @register("pooling", "mean of tests")
         def other(x, cu_seqlens):
@@ -203,3 +203,91 @@ def test_vectors_are_not_taken_for_those_of_the_unchanged_checkpoint(folder, tmp
     with pytest.raises(ValueError, match=r"other parts than .*'causal': False.*save_model"):
         files.embed(tmp_path / "t.csv", tmp_path / "v.npy", e)
     assert not (tmp_path / "v.npy").exists()
+
+
+class Forgetful(nn.Module):
+    def __init__(self, config, backend=None):
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(config.decoder.hidden_size))
+        self.scale = nn.Parameter(torch.full((3,), 3.0))
+
+    def reset_parameters(self):
+        nn.init.ones_(self.query)
+
+    def forward(self, x, cu_seqlens):
+        return x[cu_seqlens[1:].long() - 1]
+
+
+@register("pooling", "forgetful of tests")
+class Resetless(Forgetful):
+    pass
+
+
+@register("pooling", "attribute of tests")
+class WithAttribute(Forgetful):
+    def __init__(self, config, backend=None):
+        super().__init__(config, backend)
+        del self.scale
+        self.table = torch.linspace(0, 1, 5)
+
+
+@register("pooling", "state of tests")
+class WithState(nn.Module):
+    def __init__(self, config, backend=None):
+        super().__init__()
+        self.p = 3
+
+    def get_extra_state(self):
+        return self.p
+
+    def set_extra_state(self, state):
+        self.p = state
+
+    def forward(self, x, cu_seqlens):
+        return x[cu_seqlens[1:].long() - 1]
+
+
+@register("model", "narrow of tests")
+class NarrowModel(VLM2Vec):
+    def forward(self, batch, *, normalize=True):
+        return super().forward(batch, normalize=normalize)[:, :7]
+
+
+def changed(folder, **parts):
+    return load_model(folder, config=VLM2VecConfig.from_json(folder).with_parts(**parts))
+
+
+def test_what_is_new_is_set_or_named(folder):
+    with pytest.raises(
+        ValueError, match=r"pooling\.scale are new, and reset_parameters of their modules leaves them unset"
+    ):
+        changed(folder, pooling="forgetful of tests")
+    with pytest.raises(ValueError, match=r"pooling\.table: a model is built on the meta device.*plain attributes"):
+        changed(folder, pooling="attribute of tests")
+
+
+def test_state_that_is_no_tensor_is_not_saved(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"pooling\._extra_state is state that is no tensor.*make it a buffer"):
+        save_model(changed(folder, pooling="state of tests"), tmp_path / "x")
+
+
+def test_a_width_that_was_not_declared_is_named(folder):
+    config = VLM2VecConfig.from_json(folder).with_parts(model="narrow of tests")
+    e = Embedder.from_pretrained(folder, config=config, device="cpu", show_progress=False)
+    with pytest.raises(ValueError, match=r"NarrowModel made vectors of 7 numbers, and its `dimension` is \d+"):
+        e.encode(["a"])
+    NarrowModel.dimension = 7
+    try:
+        assert e.encode(["a"]).shape == (1, 7) and e.dimension == 7
+    finally:
+        del NarrowModel.dimension
+
+
+def test_a_plugin_that_is_imported_too_is_one(tmp_path, monkeypatch):
+    path = tmp_path / "imported_plugin.py"
+    path.write_text(PLUGIN.replace('"plugged"', '"imported plugin"'))
+    monkeypatch.syspath_prepend(tmp_path)
+    load_plugin(path)
+    import imported_plugin
+
+    assert find("pooling", "imported plugin") is imported_plugin.Attentive

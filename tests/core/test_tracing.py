@@ -118,3 +118,32 @@ def test_the_fast_model_says_what_to_do(e, batch):
     fast = Embedder.from_pretrained(e.name, device="cpu", show_progress=False)
     with pytest.raises(RuntimeError, match="optimize=False"):
         fast.model.trace(batch, attentions=True)
+
+
+def test_what_cannot_be_shown_is_named(e, batch, monkeypatch):
+    with pytest.raises(ValueError, match="layers are True, False or a list of numbers, got -1"):
+        e.model.trace(batch, attentions=-1)
+    with pytest.raises(ValueError, match="attentions or hidden_states says what"):
+        e.model.trace(batch, vision=True)
+    with pytest.raises(ValueError, match=r"a number for each of the batch's \d+ tokens, got \[43\]"):
+        e.model.trace(batch).image_map(torch.arange(43.0))
+
+    class Other(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, features, grids):
+            return self.inner(features, grids)
+
+    monkeypatch.setitem(e.model._modules, "projector", Other(e.model.projector))
+    with pytest.raises(ValueError, match="the projector is not the published one"):
+        e.model.trace(batch).image_map(torch.zeros(batch.num_tokens))
+
+
+def test_an_image_that_stands_twice_shows_the_mean(e):
+    batch = e.processor([{"text": "<|image_1|> a <|image_1|> b", "image": Image.fromarray(synth_image(90, 40, 1))}])
+    values = torch.arange(batch.num_tokens).float()
+    first, second = values[batch.image_index].chunk(2)
+    got = e.model.trace(batch).image_map(values)
+    assert got[0, 0] == (first[0] + second[0]) / 2

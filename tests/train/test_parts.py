@@ -320,6 +320,28 @@ def test_a_run_with_another_loss_or_optimizer_is_refused_by_name(base, tmp_path)
         trainer(base, tmp_path, optimizer=OPTIMIZERS["sgd"])
 
 
+def test_other_groups_and_settings_of_the_same_kind_are_refused(base, tmp_path):
+    def sgd(lr=1e-3, only=""):
+        return lambda ps: torch.optim.SGD([p for n, p in ps.items() if n.startswith(only)], lr=lr)
+
+    class Scaling:
+        def __init__(self, k):
+            self.k = k
+
+        def __call__(self, queries, targets, about):
+            return contrastive_loss(queries, targets, about) * self.k
+
+    trainer(base, tmp_path, optimizer=sgd(), loss=Scaling(1)).run()
+    assert trainer(base, tmp_path, optimizer=sgd(), loss=Scaling(1)).step == 2
+    for parts, message in [
+        ({"optimizer": sgd(1e-2)}, r"optimizer_groups\.0\.lr was 0\.001 and is 0\.01"),
+        ({"optimizer": sgd(only="decoder.")}, r"optimizer_groups\.0\.parameters was '\d+ \(.*\)' and is '\d+ \(.*\)'"),
+        ({"loss": Scaling(7)}, r"loss_settings\.k was 1 and is 7"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            trainer(base, tmp_path, **{"optimizer": sgd(), "loss": Scaling(1)} | parts)
+
+
 def test_what_is_frozen_stays_in_eval_and_unchanged(base, tmp_path):
     published = VLM2VecConfig.from_json(base)
     model = load_model(base, config=published.with_parts(projector="normed")).requires_grad_(True)
@@ -428,7 +450,7 @@ def test_the_toml_file_names_parts_and_plugins(base, tmp_path):
 
 def test_parts_that_cannot_be_are_refused_before_anything_is_computed(base, tmp_path):
     for settings, message in [
-        ({"parts": {"pooling": "nobody's"}}, 'pooling "nobody\'s", which is not registered'),
+        ({"parts": {"pooling": "nobody's"}}, 'pooling "nobody\'s" is not registered'),
         ({"parts": {"poling": "mean"}}, "did you mean pooling"),
         ({"plugins": (str(tmp_path / "none.py"),)}, "none.py does not exist"),
     ]:
@@ -442,6 +464,9 @@ def test_parts_that_cannot_be_are_refused_before_anything_is_computed(base, tmp_
         trainer(base, tmp_path, model=model)
     (tmp_path / "c.toml").write_text('out = "x"\ndata.root = "y"\n[model]\npooling = "mean"\n')
     with pytest.raises(ValueError, match=r"c\.toml: model\.checkpoint is missing"):
+        read_config(tmp_path / "c.toml")
+    (tmp_path / "c.toml").write_text('out = "x"\ndata.root = "y"\n[model]\ncheckpoint = "z"\nplugin = ["a"]\n')
+    with pytest.raises(ValueError, match=r"no setting is named model\.plugin; did you mean plugins"):
         read_config(tmp_path / "c.toml")
 
 
