@@ -51,7 +51,10 @@ NETWORK = re.compile(
     "quant|quantization|residual|rope|rotary|router|scale|scaling|separator|shared|sliding|softcap|softcapping|sparse|"
     "text|theta|vision|window)s?(_|$)"
 )
-NO_SETTING = re.compile("^_|(^|_)(dropout|dtype|implementation|initializer|pdrop|plan)(_|$)")  # training, and notes
+NO_SETTING = re.compile(  # for training, for speed, or a note
+    "^_|(^|_)(class|dropout|dtype|flash|freeze|frozen|grad|id|implementation|initializer|lr|name|path|pdrop|plan|"
+    "version)(_|$)"
+)
 ROPE = ("rope_parameters", "rope_scaling")  # of transformers 5, and before
 IMPLIED = ("head_dim", "n_embd")  # by the other sizes
 ROPE_FACTORS = ("attention_factor", "short_mscale", "long_mscale", "factor")

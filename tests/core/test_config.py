@@ -99,6 +99,7 @@ def test_what_the_published_files_say_passes():
         "torch_dtype": None, "dtype": "bfloat16", "minivlm2vec": {"pooling": "last_token"},
         "layer_types": ["full_attention"] * 32, "chunk_size_feed_forward": 0, "pruned_heads": {}, "normalize": True,
         "tie_word_embeddings": True, "n_embd": 3072, "bos_token_id": None, "output_hidden_states": True,
+        "image_token_id": 32044, "vision_model_name": "x", "use_flash_attn": True, "mm_projector_lr": 1e-5,
     }  # fmt: skip
     assert read(describe, FULL) == expected
 
