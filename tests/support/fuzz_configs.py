@@ -163,8 +163,8 @@ def fuzz(
     count: int, seed: int = 0, first: int = 0, each: Callable[[int, Found], object] = lambda i, found: None
 ) -> Found:
     """Runs cases number `first` to `first + count - 1`."""
-    logging.getLogger("minivlm2vec").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as work, patch.object(lora, "PATIENCE", 2.0):
+    quiet = patch.object(logging.getLogger("minivlm2vec"), "disabled", True)
+    with quiet, tempfile.TemporaryDirectory() as work, patch.object(lora, "PATIENCE", 2.0):
         folders = checkpoints(Path(work))
         for use in (use for folder in folders for use in uses(folder).values()):
             use()  # whole, each is read
