@@ -269,7 +269,7 @@ def _vision(raw: dict[str, Any], parts: Parts) -> VisionConfig:
         _refuse_settings(processor, {*IMG_PROCESSOR, "image_dim_out", "num_img_tokens", "vision_config"}, at)
     width = _size(processor, "image_dim_out", at)
     table = CLIP_VIT_L_14_336 | {"hidden_size": width} | _table(processor, "vision_config", at, absent={})
-    _only(table, inside, hidden_size=width, hidden_act="quick_gelu", num_channels=3)
+    _only(table, inside, hidden_act="quick_gelu", num_channels=3)
     sizes = {key: _size(table, key, inside) for key in CLIP_VIT_L_14_336 if key != "layer_norm_eps"}
     known = {*CLIP_VIT_L_14_336, "hidden_act", "num_channels", "projection_dim"}
     _refuse_settings(table, known, inside, named=True)

@@ -113,6 +113,14 @@ def test_another_part_has_settings_of_its_own():
             read(changes)
 
 
+def test_the_towers_width_follows_from_its_own_table(tmp_path):
+    """As `new_checkpoint` lets image_dim_out follow; the shapes of tensors tell if a file says something wrong."""
+    config = {"img_processor": {"vision_config": {"hidden_size": 32}}}
+    folder = new_checkpoint(tmp_path / "m", preset="tiny", config=config)
+    assert VLM2VecConfig.from_json(folder).vision.hidden_size == 32
+    assert json.loads((folder / "config.json").read_text())["img_processor"]["image_dim_out"] == 32
+
+
 def test_a_configuration_that_is_written_again_has_one_place_for_each_setting():
     raw = said(merged(TINY, SAME["lengths inside"] | {"dtype": "float32", "torch_dtype": None, "head_dim": 32}))
     other = replace(read({}), decoder=replace(read({}).decoder, num_attention_heads=1, num_key_value_heads=1,
@@ -160,7 +168,6 @@ CHANGES = {  # what changes vectors: the key that the message must name
     "img_processor.model_name": {"img_processor": {"model_name": "openai/clip-vit-base-patch16"}},
     "img_processor.select_layer": {"img_processor": {"select_layer": -1}},
     "vision_config.hidden_act": {"img_processor": {"vision_config": {"hidden_act": "gelu"}}},
-    "vision_config.hidden_size": {"img_processor": {"vision_config": {"hidden_size": 32}}},
     "vision_config.num_channels": {"img_processor": {"vision_config": {"num_channels": 1}}},
     "vision_config.attention_bias": {"img_processor": {"vision_config": {"attention_bias": True}}},
     "embd_layer.use_hd_transform": {"embd_layer": {"use_hd_transform": False}},
