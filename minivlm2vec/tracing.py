@@ -56,11 +56,9 @@ class Trace:
         if image not in range(len(sizes)):
             raise ValueError(f"image {image} is none of the batch's, which has {len(sizes)}")
         counts = [h * (w + 1) + 1 + m * (m + 1) for h, w in sizes]  # see `batch.num_image_tokens`
-        of_images, index = values.new_zeros(2, sum(counts)), self.batch.image_source  # sums, and of how many
-        of_images = of_images.index_add(
-            1, index, torch.stack([values, torch.ones_like(values)])[:, self.batch.image_index]
-        )
-        of_images = of_images[0] / of_images[1].clamp_min(1)
+        index, shown = self.batch.image_source, values[self.batch.image_index]
+        sums, times = (values.new_zeros(sum(counts)).index_add(0, index, x) for x in (shown, torch.ones_like(shown)))
+        of_images = sums / times.clamp_min(1)
         h, w = sizes[image]
         start = sum(counts[:image])
         return of_images[start : start + h * (w + 1)].view(h, w + 1)[:, :w]  # without the rows' ends

@@ -236,11 +236,8 @@ class Trainer:
                  "optimizer": self.optimizer}  # fmt: skip
         kinds = {name: _kind(part) for name, part in parts.items()}
         groups = described_groups(self.optimizer, {id(p): name for name, p in self.parameters.items()})
-        loss = {
-            k: v
-            for k, v in getattr(self.loss, "__dict__", {}).items()
-            if k != "training" and k[:1] != "_" and is_plain(v)
-        }
+        loss = {k: v for k, v in getattr(self.loss, "__dict__", {}).items() if not k.startswith("_") and is_plain(v)}
+        loss.pop("training", None)
         told = {"causal": self.model.causal, "optimizer_groups": groups, "loss_settings": loss}
         return self.config.as_dict() | {"parts": kinds | told}
 
