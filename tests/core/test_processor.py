@@ -222,3 +222,21 @@ def test_packs_hold_every_input_once_and_respect_the_limit(lengths, batch_tokens
         assert pack and (len(pack) == 1 or sum(lengths[i] for i in pack) <= batch_tokens)
     order = [lengths[i] for pack in packs for i in pack]
     assert order == sorted(lengths, reverse=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text("ab \n1é写<|end>", max_size=400), max_length=st.integers(1, 5))
+def test_a_cut_text_has_the_ids_of_the_whole_one(processor, text, max_length):
+    """No more of a text is tokenised than max_length can keep, and that changes no id."""
+    text = text + " tail" * 300
+    assert processor.plan(text, max_length=max_length).input_ids == processor.tokenizer(text)[:max_length]
+
+
+def test_a_text_too_long_for_any_tokens_is_not_tokenised(processor, monkeypatch):
+    limit = processor.config.decoder.max_position_embeddings * processor.tokenizer.longest_token
+    monkeypatch.setattr(
+        processor, "tokenizer", type("Never", (), {"longest_token": processor.tokenizer.longest_token})()
+    )
+    for item in ("a" * (limit + 1), {"text": "a" * (limit + 1), "image": picture()}):
+        with pytest.raises(InputError, match="characters are more than the"):
+            processor.plan(item)
