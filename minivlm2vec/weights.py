@@ -576,8 +576,8 @@ def _begin_new(model: nn.Module, new: dict[str, Tensor], device: torch.device | 
         reset = getattr(module, "reset_parameters", None)
         if not callable(reset):
             raise ValueError(
-                f"{owner or type(model).__name__} is new and a {type(module).__name__}, which has no reset_parameters to "
-                "begin with: give it one that fills its parameters and buffers"
+                f"{owner or type(model).__name__} is new and a {type(module).__name__}, which has no reset_parameters "
+                "to begin with: give it one that fills its parameters and buffers"
             )
         kept = {n: t for n, t in module.state_dict().items() if "." not in n and f"{owner}.{n}".lstrip(".") not in new}
         for name in (n for n in new if n.rpartition(".")[0] == owner):
@@ -616,8 +616,8 @@ def _check_filled(model: nn.Module) -> None:
     ]
     if left:
         raise ValueError(
-            f"{some(left)}: a model is built on the meta device, and no checkpoint holds plain attributes or buffers with "
-            'persistent=False; make them with device="cpu", or in `forward`'
+            f"{some(left)}: a model is built on the meta device, and no checkpoint holds plain attributes or buffers "
+            'with persistent=False; make them with device="cpu", or in `forward`'
         )
 
 
