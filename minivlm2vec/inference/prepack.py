@@ -21,7 +21,7 @@ from minivlm2vec_kernels.torch_ops import quick_gelu_
 from .fused import InferenceOnly
 
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # of oneDNN, and of torch in front of it
-CACHED_PRODUCTS = 512
+CACHED_PRODUCTS = 64
 COMPILING = 1 << 25  # multiplications that take as long as compiling a product, some 0.5 ms
 
 

@@ -147,4 +147,4 @@ def test_the_environment_decides_how_many_products_are_kept(monkeypatch):
     monkeypatch.setenv(CACHES[0], "7")
     monkeypatch.delenv(CACHES[1], raising=False)
     bound_caches()
-    assert [os.environ[name] for name in CACHES] == ["7", "512"]
+    assert [os.environ[name] for name in CACHES] == ["7", "64"]
