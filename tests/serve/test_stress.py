@@ -17,6 +17,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 
+from bench.soak_server import requests, soak
 from minivlm2vec import Embedder
 from minivlm2vec.cli import main
 from minivlm2vec.new_checkpoint import new_checkpoint
@@ -334,6 +335,14 @@ def test_malformed_bodies_neither_break_nor_fill_the_server(process):
     assert call(process.url, body={"input": "a"}).status == 200
     assert in_flight(process.url) == 0
     assert min(grown) < LEAK, grown
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc tells the memory")
+def test_a_short_soak(model):
+    """`python -m bench.soak_server` in small: memory after 120 mixed requests is that after 60."""
+    with serve_process(model, "--served-model-name", "mini") as server:
+        statuses, sizes = soak(server.url, server.process.pid, requests(0), [60, 120], 4, str)
+    assert set(statuses) == {200, 400} and sizes[1] < 1.2 * sizes[0] + LEAK, (statuses, sizes)
 
 
 def test_malformed_http(process):
