@@ -5,21 +5,23 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
+from ..errors import Option, OptionError
+from ..serve.options import Access, Batching, Limits, RemoteImages, ServeOptions
 from .arguments import add_model_arguments, load_embedder
 
 if TYPE_CHECKING:
     import uvicorn
 
-    from ..serve import ServeOptions
-
 EXTRA = "`minivlm2vec serve` needs the extra: pip install 'minivlm2vec[serve]'"
-ABOVE_ZERO = (
-    "batch_tokens", "max_batch_inputs", "queue_tokens", "max_requests", "max_inputs", "max_input_tokens", "max_body_mb",
-    "max_image_megapixels", "max_request_megapixels", "queue_megapixels", "decode_timeout", "max_num_crops",
-    "request_timeout",
-)  # fmt: skip
+UNITS = {  # options that an argument gives in another unit: the argument, and how many of the option's one of it is
+    "max_body_bytes": ("max_body_mb", 2**20),
+    "max_image_pixels": ("max_image_megapixels", 10**6),
+    "max_request_pixels": ("max_request_megapixels", 10**6),
+    "queue_pixels": ("queue_megapixels", 10**6),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,26 +54,31 @@ def _add_access(web: argparse._ArgumentGroup) -> None:
 
 
 def _add_batching(batching: argparse._ArgumentGroup) -> None:
-    batching.add_argument("--batch-tokens", type=int, default=16384, help="tokens of a batch (%(default)s)")
-    batching.add_argument("--max-batch-inputs", type=int, default=1024, help="inputs of a batch (%(default)s)")
-    batching.add_argument("--max-wait-ms", type=float, default=5.0,
+    tokens, inputs, wait = Batching.batch_tokens, Batching.max_batch_inputs, 1000 * Batching.max_wait
+    batching.add_argument("--batch-tokens", type=int, default=tokens, help="tokens of a batch (%(default)s)")
+    batching.add_argument("--max-batch-inputs", type=int, default=inputs, help="inputs of a batch (%(default)s)")
+    batching.add_argument("--max-wait-ms", type=float, default=wait,
                           help="how long an input waits for others to share its batch (%(default)s)")  # fmt: skip
 
 
 def _add_limits(limits: argparse._ArgumentGroup) -> None:
-    limits.add_argument("--queue-tokens", type=int, help="in flight; beyond them 429 (default: 16 batches)")
-    limits.add_argument("--max-requests", type=int, default=512, help="in flight; beyond them 429 (%(default)s)")
-    limits.add_argument("--max-inputs", type=int, default=2048, help="of a request (%(default)s, and no more)")
-    limits.add_argument("--max-input-tokens", type=int, help="of one input (default: a batch's, or the model's limit)")
-    limits.add_argument("--max-body-mb", type=float, default=32, help="of a request (%(default)s)")
-    limits.add_argument("--max-image-megapixels", type=float, default=64, help="width x height (%(default)s)")
-    limits.add_argument("--max-request-megapixels", type=float, default=512, help="of all images (%(default)s)")
-    limits.add_argument("--queue-megapixels", type=float, default=2000, help="in flight; beyond them 429 (%(default)s)")
-    limits.add_argument(
-        "--decode-timeout", type=float, default=20, metavar="SECONDS", help="of one image (%(default)s)"
-    )
-    limits.add_argument("--max-num-crops", type=int, default=16, help="that a request may ask for (%(default)s)")
-    limits.add_argument("--request-timeout", type=float, default=60, metavar="SECONDS", help="(%(default)s)")
+    def add(option: str, text: str, kind: type = int, metavar: str | None = None) -> None:
+        argument, unit = UNITS.get(option, (option, 1))
+        default = getattr(Limits, option)
+        limits.add_argument("--" + argument.replace("_", "-"), type=kind, metavar=metavar, help=text,
+                            default=default if default is None else kind(default / unit))  # fmt: skip
+
+    add("queue_tokens", "in flight; beyond them 429 (default: 16 batches)")
+    add("max_requests", "in flight; beyond them 429 (%(default)s)")
+    add("max_inputs", "of a request (%(default)s, and no more)")
+    add("max_input_tokens", "of one input (default: a batch's, or the model's limit)")
+    add("max_body_bytes", "of a request (%(default)s)", float)
+    add("max_image_pixels", "width x height (%(default)s)", float)
+    add("max_request_pixels", "of all images (%(default)s)", float)
+    add("queue_pixels", "in flight; beyond them 429 (%(default)s)", float)
+    add("decode_timeout", "of one image (%(default)s)", float, "SECONDS")
+    add("max_num_crops", "that a request may ask for (%(default)s)")
+    add("request_timeout", "(%(default)s)", float, "SECONDS")
     limits.add_argument("--drain-delay", type=float, default=1.0, metavar="SECONDS",
                         help="from SIGTERM, when /ready turns to 503, until the port closes (%(default)s)")  # fmt: skip
 
@@ -86,23 +93,19 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as e:
         raise ImportError(f"{EXTRA} ({e})") from None
     check(args)
+    options = make_options(args)
     listener = bind(args.host, args.port)  # before the model is loaded, so that a port in use is told at once
     with listener:
-        make_server(args).run(sockets=[listener])
+        make_server(args, options).run(sockets=[listener])
     return 0
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError naming an argument that is out of range."""
-    for name in ABOVE_ZERO:
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+    """Raises ValueError naming an argument of the process itself that is out of range."""
     if not 0 <= args.port <= 65535:  # the system would take it modulo 65536
         raise ValueError(f"--port is {args.port}; a port is 0 to 65535")
-    for name in ("max_wait_ms", "drain_delay"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be below 0")
+    if not 0 <= args.drain_delay <= 3600:
+        raise ValueError(f"--drain-delay is {args.drain_delay}; it is 0 to 3600 seconds")
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -117,12 +120,11 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def make_server(args: argparse.Namespace) -> "uvicorn.Server":
+def make_server(args: argparse.Namespace, options: ServeOptions) -> "uvicorn.Server":
     """The loaded model behind a uvicorn server that drains."""
     from ..serve import create_app
     from ..serve.server import Server
 
-    options = make_options(args)
     app = create_app(load_embedder(args, show_progress=sys.stderr.isatty()), options)
     names = ", ".join(options.names)
     return Server(
@@ -133,30 +135,29 @@ def make_server(args: argparse.Namespace) -> "uvicorn.Server":
     )
 
 
-def make_options(args: argparse.Namespace) -> "ServeOptions":
-    """What the arguments ask of `create_app`."""
-    from ..serve import Access, Batching, Limits, RemoteImages, ServeOptions
-
+def make_options(args: argparse.Namespace) -> ServeOptions:
+    """What the arguments ask of `create_app`. Raises ValueError naming one that is out of range."""
+    if not 0 <= args.max_wait_ms <= 60_000:
+        raise ValueError(f"--max-wait-ms is {args.max_wait_ms}; it is 0 to 60000")
     return ServeOptions(
         names=tuple(args.served_model_name or [default_name(args.adapter or args.model)]),
         matryoshka_dimensions=tuple(args.matryoshka_dimensions),
-        limits=Limits(
-            max_inputs=args.max_inputs,
-            max_input_tokens=args.max_input_tokens,
-            queue_tokens=args.queue_tokens,
-            max_requests=args.max_requests,
-            max_body_bytes=int(args.max_body_mb * 2**20),
-            max_image_pixels=int(args.max_image_megapixels * 1e6),
-            max_request_pixels=int(args.max_request_megapixels * 1e6),
-            queue_pixels=int(args.queue_megapixels * 1e6),
-            decode_timeout=args.decode_timeout,
-            max_num_crops=args.max_num_crops,
-            request_timeout=args.request_timeout,
-        ),
+        limits=Limits(**{field.name: _limit(args, field.name) for field in fields(Limits)}),
         batching=Batching(args.batch_tokens, args.max_batch_inputs, args.max_wait_ms / 1000),
         access=Access(api_keys=_api_keys(args.api_key or []), cors_origins=tuple(args.cors_origin)),
         remote_images=RemoteImages(hosts=tuple(args.allow_remote_images)),
     )
+
+
+def _limit(args: argparse.Namespace, name: str) -> Any:
+    """The value of an option of `Limits`, in the option's own unit."""
+    if name not in UNITS:
+        return getattr(args, name)
+    argument, unit = UNITS[name]
+    value = getattr(args, argument)
+    if not 1 <= value * unit < 2**63:
+        raise OptionError(Option(argument), f" is {value:g}; it must be above 0")
+    return int(value * unit)
 
 
 def _api_keys(given: Sequence[str]) -> tuple[str, ...]:

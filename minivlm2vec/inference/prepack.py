@@ -2,17 +2,27 @@
 
 A plain matrix is brought into that layout again at every call; done once, products are faster (bench/README.md has
 the figures). A packed layer has no parameters left.
+
+oneDNN compiles a product for each number of rows, in some 0.6 MB that torch keeps in two caches of 1,024 products each,
+and between them the activations leave holes: 2,000 calls with texts of all lengths took 1.6 GB. So rows are padded to
+few numbers (`padding`) where that costs no more than compiling, and the caches are made smaller (`bound_caches`).
 """
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from minivlm2vec_kernels import ops
 from minivlm2vec_kernels.torch_ops import quick_gelu_
 
 from .fused import InferenceOnly
+
+CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # of oneDNN, and of torch in front of it
+CACHED_PRODUCTS = 64
+COMPILING = 1 << 25  # multiplications that take as long as compiling a product, some 0.5 ms
 
 
 def can_prepack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -27,6 +37,7 @@ def prepack(layer: nn.Linear, backend: str | None, parts: tuple[int, ...] = ()) 
 
     parts: numbers of rows that `PackedLinear.rows` will be asked for.
     """
+    bound_caches()
     sizes = list(parts or (layer.out_features,))
     weight, bias = layer.weight.detach(), layer.bias
     biases = [None] * len(sizes) if bias is None else bias.detach().split(sizes)
@@ -41,6 +52,20 @@ def prepack(layer: nn.Linear, backend: str | None, parts: tuple[int, ...] = ()) 
     packed.ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
 
 
+def bound_caches() -> None:
+    """Fewer compiled products are kept, unless the environment says how many. They are read when the process first
+    uses oneDNN, so what it did before this decides."""
+    for name in CACHES:
+        os.environ.setdefault(name, str(CACHED_PRODUCTS))
+
+
+def padding(rows: int, weights: int) -> int:
+    """Rows to be added to a product with a matrix of so many weights: to the next of eight numbers between two powers
+    of two, but where that would cost more than compiling for one more number of rows."""
+    step = min((1 << (rows - 1).bit_length()) // 16, COMPILING // weights)
+    return -rows % (1 << (step.bit_length() - 1)) if step > 1 else 0
+
+
 class PackedLinear(InferenceOnly, nn.Linear):
     """y = x W^T + b with W packed, and FusedLinear's other forms.
 
@@ -53,11 +78,11 @@ class PackedLinear(InferenceOnly, nn.Linear):
     ends: list[int]
 
     def forward(self, x: Tensor) -> Tensor:
-        out = [_product(x, w, b) for w, b in self.packs]
+        out = [self._product(x, w, b) for w, b in self.packs]
         return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
 
     def add_(self, residual: Tensor, x: Tensor, *, bias_is_in: bool = False) -> Tensor:
-        if len(self.packs) > 1:
+        if len(self.packs) > 1 or self._padding(x):
             return residual.add_(self(x))
         weight, bias = self.packs[0]
         _refuse_gradient(x, residual)
@@ -79,13 +104,17 @@ class PackedLinear(InferenceOnly, nn.Linear):
         stop = self.out_features if stop is None else stop
         for begin, end, (weight, bias) in zip([0, *self.ends], self.ends, self.packs, strict=False):
             if (begin, end) == (start, stop):
-                return _product(x, weight, bias)
+                return self._product(x, weight, bias)
         return self(x)[..., start:stop]
 
+    def _padding(self, x: Tensor) -> int:
+        return padding(len(x), self.in_features * self.out_features) if x.ndim == 2 else 0
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    _refuse_gradient(x)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        _refuse_gradient(x)
+        if more := self._padding(x):
+            return self._product(F.pad(x, (0, 0, 0, more)), weight, bias)[: len(x)]
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _refuse_gradient(*tensors: Tensor) -> None:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,13 +54,19 @@ Guard = Callable[..., Awaitable[None]]
 Responses = dict[int | str, dict[str, Any]]
 
 
-def create_app(embedder: Embedder, options: ServeOptions | None = None) -> FastAPI:
+def create_app(embedder: Embedder | str | Path, options: ServeOptions | None = None) -> FastAPI:
     """The ASGI application, for any ASGI server.
 
     Its lifespan starts the model's thread, warms the model up, and finishes what waits when it ends, so the server
     must run the lifespan (uvicorn does; an app that mounts this one must enter `app.router.lifespan_context`).
     From then on the embedder belongs to the app. Set `app.state.draining` to True to turn /ready to 503.
+
+    embedder: the model, or the folder or name that `Embedder.from_pretrained` loads it from.
     """
+    if isinstance(embedder, str | Path):
+        embedder = Embedder.from_pretrained(embedder)
+    if not isinstance(embedder, Embedder):
+        raise TypeError(f"create_app serves an Embedder, or a folder or name of one; got {type(embedder).__name__}")
     return app_of(EmbeddingService(embedder, options))
 
 
@@ -207,7 +214,7 @@ def _add_embeddings(app: FastAPI, service: EmbeddingService, guard: Guard) -> No
     async def embeddings(request: Request) -> Response:
         start, status = time.perf_counter(), 500
         try:
-            with service.limiter.request(request) as held, service.metrics.in_flight.track_inprogress():
+            with service.limiter.request(request) as held:
                 response = await _answer(service, request, held)
             status = response.status_code
             service.metrics.request_seconds.observe(time.perf_counter() - start)

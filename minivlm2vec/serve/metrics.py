@@ -23,7 +23,6 @@ class Metrics:
         self.requests = Counter(
             "minivlm2vec_requests", "Answers of /v1/embeddings, by HTTP status", ["status"], registry=r
         )
-        self.in_flight = Gauge("minivlm2vec_requests_in_flight", "Requests being answered", registry=r)
         self.disconnects = Counter(
             "minivlm2vec_disconnects", "Requests whose client disconnected before the answer", registry=r
         )
@@ -46,6 +45,10 @@ class Metrics:
         peak = functools.partial(cuda.max_memory_allocated, device)
         self._gauge("gpu_memory_peak_bytes", "Peak of the GPU memory in tensors", peak)
         self._gauge("gpu_memory_total_bytes", "Total memory of the GPU", lambda: total)
+
+    def watch_requests(self, in_flight: Callable[[], int]) -> None:
+        """in_flight() returns how many requests are being answered."""
+        self._gauge("requests_in_flight", "Requests being answered", in_flight)
 
     def watch_queue(self, waiting: Callable[[], tuple[int, int]]) -> None:
         """waiting() returns how many inputs and tokens are in the queue."""

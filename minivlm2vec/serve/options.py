@@ -1,6 +1,9 @@
 """What a server is started with: typed options, checked when they are made."""
 
 from dataclasses import dataclass, field
+from math import inf
+
+from ..errors import Option, OptionError
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Batching:
 
     def __post_init__(self) -> None:
         _check_positive(self, "batch_tokens", "max_batch_inputs")
-        if self.max_wait < 0:
-            raise ValueError(f"max_wait is {self.max_wait}; it must not be below 0")
+        if not 0 <= self.max_wait < inf:
+            raise OptionError(Option("max_wait"), f" is {self.max_wait}; it must not be below 0")
 
 
 @dataclass(frozen=True)
@@ -124,5 +127,5 @@ class ServeOptions:
 def _check_positive(options: object, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{name} is {value}; it must be above 0")
+        if value is not None and not 0 < value < inf:
+            raise OptionError(Option(name), f" is {value}; it must be above 0")

@@ -32,8 +32,6 @@ class Planner:
 
     def plan(self, inputs: Sequence[Input], truncate: int | None, num_crops: int | None) -> list[Planned]:
         """truncate: as truncate_prompt_tokens of the request. Raises APIError 400."""
-        if truncate == 0:
-            raise bad_request("truncate_prompt_tokens is -1 or at least 1", "truncate_prompt_tokens")
         limit = self.max_input_tokens
         max_length = None if truncate is None else limit if truncate == -1 else min(truncate, limit)
         plans, total = [], 0

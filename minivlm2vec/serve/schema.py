@@ -9,7 +9,7 @@ import codecs
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError, from_json
 
 from .errors import APIError, bad_request
@@ -139,7 +139,10 @@ class EmbeddingRequest(Strict):
     )
     mm_processor_kwargs: ProcessorOptions | None = None
     truncate_prompt_tokens: int | None = Field(
-        None, ge=-1, description="keeps the first tokens of inputs without images; -1: as many as the server takes"
+        None,
+        ge=-1,
+        description="keeps the first tokens of inputs without images; -1: as many as the server takes",
+        json_schema_extra={"not": {"const": 0}},
     )
     truncation_side: Literal["right"] | None = None
     add_special_tokens: bool | None = Field(None, description="ignored with `messages`; else only true")
@@ -154,6 +157,13 @@ class EmbeddingRequest(Strict):
     request_id: str | None = Field(None, description="ignored")
     priority: int | None = Field(None, description="ignored")
     cache_salt: str | None = Field(None, description="ignored")
+
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def not_zero(cls, value: int | None) -> int | None:
+        if value == 0:
+            raise PydanticCustomError("zero", "-1 or at least 1 is needed, got 0")
+        return value
 
 
 class Embedding(BaseModel):

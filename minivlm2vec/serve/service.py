@@ -77,6 +77,7 @@ class EmbeddingService:
         )
         self.metrics.watch_queue(lambda: self.batcher.waiting)
         self.limiter = RequestLimiter(self.limits, self.queue_tokens, lambda: self.batcher.rate)
+        self.metrics.watch_requests(lambda: self.limiter.requests)
         self._texts = ThreadPoolExecutor(embedder.num_workers, thread_name_prefix="minivlm2vec-texts")
 
     async def start(self) -> None:

