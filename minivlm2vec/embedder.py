@@ -15,6 +15,7 @@ from minivlm2vec_kernels.ops import BACKENDS
 
 from . import prompts
 from .batch import PackedBatch
+from .checkpoint import resolve
 from .config import VLM2VecConfig
 from .errors import InputError, Option, OptionError, at_least_one
 from .inference import FusedVLM2Vec, check_options, origin
@@ -22,7 +23,7 @@ from .inference import optimize as optimized
 from .lora import merge_adapter, with_adapters_parts
 from .model import VLM2Vec
 from .processor import Loaded, Planned, Processor
-from .weights import as_dtype, empty_model, load_model, resolve
+from .weights import as_dtype, empty_model, load_model
 
 T = TypeVar("T")
 

@@ -22,23 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DTYPES, KNOWN, drop_prefixes, keys_of, parameter_of
 from .config import OWN, VLM2VecConfig, changes, read_object, shown
 from .errors import CheckpointError, some
 from .linear import Linear
 from .model import VLM2Vec
-from .weights import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    DTYPES,
-    KNOWN,
-    drop_prefixes,
-    keys_of,
-    named_parts,
-    new_parts,
-    parameter_of,
-    saved_tensors,
-    under_keys,
-)
+from .weights import named_parts, new_parts, saved_tensors, under_keys
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from .. import info
+    from ..checkpoint import resolve
     from ..config import VLM2VecConfig
-    from ..weights import resolve
 
     path = Path(args.path)
     config = VLM2VecConfig.from_json(path if path.is_file() else resolve(args.path, config_only=True))

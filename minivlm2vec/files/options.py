@@ -11,13 +11,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from .. import prompts
+from ..checkpoint import fingerprint, resolve
 from ..config import VLM2VecConfig, changes
 from ..embedder import Embedder, vector_length
 from ..errors import Option, OptionError, at_least_one, some
 from ..lora import with_adapters_parts
 from ..model import VLM2Vec
 from ..processor import Processor
-from ..weights import empty_model, fingerprint, named_parts, resolve
+from ..weights import empty_model, named_parts
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -107,7 +108,7 @@ class Checkpoint:
 
     @cached_property
     def fingerprints(self) -> tuple[str, str | None]:
-        """Of the checkpoint and of the adapter, see `weights.fingerprint`."""
+        """Of the checkpoint and of the adapter, see `checkpoint.fingerprint`."""
         return fingerprint(self.folder), fingerprint(self.adapter, adapter=True) if self.adapter else None
 
     @cached_property

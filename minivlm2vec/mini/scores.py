@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..checkpoint import read_headers
 from ..embedder import Embedder
 from ..info import module_rows
 from ..mmeb import score
@@ -23,7 +24,6 @@ from ..mmeb.progress import ProgressBars
 from ..mmeb.score import Figures
 from ..mmeb.subsets import META_TASKS
 from ..rows import read_jsonl
-from ..weights import read_headers
 from . import pixels
 from .world import tasks
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import resolve
 from ..config import Trained, VLM2VecConfig, changes
 from ..distributed import Ranks
 from ..errors import some
@@ -19,7 +20,7 @@ from ..model import VLM2Vec
 from ..processor import Loaded, Processor
 from ..registry import load_plugin
 from ..rows import Pair
-from ..weights import resolve, write_checkpoint
+from ..weights import write_checkpoint
 from . import checkpoint, engine
 from .config import TrainConfig
 from .data import NONE, Pictures, Row, RowSource, open_data

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minivlm2vec import Embedder, lora, register
+from minivlm2vec.checkpoint import keys_of, parameter_of
 from minivlm2vec.config import VLM2VecConfig
 from minivlm2vec.errors import CheckpointError
 from minivlm2vec.linear import Linear
@@ -28,7 +29,7 @@ from minivlm2vec.lora import (
     save_adapter,
 )  # fmt: skip
 from minivlm2vec.new_checkpoint import new_checkpoint, tensor_shapes
-from minivlm2vec.weights import keys_of, load_model, parameter_of
+from minivlm2vec.weights import load_model
 from tests.support.helpers import close, randomize
 
 TOWER = "model.vision_embed_tokens.img_processor.vision_model.encoder.layers."

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from minivlm2vec import CheckpointError, Embedder, VLM2Vec, VLM2VecConfig, load_plugin, register
+from minivlm2vec.checkpoint import fingerprint
 from minivlm2vec.new_checkpoint import new_checkpoint
 from minivlm2vec.registry import find, name_of
-from minivlm2vec.weights import described, fingerprint, load_model, save_model
+from minivlm2vec.weights import described, load_model, save_model
 
 PLUGIN = """
 import torch

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs/research.md").read_text(encoding="utf-8")
 JOBS = {int(n): text for n, text in re.findall(r"^## (\d)\. (.*?)(?=^## |\Z)", DOCS, re.DOTALL | re.MULTILINE)}
 PRELUDE = "import minivlm2vec\nfrom minivlm2vec import Embedder, VLM2VecConfig\n" \
-          "from minivlm2vec.weights import resolve, save_model\n"  # fmt: skip
+          "from minivlm2vec.checkpoint import resolve\nfrom minivlm2vec.weights import save_model\n"  # fmt: skip
 
 
 def blocks(job: int) -> list[tuple[str, str]]:

@@ -9,9 +9,10 @@ from PIL import Image
 from torch import nn
 
 from minivlm2vec import CheckpointError, Embedder, VLM2Vec, VLM2VecConfig, register
+from minivlm2vec.checkpoint import read_headers
 from minivlm2vec.lora import LoraConfig, add_lora
 from minivlm2vec.new_checkpoint import new_checkpoint
-from minivlm2vec.weights import load_model, read_headers, save_model
+from minivlm2vec.weights import load_model, save_model
 from tests.support.golden import synth_image
 from tests.support.helpers import close
 

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 from minivlm2vec import CheckpointError, Embedder, VLM2VecConfig
+from minivlm2vec.checkpoint import FUSED, drop_prefixes, fingerprint, parameter_of, resolve
 from minivlm2vec.new_checkpoint import base_config, new_checkpoint, random_tensor, tensor_shapes
-from minivlm2vec.weights import FUSED, drop_prefixes, empty_model, fingerprint, load_model, parameter_of, resolve
+from minivlm2vec.weights import empty_model, load_model
 
 CLIP = "model.vision_embed_tokens.img_processor.vision_model."
 
@@ -382,10 +383,12 @@ def test_a_cached_hub_name_needs_no_network(folder, tmp_path, monkeypatch):
 
 
 def test_the_hub_is_asked_for_safetensors_and_json_alone(monkeypatch, tmp_path):
-    from minivlm2vec import weights
+    from minivlm2vec import checkpoint
 
     asked = {}
-    monkeypatch.setattr(weights, "snapshot_download", lambda name, **k: asked.update(name=name, **k) or str(tmp_path))
+    monkeypatch.setattr(
+        checkpoint, "snapshot_download", lambda name, **k: asked.update(name=name, **k) or str(tmp_path)
+    )
     assert resolve("TIGER-Lab/VLM2Vec-Full", revision="abc", local_files_only=True) == tmp_path
     assert asked["name"] == "TIGER-Lab/VLM2Vec-Full" and asked["revision"] == "abc" and asked["local_files_only"]
     assert all(p.endswith(("safetensors", ".json")) for p in asked["allow_patterns"])

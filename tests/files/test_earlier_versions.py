@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from minivlm2vec import Embedder, __version__, files
-from minivlm2vec.weights import fingerprint
+from minivlm2vec.checkpoint import fingerprint
 from tests.support.files_data import checkpoint, left_behind, make_adapter, run, write_jsonl
 
 __all__ = ["checkpoint"]

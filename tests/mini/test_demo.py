@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minivlm2vec import Embedder, weights
+from minivlm2vec import Embedder, checkpoint
 from minivlm2vec.cli import main
 from minivlm2vec.errors import CheckpointError
 from minivlm2vec.mini import bundled
@@ -55,8 +55,8 @@ def refuse(*args, **kwargs):
 
 sys.meta_path.insert(0, Blocker())
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
-from minivlm2vec import cli, weights
-weights.MINI = Path(sys.argv[1])
+from minivlm2vec import checkpoint, cli
+checkpoint.MINI = Path(sys.argv[1])
 sys.exit(cli.main(["demo", "--device", "cpu", "-o", sys.argv[2]]))
 """
 
@@ -69,9 +69,9 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def mini(tiny, tmp_path, monkeypatch):
     """The name "mini" stands for a random checkpoint; the working folder is empty."""
-    monkeypatch.setattr(weights, "MINI", tiny)
+    monkeypatch.setattr(checkpoint, "MINI", tiny)
     monkeypatch.chdir(tmp_path)
-    weights._say_that_mini_is_small.cache_clear()
+    checkpoint._say_that_mini_is_small.cache_clear()
     return tiny
 
 
@@ -317,10 +317,10 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_computed(mi
 
 
 def test_mini_is_the_bundled_checkpoint_wherever_one_is(mini, tmp_path):
-    assert weights.resolve("mini") == mini
+    assert checkpoint.resolve("mini") == mini
     (tmp_path / "mini").mkdir()
-    assert weights.resolve("mini") == mini
-    assert weights.resolve("./mini") == weights.resolve(Path("mini")) == Path("mini")
+    assert checkpoint.resolve("mini") == mini
+    assert checkpoint.resolve("./mini") == checkpoint.resolve(Path("mini")) == Path("mini")
 
 
 def test_mini_says_once_what_it_is(mini, caplog):
@@ -343,7 +343,7 @@ def test_info_mini(mini, capsys, caplog):
 def test_an_incomplete_installation_is_named(mini, tmp_path, monkeypatch, capsys, lost):
     for name in {"config.json", "tokenizer.json", "model.safetensors"} - {lost}:
         (tmp_path / name).write_bytes((mini / name).read_bytes())
-    monkeypatch.setattr(weights, "MINI", tmp_path)
+    monkeypatch.setattr(checkpoint, "MINI", tmp_path)
     with pytest.raises(CheckpointError, match=rf"{re.escape(str(tmp_path))} has no {re.escape(lost)}: install"):
         Embedder.from_pretrained("mini")
     assert main(["demo"]) == 1

@@ -10,11 +10,12 @@ from PIL import Image
 import minivlm2vec
 import minivlm2vec.mmeb
 from minivlm2vec import Embedder
+from minivlm2vec.checkpoint import resolve
 from minivlm2vec.lora import LoraConfig, add_lora, save_adapter
 from minivlm2vec.mini import bundled
 from minivlm2vec.mmeb import EvaluateOptions, evaluate
 from minivlm2vec.new_checkpoint import new_checkpoint
-from minivlm2vec.weights import load_model, resolve
+from minivlm2vec.weights import load_model
 
 DOCS = (Path(__file__).parents[2] / "docs/mmeb.md").read_text(encoding="utf-8")
 EVALUATION, MTEB, SENTENCE_TRANSFORMERS = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)

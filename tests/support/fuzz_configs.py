@@ -25,11 +25,12 @@ from unittest.mock import patch
 import numpy as np
 
 from minivlm2vec import CheckpointError, Embedder, InputError, VLM2VecConfig, lora
+from minivlm2vec.checkpoint import fingerprint
 from minivlm2vec.errors import OptionError
 from minivlm2vec.info import module_rows
 from minivlm2vec.lora import LoraConfig, add_lora, save_adapter
 from minivlm2vec.new_checkpoint import new_checkpoint
-from minivlm2vec.weights import fingerprint, load_model
+from minivlm2vec.weights import load_model
 
 SECONDS = 20.0  # for one case, on a busy machine
 MEGABYTES = 400  # more than before
