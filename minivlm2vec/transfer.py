@@ -12,7 +12,7 @@ F = TypeVar("F", bound=Callable[..., tuple[Tensor, ...]])
 
 def constants(make: F) -> F:
     """Decorator of a function that makes tensors for hashable arguments. They are made once, as copying them to a
-    device waits for it, and are constants of a compiled graph. At most 16 are kept, and none that a tracer makes."""
+    device waits for it, and are constants of a compiled graph. At most 16 are kept, none that torch.export traces."""
     kept: dict[Any, tuple[Tensor, ...]] = {}
 
     @functools.wraps(make)
@@ -21,7 +21,7 @@ def constants(make: F) -> F:
             return kept[args]
         with torch.inference_mode(False):  # a model that trains may want them too
             made = make(*args)
-        if all(type(t) is Tensor for t in made):
+        if not torch.compiler.is_compiling():
             kept[args] = made
             if len(kept) > 16:
                 kept.pop(next(iter(kept)), None)

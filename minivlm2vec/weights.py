@@ -298,8 +298,7 @@ def model_fingerprint(model: nn.Module, *more: Any) -> str:
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         if value.numel():
-            whole = value if type(value) is Tensor else value.dequantize()  # torchao's
-            rows = torch.atleast_1d(whole)
+            rows = torch.atleast_1d(value.dequantize() if type(value).__module__.startswith("torchao") else value)
             digest.update(torch.cat([rows[:1], rows[-1:]]).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

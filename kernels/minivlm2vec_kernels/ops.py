@@ -318,9 +318,11 @@ def merge_crops(
     ended by sub_GN; then glb_GN; then the global view's m rows of m, each ended by sub_GN.
     Returns [I, 4D], I = sum (h * w + 1) * m^2 + 1 + (h + 1) * m. Raises ValueError for features of another shape.
     """
-    views, patches = sum(1 + h * w for h, w in grids), features.shape[1]
-    if len(features) != views or patches % 4 or patches != math.isqrt(patches) ** 2:
-        raise ValueError(f"features of {views} crops are [{views}, P * P, D], P even; got {list(features.shape)}")
+    crops, patches = sum(1 + h * w for h, w in grids), features.shape[1]
+    if patches % 4 or patches != math.isqrt(patches) ** 2:
+        raise ValueError(f"features must have an even number of patches per side, got {patches} patches a crop")
+    if crops != len(features):
+        raise ValueError(f"the grids make {crops} crops, features hold {len(features)}")
     if choose_backend(backend, features, sub_GN, glb_GN) == "torch":
         return torch_ops.merge_crops(features, grids, sub_GN, glb_GN)
     from . import merge_crops_triton

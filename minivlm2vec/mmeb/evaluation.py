@@ -143,7 +143,7 @@ def _damaged(pair: Pair, images: Images) -> bool:
     try:
         if pair.image:
             images.check(pair.image, thoroughly=True)
-    except OSError:
+    except (OSError, ValueError):
         return True
     return False
 

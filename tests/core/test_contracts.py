@@ -130,5 +130,5 @@ def test_a_projector_that_miscounts_is_named(folder, monkeypatch):
 def test_a_tower_that_does_not_fit_the_projector_is_named(base):
     config = VLM2VecConfig.from_json(base).with_parts(tower="convolutions of tests")
     e = load(base, config=config, optimize=False)
-    with pytest.raises(ValueError, match=r"features of \d+ crops are \[\d+, P \* P, D\], P even; got \[\d+, 1, \d+\]"):
+    with pytest.raises(ValueError, match="an even number of patches per side, got 1 patches a crop"):
         e.encode(INPUTS[1:])
