@@ -23,6 +23,7 @@ from .fused import InferenceOnly
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # of oneDNN, and of torch in front of it
 CACHED_PRODUCTS = 64
 COMPILING = 1 << 25  # multiplications that take as long as compiling a product, some 0.5 ms
+WORTH = 32  # a product that takes so many times as long is compiled: copying its rows would cost more than it saves
 
 
 def can_prepack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -62,6 +63,8 @@ def bound_caches() -> None:
 def padding(rows: int, weights: int) -> int:
     """Rows to be added to a product with a matrix of so many weights: to the next of eight numbers between two powers
     of two, but where that would cost more than compiling for one more number of rows."""
+    if rows * weights > WORTH * COMPILING:
+        return 0
     step = min((1 << (rows - 1).bit_length()) // 16, COMPILING // weights)
     return -rows % (1 << (step.bit_length() - 1)) if step > 1 else 0
 

@@ -106,6 +106,7 @@ def test_rows_are_padded_to_few_numbers():
 
 def test_rows_of_large_matrices_cost_more_than_compiling():
     assert all(padding(rows, 3072 * 9216) == 0 for rows in range(4096))
+    assert padding(1000, 1024 * 1024) > 0 and padding(1001, 1 << 21) == 0, "a long product is compiled for its rows"
     assert all(padding(rows, 1024 * 1024) < 32 for rows in range(4096))
 
 
