@@ -29,6 +29,9 @@ PIPE_CLOSED = 141  # what a shell gives a command that SIGPIPE ends
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand. Returns its exit code: 0 done, 1 a user's error (named on stderr), 2 wrong arguments."""
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by the shell: >&-
+            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for the process)
     args = _parser().parse_args(argv)
     try:
         code = args.run(args) or 0

@@ -166,3 +166,10 @@ def test_help_comes_without_torch(arguments):
 
 def test_the_presets_that_the_command_names():
     assert set(new_checkpoint_command.PRESETS) == set(PRESETS)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_stream_that_the_shell_closed(folder, closed):
+    line = f'"$0" -m minivlm2vec similarity --model "$1" --device cpu --query-text a --target-text b {closed}'
+    done = subprocess.run(["sh", "-c", line, sys.executable, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
