@@ -166,7 +166,8 @@ def compute(
     rows = job.num_rows(numbers)
     progress.begun(rows)
     for result in pipeline.run(job.rows(numbers)):
-        job.parts.write(result, job.dtype, f"{computed_with(embedder)}, {job.options.batch_tokens} tokens together")
+        made_with = f"{computed_with(embedder)}, {job.options.batch_tokens} tokens together"
+        job.parts.write(result, job.run, job.dtype, made_with)
     timing = Timing(rows, pipeline.watch.elapsed, pipeline.watch.waited)
     progress.computed(timing)
     return timing
@@ -445,7 +446,7 @@ def _short(name: str, value: Any) -> str:
 def _unchanged(job: Job) -> list[int]:
     """The finished parts that are whole, and whose image files are still what they were. Raises BadRowError for a bad
     row in these, under `strict`."""
-    heads = {n: job.parts.finished(n, job.num_rows([n]), job.settings["dimension"], job.dtype)
+    heads = {n: job.parts.finished(n, job.run, job.num_rows([n]), job.settings["dimension"], job.dtype)
              for n in job.parts.present() if n in job.numbers}  # fmt: skip
     images = {n: head.images for n, head in heads.items() if head is not None}
     kept = [n for n, rows in job.rows(list(images)) if job.columns.stamps(rows) == images[n]]

@@ -1,5 +1,7 @@
 """What one run of `embed` has to do."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -57,6 +59,12 @@ class Job:
     @property
     def dtype(self) -> np.dtype:
         return np.dtype({"float32": "<f4", "float16": "<f2"}[self.options.store])
+
+    @property
+    def run(self) -> str:
+        """Digest of the source and of the settings that a run keeps when it goes on, by which it knows its parts."""
+        kept = {name: value for name, value in self.settings.items() if name not in ("vector_column", "batch_tokens")}
+        return hashlib.sha256(json.dumps([self.index.fingerprint, kept], sort_keys=True).encode()).hexdigest()
 
     def num_rows(self, numbers: Sequence[int]) -> int:
         """Of these parts."""

@@ -36,11 +36,13 @@ class PartHead:
         errors: rows without a vector, ascending.
         images: digest of the image files' sizes and times of change.
         computed_with: see `embedding.computed_with`.
+        run: see `Job.run`; "" in parts of earlier versions, which do not say.
     """
 
     errors: list[BadRow]
     images: str
     computed_with: str
+    run: str
 
 
 class Parts:
@@ -128,37 +130,36 @@ class Parts:
         """Numbers of the parts that are there, ascending."""
         return sorted(int(p.name[5:13]) for p in self.folder.glob("part-*.safetensors"))
 
-    def finished(self, number: int, rows: int, dimension: int, dtype: np.dtype) -> PartHead | None:
-        """The head of a part, or None where it is missing, damaged, of another size, or a link: then it is to be
-        computed again."""
+    def finished(self, number: int, run: str, rows: int, dimension: int, dtype: np.dtype) -> PartHead | None:
+        """The head of a part, or None where it is missing, damaged, of another size, number or run, or a link: then it
+        is to be computed again."""
         try:
             vectors, head = self.vectors(number), self.head(number)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             return None
-        return head if vectors.shape == (rows, dimension) and vectors.dtype == dtype else None
+        return head if (head.run, vectors.shape, vectors.dtype) == (run, (rows, dimension), dtype) else None
 
-    def write(self, result: Result, dtype: np.dtype, computed_with: str) -> None:
+    def write(self, result: Result, run: str, dtype: np.dtype, computed_with: str) -> None:
         errors = json.dumps([vars(bad) for bad in result.errors])
-        head = {"errors": errors, "images": result.images, "computed_with": computed_with}
+        head = {"errors": errors, "images": result.images, "computed_with": computed_with, "run": run}
         vectors = result.vectors.astype(dtype)
-        write_bytes(
-            self._path(result.number), save({"vectors": vectors}, head | {"checksum": _checksum(vectors, head)})
-        )
+        checksum = _checksum(result.number, vectors, head)
+        write_bytes(self._path(result.number), save({"vectors": vectors}, head | {"checksum": checksum}))
 
     def head(self, number: int) -> PartHead:
         with self._open(number) as f:
             meta = f.metadata()
         errors = [BadRow(**bad) for bad in json.loads(meta["errors"])]
-        return PartHead(errors, meta["images"], meta.get("computed_with", "not recorded"))
+        return PartHead(errors, meta["images"], meta.get("computed_with", "not recorded"), meta.get("run", ""))
 
     def vectors(self, number: int) -> np.ndarray:
-        """[n, D] in the dtype that they were written in. Raises ValueError where they are no longer what was written;
-        the parts of earlier versions have no checksum."""
+        """[n, D] in the dtype that they were written in. Raises ValueError where they are not what was written under
+        this number."""
         with self._open(number) as f:
             vectors, head = f.get_tensor("vectors"), f.metadata() or {}
-        checksum = head.pop("checksum", None)
-        if checksum is not None and checksum != _checksum(vectors, head):
-            raise ValueError(f"{self._path(number)} is damaged (its checksum is another); run the command again")
+        if head.pop("checksum", None) != _checksum(number, vectors, head):
+            raise ValueError(f"{self._path(number)} is damaged, or another part (its checksum is another); run the "
+                             "command again")  # fmt: skip
         return vectors
 
     def assembled(self, suffix: str) -> Path:
@@ -197,7 +198,7 @@ class Parts:
             raise ValueError(f"{path} is damaged ({e}); run the command again") from None
 
 
-def _checksum(vectors: np.ndarray, head: dict[str, str]) -> str:
+def _checksum(number: int, vectors: np.ndarray, head: dict[str, str]) -> str:
     digest = hashlib.sha256(np.ascontiguousarray(vectors).data)
-    digest.update(json.dumps(head, sort_keys=True).encode())
+    digest.update(json.dumps([number, head], sort_keys=True).encode())
     return digest.hexdigest()

@@ -1,7 +1,9 @@
 """OUT.parts: its lock, its checksums, and what is not followed."""
 
 import os
+import shutil
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,12 +22,12 @@ FLOAT32 = np.dtype("<f4")
 def parts(tmp_path):
     parts = Parts(tmp_path / "out.npy")
     parts.folder.mkdir()
-    parts.write(Result(0, 0, np.eye(3, 8, dtype=np.float32), "images"), FLOAT32, "a CPU")
+    parts.write(Result(0, 0, np.eye(3, 8, dtype=np.float32), "images"), "this run", FLOAT32, "a CPU")
     return parts
 
 
 def test_a_part_is_known_again(parts):
-    head = parts.finished(0, 3, 8, FLOAT32)
+    head = parts.finished(0, "this run", 3, 8, FLOAT32)
     assert (head.errors, head.images, head.computed_with) == ([], "images", "a CPU")
     assert (parts.vectors(0) == np.eye(3, 8)).all()
 
@@ -44,13 +46,13 @@ def test_a_part_that_is_not_what_was_written_is_none(parts, tmp_path, damage):
         save_file({"other": np.eye(3)}, path)
     else:
         path.write_bytes(data[:-7] if damage == "cut" else b"")
-    assert parts.finished(0, 3, 8, FLOAT32) is None
+    assert parts.finished(0, "this run", 3, 8, FLOAT32) is None
     assert parts.present() == [0]  # it is there, to be computed again
 
 
 @pytest.mark.parametrize(("rows", "dimension", "dtype"), [(4, 8, "<f4"), (3, 9, "<f4"), (3, 8, "<f2")])
 def test_a_part_of_another_size_is_none(parts, rows, dimension, dtype):
-    assert parts.finished(0, rows, dimension, np.dtype(dtype)) is None
+    assert parts.finished(0, "this run", rows, dimension, np.dtype(dtype)) is None
 
 
 def test_a_damaged_part_is_computed_again(checkpoint, tmp_path):
@@ -154,7 +156,50 @@ def test_one_at_a_time_holds_the_lock(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_part_of_an_earlier_version_has_no_checksum(parts):
+def test_a_part_without_a_checksum_is_none(parts):
     path = parts.folder / "part-00000000.safetensors"
-    save_file(load_file(path), path, {"errors": "[]", "images": "x"})
-    assert parts.finished(0, 3, 8, FLOAT32).computed_with == "not recorded"
+    save_file(load_file(path), path, {"errors": "[]", "images": "x", "run": "this run"})
+    assert parts.finished(0, "this run", 3, 8, FLOAT32) is None
+
+
+# Parts of another place or run
+
+
+def test_a_part_under_another_number_or_of_another_run_is_none(parts):
+    assert parts.finished(0, "another run", 3, 8, FLOAT32) is None
+    shutil.copy(parts.folder / "part-00000000.safetensors", parts.folder / "part-00000001.safetensors")
+    assert parts.finished(1, "this run", 3, 8, FLOAT32) is None
+    with pytest.raises(ValueError, match=r"part-00000001\.safetensors is damaged, or another part"):
+        parts.vectors(1)
+
+
+@pytest.mark.parametrize("mistake", ["swapped", "other table", "other instruction"])
+def test_parts_that_are_not_where_they_were_made_are_computed_again(checkpoint, tmp_path, mistake):
+    from minivlm2vec.files import compute
+
+    source = write_jsonl(tmp_path / "t.jsonl", [{"text": f"row {i}"} for i in range(12)])
+    options = EmbedOptions(ModelSpec(str(checkpoint), device="cpu"), part_rows=4)
+    embed(source, tmp_path / "whole.npy", options=options)
+
+    def begin(source, out, options):
+        with plan(source, out, options) as job:
+            compute(job, job.checkpoint.load(device="cpu"), numbers=[0, 1])
+        return [out.with_name(f"{out.name}.parts") / f"part-0000000{n}.safetensors" for n in (0, 1)]
+
+    out = tmp_path / "out.npy"
+    first, second = begin(source, out, options)
+    if mistake == "swapped":
+        first.rename(tmp_path / "first")
+        second.rename(first)
+        (tmp_path / "first").rename(second)
+    else:
+        if mistake == "other table":
+            source_2 = write_jsonl(tmp_path / "u.jsonl", [{"text": f"another {i}"} for i in range(12)])
+            others = begin(source_2, tmp_path / "other.npy", options)
+        else:
+            others = begin(source, tmp_path / "other.npy", replace(options, instruction="Say: "))
+        shutil.copy(others[0], first)
+    with plan(source, out, options) as job:
+        assert (job.todo, job.changed) == (((0, 1, 2), 2) if mistake == "swapped" else ((0, 2), 1))
+    embed(source, out, options=options)
+    assert out.read_bytes() == (tmp_path / "whole.npy").read_bytes()
