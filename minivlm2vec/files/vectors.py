@@ -1,5 +1,6 @@
 """OUT -> rows and vectors: reads back what `embed` wrote, in chunks, and the columns of single rows."""
 
+import hashlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..errors import Option, OptionError
 from ..extras import import_lancedb, import_pyarrow
 from .rows import plain_rows
-from .writers import KEY, META, ROW_NUMBER, ROWS, beside
+from .writers import KEY, META, ROW_NUMBER, ROWS, beside, sampled_digest
 
 CHUNK_BYTES = 64 << 20
 NEEDED = {"checkpoint", "dimension", "image_column", "vector_column"}  # of the settings that `embed` recorded
@@ -29,7 +30,7 @@ class Vectors:
         path: where they are.
         shape: (rows, dimension).
         meta: what `embed` recorded, or None for a file of other origin: {"model": where it is found again,
-            "settings": {…}, "source", "images", "rows", "bad_rows", "computed_with"}.
+            "settings": {…}, "source", "images", "rows", "bad_rows", "computed_with"}, and the digests of its files.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int], meta: dict[str, Any] | None):
@@ -72,6 +73,10 @@ class FlatFile(VectorFile):
         if recorded != self.shape:
             raise ValueError(f"{path} holds vectors {list(self.shape)}, and {list(recorded)} are recorded for it: one "
                              "of its files is not of the same run")  # fmt: skip
+        digest = (meta or {}).get("vectors_digest")  # files of earlier versions have none
+        if digest is not None and digest != sampled_digest(path):
+            raise ValueError(f"{path} and {beside(path, META)} are not of the same run, or one was changed: the digest "
+                             "of the vectors is another than the one recorded")  # fmt: skip
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         step = max(1, CHUNK_BYTES // max(1, self.shape[1] * self.tensor.itemsize))
@@ -83,18 +88,22 @@ class FlatFile(VectorFile):
         path = beside(self.path, ROWS)
         if not path.is_file():
             return {n: {} for n in wanted}
-        found, lines = {}, 0
+        found, lines, digest = {}, 0, hashlib.sha256()
         with open(path, "rb") as f:
             for lines, line in enumerate(f, 1):
+                digest.update(line)
                 if lines - 1 in wanted:
                     found[lines - 1] = _columns_of(path, lines, line)
         if lines != self.shape[0]:
             raise ValueError(f"{path} has {lines:,} lines, {self.path} has {self.shape[0]:,} rows: one of them is not "
                              "of the same run, or was cut")  # fmt: skip
+        if (self.meta or {}).get("rows_digest", digest.hexdigest()) != digest.hexdigest():
+            raise ValueError(f"{path} and {self.path} are not of the same run, or the rows were changed: their "
+                             "digest is another than the one recorded")  # fmt: skip
         return found
 
     def check_rows(self) -> None:
-        """Raises ValueError where the file of the rows has not a line for each of them."""
+        """Raises ValueError where the file of the rows is not the one that was written with the vectors."""
         self.rows([])
 
     def vectors(self, numbers: Iterable[int]) -> Tensor:

@@ -5,6 +5,7 @@ content is a list of {column: value}, or an Arrow table for the formats of `ARRO
 these alone. It writes elsewhere: OUT appears by `move`, after everything is on the disk.
 """
 
+import hashlib
 import json
 import struct
 from collections.abc import Callable, Iterator
@@ -46,33 +47,40 @@ Pieces = Iterator[tuple[np.ndarray, Any]]
 
 def write_npy(path: Path, head: Head, pieces: Pieces) -> list[str]:
     """Writes `path` and its companions; returns the suffixes of the files, the vectors' own last."""
-    with open(beside(path, META), "w", encoding="utf-8", newline="\n") as meta:
-        meta.write(as_json(head.meta, indent=1) + "\n")
-        flush(meta)
     with open(path, "wb") as f:
         shape = {"descr": head.dtype.str, "fortran_order": False, "shape": (head.rows, head.dimension)}
         np.lib.format.write_array_header_1_0(f, shape)
-        _write_vectors(f, path, pieces)
+        rows = _write_vectors(f, path, pieces)
+    with open(beside(path, META), "w", encoding="utf-8", newline="\n") as meta:
+        digests = {"vectors_digest": sampled_digest(path), "rows_digest": rows}
+        meta.write(as_json(head.meta | digests, indent=1) + "\n")
+        flush(meta)
     return [META, ROWS, ""]
 
 
 def write_safetensors(path: Path, head: Head, pieces: Pieces) -> list[str]:
     """One tensor, "vectors", written piece by piece, which safetensors itself does not do. Returns as `write_npy`."""
-    size = head.rows * head.dimension * head.dtype.itemsize
+    with open(path, "wb") as f:
+        f.write(_safetensors_header(head, "0" * 64))
+        rows = _write_vectors(f, path, pieces)
+        f.seek(0)
+        f.write(_safetensors_header(head, rows))  # of the same length
+        flush(f)
+    return [ROWS, ""]
+
+
+def _safetensors_header(head: Head, rows_digest: str) -> bytes:
     header = {
-        "__metadata__": {KEY: as_json(head.meta)},
+        "__metadata__": {KEY: as_json(head.meta | {"rows_digest": rows_digest})},
         "vectors": {
             "dtype": {"<f4": "F32", "<f2": "F16"}[head.dtype.str],
             "shape": [head.rows, head.dimension],
-            "data_offsets": [0, size],
+            "data_offsets": [0, head.rows * head.dimension * head.dtype.itemsize],
         },
     }
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        _write_vectors(f, path, pieces)
-    return [ROWS, ""]
+    return struct.pack("<Q", len(text)) + text
 
 
 def write_parquet(path: Path, head: Head, pieces: Pieces) -> list[str]:
@@ -213,13 +221,30 @@ def beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def _write_vectors(f: IO[bytes], path: Path, pieces: Pieces) -> None:
-    with open(beside(path, ROWS), "w", encoding="utf-8", newline="\n") as rows:
+def sampled_digest(path: Path) -> str:
+    """sha256 of a file's size and of 64 MiB of it: all of a smaller one, of a larger one blocks evenly spread. Tells
+    files of different runs apart at a price that does not grow with them."""
+    size, block = path.stat().st_size, 1 << 20
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as f:
+        for i in range(64):
+            f.seek(max(i * block, (size - block) * i // 63))
+            digest.update(f.read(block))
+    return digest.hexdigest()
+
+
+def _write_vectors(f: IO[bytes], path: Path, pieces: Pieces) -> str:
+    """Writes the vectors to `f` and the rows to their own file, whose sha256 it returns."""
+    digest = hashlib.sha256()
+    with open(beside(path, ROWS), "wb") as rows:
         for vectors, content in pieces:
             f.write(np.ascontiguousarray(vectors).data)
-            rows.writelines(as_json(c) + "\n" for c in content)
+            for line in ((as_json(c) + "\n").encode() for c in content):
+                digest.update(line)
+                rows.write(line)
         flush(rows)
     flush(f)
+    return digest.hexdigest()
 
 
 def _leaf_columns(schema: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from minivlm2vec.files import vectors as vectors_module
 from minivlm2vec.files.retrieval import neighbours, rounding, top_k
 from minivlm2vec.files.rows import printable
 from minivlm2vec.files.vectors import open_vectors
+from minivlm2vec.files.writers import sampled_digest
 from minivlm2vec.new_checkpoint import new_checkpoint
 from tests.support.files_data import checkpoint, make_adapter, run, save_pictures, write_jsonl
 
@@ -370,9 +372,53 @@ def test_files_that_do_not_belong_together_are_refused(checkpoint, tmp_path, suf
         code, _, err = run("search", out, "--device", "cpu", *more)
         assert code == 1 and words in err and out.name in err, err
     code, _, err = run(*argv)
-    if change != "a row is no JSON":  # the file of the rows is not parsed to see that it is finished
-        assert code == 1 and words in err and "--overwrite replaces it" in err
+    if change == "a row is no JSON":  # the file of the rows is not parsed to see that it is finished
+        words = "digest"
+    assert code == 1 and words in err and "--overwrite replaces it" in err
     assert run(*argv, "--overwrite")[0] == 0 and run("search", out, "--text", "row 3", "--device", "cpu")[0] == 0
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+@pytest.mark.parametrize("change", ["vectors", "rows", "order of rows", "record", "one vector"])
+def test_files_of_two_runs_with_as_many_rows_are_told_apart(checkpoint, tmp_path, suffix, change):
+    outs, argv = {}, {}
+    for name in ("cat", "dog"):
+        source = write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(3)])
+        outs[name] = tmp_path / f"{name}{suffix}"
+        argv[name] = ("embed", source, "-o", outs[name], "--model", checkpoint, "--device", "cpu", "--quiet")
+        assert run(*argv[name])[0] == 0
+    out, rows, record = (tmp_path / f"dog{suffix}{more}" for more in ("", ".rows.jsonl", ".json"))
+    if change == "vectors":
+        shutil.copy(outs["cat"], out)
+    elif change == "rows":
+        shutil.copy(tmp_path / f"cat{suffix}.rows.jsonl", rows)
+    elif change == "order of rows":
+        rows.write_text("".join(reversed(rows.read_text().splitlines(keepends=True))))
+    elif suffix == ".safetensors":
+        pytest.skip("its record is in the file of the vectors")
+    elif change == "record":
+        shutil.copy(tmp_path / "cat.npy.json", record)
+    else:
+        np.save(out, np.load(out)[[0, 2, 2]])
+    code, _, err = run("search", out, "--text", "dog 1", "--device", "cpu")
+    assert code == 1 and "not of the same run" in err and out.name in err, err
+    code, _, err = run(*argv["dog"])
+    assert code == 1 and "not of the same run" in err and "--overwrite replaces it" in err
+    assert run(*argv["dog"], "--overwrite")[0] == 0 and run("search", out, "--text", "x", "--device", "cpu")[0] == 0
+
+
+def test_a_sampled_digest_sees_the_size_and_both_ends(tmp_path):
+    size, path = (64 << 20) + 12345, tmp_path / "x"
+    seen = set()
+    for changed in (None, 0, size // 2 // (1 << 20) << 20, size - 1):
+        with open(path, "wb") as f:
+            f.truncate(size)  # without taking place on the disk
+            if changed is not None:
+                f.seek(changed)
+                f.write(b"1")
+        seen.add(sampled_digest(path))
+    os.truncate(path, size + 1)
+    assert len(seen | {sampled_digest(path)}) == 5
 
 
 @pytest.mark.parametrize("kind", ["int8", "uint8", "bool_"])
