@@ -115,7 +115,7 @@ def plan(source: str | os.PathLike, out: str | os.PathLike, options: EmbedOption
     parts = Parts(out)
     with ExitStack() as held:
         held.enter_context(parts.locked())
-        begun, made = parts.manifest(), _made(out, options)
+        begun, made = _begun(parts, options), _made(out, options)
         settings = (begun or {}).get("settings") or (made.settings if made else {})
         if not options.overwrite and "part_rows" in settings:
             options = replace(options, part_rows=settings["part_rows"])
@@ -338,6 +338,16 @@ def _check_target(source: str | os.PathLike, out: str | os.PathLike, options: Em
     if any(path.exists() and os.path.exists(source) and os.path.samefile(path, source) for path in written):
         raise OptionError(Option("out"), f" {out} would be written over the source {os.fspath(source)}")
     return out
+
+
+def _begun(parts: Parts, options: EmbedOptions) -> dict[str, Any] | None:
+    """The manifest of the run in OUT.parts, if there is one; a damaged one is none where it is to be replaced."""
+    try:
+        return parts.manifest()
+    except OptionError:
+        if options.overwrite:
+            return None
+        raise
 
 
 def _goes_on(job: Job, begun: dict[str, Any] | None, manifest: dict[str, Any]) -> bool:

@@ -19,8 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ..atomic import remove, write_bytes
+from ..errors import Option, OptionError
 from .pipeline import Result
 from .rows import BadRow
+from .sources import Index
 
 try:
     import fcntl
@@ -108,12 +110,16 @@ class Parts:
             return False
 
     def manifest(self) -> dict[str, Any] | None:
-        """What the run is, or None where none has begun."""
+        """What the run is, or None where none has begun. Raises OptionError where the file is damaged."""
         try:
             manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
+            Index(**manifest["source"])
+            manifest["settings"].setdefault("adapter", None)  # runs begun before there were adapters
         except FileNotFoundError:
             return None
-        manifest["settings"].setdefault("adapter", None)  # runs begun before there were adapters
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise OptionError(f"{self.manifest_path} is damaged: remove {self.folder}, or have ", Option("overwrite"),
+                              " begin anew") from None  # fmt: skip
         return manifest
 
     def begin(self, manifest: dict[str, Any]) -> None:
@@ -128,7 +134,7 @@ class Parts:
 
     def present(self) -> list[int]:
         """Numbers of the parts that are there, ascending."""
-        return sorted(int(p.name[5:13]) for p in self.folder.glob("part-*.safetensors"))
+        return sorted(int(p.name[5:13]) for p in self.folder.glob(f"part-{'[0-9]' * 8}.safetensors"))
 
     def finished(self, number: int, run: str, rows: int, dimension: int, dtype: np.dtype) -> PartHead | None:
         """The head of a part, or None where it is missing, damaged, of another size, number or run, or a link: then it

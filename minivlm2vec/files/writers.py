@@ -121,7 +121,12 @@ def append_lance(out: Path, note: Path, head: Head, pieces: Pieces) -> int:
     rows = table.count_rows()
     if not note.exists():
         write_bytes(note, json.dumps(rows).encode())
-    before = json.loads(note.read_text())
+    try:
+        before = int(note.read_bytes())
+    except ValueError:
+        raise ValueError(f"{note} is damaged: whether rows were appended is not known; {out} has {rows:,} rows now. If "
+                         f"none of them is of this run, remove {note} and run the command again, else remove "
+                         f"{note.parent}") from None  # fmt: skip
     if rows == before and head.rows:
         table.add(_numbered(head, pieces, before, table.schema))
     elif rows != before + head.rows:

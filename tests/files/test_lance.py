@@ -93,6 +93,12 @@ def test_an_append_that_was_killed_after_its_commit_is_not_repeated(source, chec
         patch.setattr("minivlm2vec.files.parts.Parts.remove", killed)
         embed(more, out, checkpoint, "--append")
     assert LanceDataset(out).shape[0] == 32
+    note = tmp_path / "out.lance.parts/append.json"
+    said = note.read_bytes()
+    note.write_bytes(b"\0" * 8)  # as after a power cut
+    code, err = embed(more, out, checkpoint, "--append")
+    assert code == 1 and f"{note} is damaged" in err and "has 32 rows now" in err, err
+    note.write_bytes(said)
     assert embed(more, out, checkpoint, "--append")[0] == 0
     assert LanceDataset(out).shape[0] == 32
     assert embed(more, out, checkpoint, "--append")[0] == 0  # another command: appends again

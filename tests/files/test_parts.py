@@ -73,6 +73,21 @@ def test_a_damaged_part_is_computed_again(checkpoint, tmp_path):
     assert out.read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
+@pytest.mark.parametrize("content", ["", "\0" * 900, "{}", "[1]", '{"settings": {}}', '{"settings": [], "source": {}}',
+                                     '{"settings": {}, "source": {"num_rows": 12}}', "["  * 100_000])  # fmt: skip
+def test_a_damaged_manifest_is_named_and_there_is_a_way_on(checkpoint, tmp_path, content):
+    source, out = write_jsonl(tmp_path / "t.jsonl", [{"text": f"row {i}"} for i in range(2)]), tmp_path / "out.npy"
+    manifest, part = Parts(out).manifest_path, Parts(out).folder / "part-00000000.safetensors"
+    manifest.parent.mkdir()
+    manifest.write_text(content)
+    part.write_bytes(b"")
+    argv = ("embed", source, "-o", out, "--model", checkpoint, "--device", "cpu", "--quiet")
+    code, _, err = run(*argv)
+    assert code == 1 and f"{manifest} is damaged: remove {manifest.parent}, or have --overwrite begin anew" in err
+    assert part.exists(), "what is there is the user's to remove"
+    assert run(*argv, "--overwrite")[0] == 0 and len(np.load(out)) == 2 and not left_behind(tmp_path)
+
+
 # The lock
 
 
