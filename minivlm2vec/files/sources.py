@@ -273,9 +273,11 @@ class Parquet(Table):
                     digest.update(block)
             with self._open(path) as file:
                 rows += file.metadata.num_rows
-        names = self._schema().names
+        schema = self._schema()
+        names = schema.names
         if len(set(names)) < len(names):
             raise ValueError(f"{self.path} has two columns of the same name: {some(_twice(names))}")
+        self._check_fit(schema)
         return Index(rows, digest.hexdigest(), dict.fromkeys(names, "arrow"), [])
 
     def parts(
@@ -316,6 +318,26 @@ class Parquet(Table):
             return self.pa.unify_schemas([schema, other], promote_options="permissive")
         except (ValueError, TypeError, NotImplementedError) as e:
             raise ValueError(f"{path} has other columns than {self.files[0]}: {e}") from None
+
+    def _check_fit(self, schema: Any) -> None:
+        """Refuses values that the type which their column has in all files together does not hold: they are read
+        through where a file has another type."""
+        for path in self.files:
+            with self._open(path) as file:
+                own = file.schema_arrow
+                other = [name for name in own.names if own.field(name).type != schema.field(name).type]
+                for batch in file.iter_batches(columns=other) if other else ():
+                    for name in other:
+                        self._check_column(batch, schema.field(name), path)
+
+    def _check_column(self, batch: Any, field: Any, path: Path) -> None:
+        piece = self.pa.Table.from_batches([batch]).select([field.name])
+        try:
+            self.pa.concat_tables([self.pa.schema([field]).empty_table(), piece], promote_options="permissive")
+        except (ValueError, TypeError, NotImplementedError) as e:
+            own = piece.schema.field(0).type
+            raise ValueError(f"{path}: its column {field.name!r} is {own}, and {field.type} in {self.path} as a whole, "
+                             f"which does not hold it: {e}") from None  # fmt: skip
 
     def _open(self, path: Path) -> Any:
         try:

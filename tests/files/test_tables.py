@@ -245,6 +245,25 @@ def test_a_folder_of_parquet_is_one_table(checkpoint, tmp_path, pa):
     assert code == 1 and "partitioned by names of folders (colour=red/1.parquet)" in err
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "words"),
+    [([1, 2**53 + 1], [2.5, 3.5], "1.parquet: its column 'x' is int64, and double in "), ([1, 2**53], [2.5, 3.5], None),
+     ([2.5, 3.5], [1, -(2**60) - 1], "2.parquet: its column 'x' is int64, and double in ")],
+)  # fmt: skip
+def test_values_that_files_of_a_folder_cannot_share_are_named(checkpoint, tmp_path, pa, monkeypatch, one, other, words):
+    folder = tmp_path / "items"
+    folder.mkdir()
+    for number, values in enumerate((one, other), 1):
+        pa.parquet.write_table(pa.table({"text": ["a", "b"], "x": values}), folder / f"{number}.parquet")
+    if words is not None:
+        monkeypatch.setattr("minivlm2vec.files.embedding.compute", None)
+    code, err = embed(folder, tmp_path / "out.npy", checkpoint)
+    if words is None:
+        assert code == 0 and [row["x"] for row in read_jsonl(tmp_path / "out.npy.rows.jsonl")] == [1, 2**53, 2.5, 3.5]
+    else:
+        assert code == 1 and words in err and "ArrowInvalid" not in err and not left_behind(tmp_path), err
+
+
 # Folders
 
 
