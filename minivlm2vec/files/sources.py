@@ -46,8 +46,9 @@ class Index:
     Fields:
         num_rows: how many.
         fingerprint: sha256 of the file.
-        columns: {name: type}, in order. Types are null, bool, int, float, string, strings (a list), json (any other
-            or a mixture); for Parquet, whose types are its own business, "arrow".
+        columns: {name: type}, in order. Types are null, bool, int, long (integers of which a float64 does not hold
+            some), float, string, strings (a list), json (any other or a mixture); for Parquet, whose types are its own
+            business, "arrow".
         starts: (byte offset, line) where each part begins; empty for Parquet.
     """
 
@@ -124,7 +125,7 @@ class LineTable(Table):
 
     def arrow_schema(self, index: Index) -> Any:
         pa = import_pyarrow("for columns of Arrow")
-        types = {"null": pa.null(), "bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(),
+        types = {"null": pa.null(), "bool": pa.bool_(), "int": pa.int64(), "long": pa.int64(), "float": pa.float64(),
                  "string": pa.string(), "strings": pa.list_(pa.string()), "json": pa.string()}  # fmt: skip
         return pa.schema([(name, types[kind]) for name, kind in index.columns.items()])
 
@@ -609,15 +610,15 @@ def _merge_types(columns: dict[str, str], values: dict[str, Any]) -> None:
 def _type_of(value: Any) -> str:
     if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
         return "strings"
-    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
-        return "json"
+    if isinstance(value, int) and abs(value) > 2**53:
+        return "long" if -(2**63) <= value < 2**63 else "json"
     return {type(None): "null", bool: "bool", int: "int", float: "float", str: "string"}.get(type(value), "json")
 
 
 def _wider(a: str, b: str) -> str:
     if "null" in (a, b):
         return b if a == "null" else a
-    return "float" if {a, b} == {"int", "float"} else "json"
+    return {frozenset(("int", "float")): "float", frozenset(("int", "long")): "long"}.get(frozenset((a, b)), "json")
 
 
 def _as_kind(value: Any, kind: str) -> Any:

@@ -338,11 +338,30 @@ def _fitted(table: Any, schema: Any) -> Any:
     value does not fit."""
     pa = import_pyarrow("for columns of Arrow")
     names, rows = table.column_names, table.num_rows
+    for f in schema:
+        if f.name in names:
+            _check_kind(table.schema.field(f.name).type, f.type)
     columns = [table[f.name].cast(f.type) if f.name in names else pa.nulls(rows, f.type) for f in schema]
     for field, column in zip(schema, columns, strict=True):
         if column.null_count and not field.nullable:
             raise ValueError(f"some rows have no {field.name!r}")
     return pa.table(columns, schema=schema)
+
+
+def _check_kind(own: Any, wanted: Any) -> None:
+    """Refuses what a cast would take for a number or a truth value though it is none: "007" is not 7, true not 1."""
+    pa = import_pyarrow("for columns of Arrow")
+    own, wanted = (t.value_type if pa.types.is_dictionary(t) else t for t in (own, wanted))
+    if hasattr(own, "value_type") and hasattr(wanted, "value_type"):
+        return _check_kind(own.value_type, wanted.value_type)
+    if pa.types.is_struct(own) and pa.types.is_struct(wanted):
+        for field in wanted:
+            if own.get_field_index(field.name) >= 0:
+                _check_kind(own.field(field.name).type, field.type)
+        return None
+    kinds = (pa.types.is_boolean, lambda t: pa.types.is_integer(t) or pa.types.is_floating(t) or pa.types.is_decimal(t))
+    if not pa.types.is_null(own) and any(kind(wanted) and not kind(own) for kind in kinds):
+        raise ValueError(f"{own} is not cast to {wanted}, which changes values")
 
 
 def _with_absolute_paths(table: Any, column: str | None, root: str) -> Any:

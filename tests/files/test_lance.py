@@ -225,7 +225,10 @@ def test_names_are_refused_before_the_work(checkpoint, tmp_path, monkeypatch, na
     ("there", "now", "words"),
     [(1, 1.5, "column 'n' is int64, that of the table is double"), (1, "x", "is int64, that of the table is string"),
      (1.5, 2, None), (1.5, 2**60 + 1, "is double, that of the table is int64"), (1, None, None), ("x", None, None),
-     (["a"], "x", "is list<item: string>, that of the table is string")],
+     (["a"], "x", "is list<item: string>, that of the table is string"),
+     (1, "007", "is int64, that of the table is string"), (1, True, "is int64, that of the table is bool"),
+     (1.5, "2", "is double, that of the table is string"), (1.5, False, "is double, that of the table is bool"),
+     (True, 1, "is bool, that of the table is int64"), (True, "true", "is bool, that of the table is string")],
 )  # fmt: skip
 def test_types_of_appended_columns_are_checked_before_the_work(checkpoint, tmp_path, monkeypatch, there, now, words):
     first = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "n": there}])

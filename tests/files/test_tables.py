@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from minivlm2vec.files import sources
 from minivlm2vec.files.rows import as_json, plain_rows
-from minivlm2vec.files.sources import open_table
+from minivlm2vec.files.sources import JsonLines, open_table
 from tests.support.files_data import checkpoint, left_behind, read_jsonl, run, save_pictures, write_jsonl
 
 __all__ = ["checkpoint"]
@@ -262,6 +262,20 @@ def test_values_that_files_of_a_folder_cannot_share_are_named(checkpoint, tmp_pa
         assert code == 0 and [row["x"] for row in read_jsonl(tmp_path / "out.npy.rows.jsonl")] == [1, 2**53, 2.5, 3.5]
     else:
         assert code == 1 and words in err and "ArrowInvalid" not in err and not left_behind(tmp_path), err
+
+
+@pytest.mark.parametrize(
+    ("ids", "stored"),
+    [([2**53 + 1, 1.5], ["9007199254740993", "1.5"]), ([1.5, 2**53, 2**53 + 1], ["1.5", "9007199254740992",
+     "9007199254740993"]), ([1, 2**53 + 1, None], [1, 2**53 + 1, None]), ([2**53, 1.5], [2.0**53, 1.5]),
+     ([2**53 + 1, 1, 1.5], ["9007199254740993", "1", "1.5"]), ([-(2**63), 2], [-(2**63), 2]),
+     ([2**63, 2], ["9223372036854775808", "2"])],
+)  # fmt: skip
+def test_integers_beside_floats_stay_what_they_are(tmp_path, pa, ids, stored):
+    source = JsonLines(write_jsonl(tmp_path / "t.jsonl", [{"id": i} for i in ids]))
+    index = source.index(2)
+    tables = source.arrow_tables(index, range(-(-len(ids) // 2)), 2)
+    assert [v for table in tables for v in table["id"].to_pylist()] == stored
 
 
 # Folders
