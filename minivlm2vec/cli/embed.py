@@ -143,6 +143,8 @@ class Bar(Progress):
             say(f"{Path(job.source)}: {found}; {left:,} other files left out")
             for folder in job.listed.unreadable:
                 say(f"{Path(job.source)}: left out, as it cannot be read: {folder}")
+        if not job.index.num_rows:
+            say(f"{Path(job.source)} has no rows: {job.out} holds no vector")
         kept = len(job.numbers) - len(job.todo)
         if (kept or job.changed) and not job.complete:
             again = f"; {job.changed} are done again, as they or their image files changed" if job.changed else ""

@@ -16,6 +16,7 @@ from ..errors import InputError, Option, OptionError
 
 TEXT_COLUMNS = ("text",)
 IMAGE_COLUMNS = ("image", "images", "image_path")
+URL = re.compile("[A-Za-z][A-Za-z0-9+.-]+://")
 UNHOLDABLE = (ValueError, OverflowError, NotImplementedError)  # raised for values of Arrow that Python cannot hold
 
 
@@ -70,14 +71,16 @@ class Columns:
         names = list(names)
         for option, name in (("text_column", text), ("image_column", image)):
             if name is not None and names and name not in names:
-                raise OptionError(Option(option), f" {name!r} is no column of the table; it has {', '.join(names)}")
+                raise OptionError(
+                    Option(option), f" {name!r} is no column of the table; it has {', '.join(names)}{_hint(names)}"
+                )
         if text is None and image is None:
             text = next((c for c in TEXT_COLUMNS if c in names), None)
             image = next((c for c in IMAGE_COLUMNS if c in names), None)
             if names and text is None and image is None:
                 raise OptionError(
                     "which column holds the texts or images? Name it (", Option("text_column"), ", ",
-                    Option("image_column"), f"); the table has {', '.join(names)}",
+                    Option("image_column"), f"); the table has {', '.join(names)}{_hint(names)}",
                 )  # fmt: skip
         return cls(text, image, root)
 
@@ -132,7 +135,7 @@ class Columns:
         if not isinstance(value, str):
             raise InputError(f"an image is a path, a data URI or bytes, got {type(value).__name__}", name="image")
         if not _is_path(value):
-            raise InputError("is a URL; only files are read, so download it first", name=value)
+            raise InputError("is a URL; only files are read, by their paths, so download it first", name=value)
         return os.path.join(self.root, value)
 
 
@@ -221,8 +224,16 @@ def printable(value: Any, width: int = 60) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
+def _hint(names: list[str]) -> str:
+    """What may be wrong with a table whose columns are these, where that shows."""
+    if names[0].lower().startswith("sep="):
+        return ". Its first line is a note for Excel: remove it"
+    found = next((mark for mark in (";", "\t", "|", ",") if len(names) == 1 and mark in names[0]), None)
+    return "" if found is None else f". Is {found!r} what parts its fields? A .csv has commas there, a .tsv tabs"
+
+
 def _is_path(image: Any) -> bool:
-    return isinstance(image, str) and not image.startswith(("data:", "http://", "https://"))
+    return isinstance(image, str) and not image.startswith("data:") and not URL.match(image)
 
 
 def _size_and_time(path: str) -> tuple[int, int]:

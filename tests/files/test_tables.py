@@ -160,6 +160,34 @@ def test_other_encodings_and_headers_are_named(checkpoint, tmp_path, name, data,
     assert sorted(p.name for p in tmp_path.iterdir()) == [name]
 
 
+@pytest.mark.parametrize(
+    ("name", "header", "words"),
+    [("t.csv", "text;image", "has text;image. Is ';' what parts its fields? A .csv has commas there"),
+     ("t.csv", "text\timage", "Is '\\t' what parts"), ("t.tsv", "text,image", "Is ',' what parts"),
+     ("t.csv", "sep=,\ntext,image", "Its first line is a note for Excel: remove it")],
+)  # fmt: skip
+@pytest.mark.parametrize("more", [[], ["--text-column", "text"]])
+def test_another_delimiter_is_guessed(checkpoint, tmp_path, name, header, words, more):
+    (tmp_path / name).write_text(f"{header}\na,b.png\n")
+    code, err = embed(tmp_path / name, tmp_path / "out.npy", checkpoint, *more)
+    assert code == 1 and words in err, err
+
+
+@pytest.mark.parametrize(("name", "data"), [("t.csv", ""), ("t.tsv", "text\n"), ("t.jsonl", "\n")])
+def test_a_table_without_rows_is_told(checkpoint, tmp_path, name, data):
+    (tmp_path / name).write_text(data)
+    code, err = embed(tmp_path / name, tmp_path / "out.npy", checkpoint)
+    assert code == 0 and f"{name} has no rows: {tmp_path / 'out.npy'} holds no vector" in err, err
+
+
+def test_addresses_in_a_table_are_no_paths(checkpoint, tmp_path):
+    urls = ["file:///tmp/x.png", "s3://b/x.png", "HTTPS://x/y.png"]
+    source = write_jsonl(tmp_path / "t.jsonl", [{"image": url} for url in urls])
+    assert embed(source, tmp_path / "out.npy", checkpoint)[0] == 3
+    bad = read_jsonl(tmp_path / "out.npy.errors.jsonl")
+    assert [b["name"] for b in bad] == urls and all("is a URL; only files are read" in b["reason"] for b in bad)
+
+
 def test_one_column_without_a_name_is_that_of_pandas(tmp_path):
     (tmp_path / "t.csv").write_text(",text\n0,a\n")
     assert read(tmp_path / "t.csv")[0].columns == {"": "0", "text": "a"}
