@@ -15,7 +15,7 @@ class Limits:
         max_input_tokens: tokens of one input, image tokens included; None: what fits into a batch and into the model.
         queue_tokens: once so many tokens are in flight, new requests get a 429; also the most tokens of one request.
             None: 16 batches.
-        max_requests: requests in flight; beyond it 429.
+        max_requests: requests in flight, from when their body is there; beyond it 429.
         max_body_bytes: bytes of one request's body.
         max_image_pixels: width times height of one image.
         max_request_pixels: pixels of all images of one request.

@@ -33,8 +33,8 @@ class Server(uvicorn.Server):
     Args:
         drain_delay: seconds between SIGTERM and the closing of the port, in which a load balancer finds another
             server.
-        max_connections: beyond them the longest idle one is closed, or the new one; default what the limit of open
-            files leaves.
+        max_connections: beyond them the one is closed that has waited longest for a request or the rest of one; default
+            what the limit of open files leaves.
         idle_seconds: a connection is closed that sends no complete head, or reads nothing of its answer, for so long.
         on_listening: called with the URL once the model is warm and connections are accepted.
         options: more of `uvicorn.Config`.
@@ -90,7 +90,8 @@ class Server(uvicorn.Server):
 
 
 class Config(uvicorn.Config):
-    """uvicorn's settings; how many connections there may be, and those that wait for a request, longest idle first."""
+    """uvicorn's settings; how many connections there may be, and those that wait for a request or the rest of one,
+    longest first."""
 
     def __init__(self, *args: Any, max_connections: int, **options: Any):
         super().__init__(*args, **options)
@@ -146,7 +147,8 @@ class BoundedProtocol(HttpToolsProtocol):
             longest_idle.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
+        self._stop_timer()
+        self.config.idle.pop(self, None)
         self._resumed()
         super().connection_lost(exc)
 
@@ -165,7 +167,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self.head_bytes = 0
         if not self.parser.should_upgrade():
-            self._stop_waiting()
+            self._stop_timer()
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -175,6 +177,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self.head_bytes = 0
         if not self.parser.should_upgrade():
+            if not self.cycle.response_complete:
+                self.config.idle.pop(self, None)
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -192,12 +196,12 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _wait_for_head(self) -> None:
         """The client has so long for a complete head; slow bytes do not prolong it, as they do in uvicorn."""
-        self._stop_waiting()
+        self._stop_timer()
         self._timer = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        self.config.idle.pop(self, None)
         self.config.idle[self] = None
 
-    def _stop_waiting(self) -> None:
-        self.config.idle.pop(self, None)
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
 

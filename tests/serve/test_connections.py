@@ -238,6 +238,20 @@ def test_connections_are_bounded_and_idle_ones_make_room(embedder):
             s.close()
 
 
+def test_stalled_bodies_make_room(embedder):
+    with running(create_app(embedder), max_connections=20) as server:
+        stalled = [connect(server.url) for _ in range(20)]
+        for s in stalled:
+            s.sendall(head(length=1000) + b"{")
+        wait_for(lambda: sum(c.cycle is not None for c in server.server.server_state.connections) == 20)
+        for _ in range(5):
+            assert call(server.url, body=BODY).status == 200
+        wait_for(lambda: closed(stalled[0]))
+        assert not closed(stalled[-1])
+        for s in stalled:
+            s.close()
+
+
 def test_the_limit_of_files_leaves_room():
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert 16 <= default_max_connections() < soft
