@@ -1,7 +1,7 @@
 """uvicorn, as `minivlm2vec serve` runs it: with a drain, and with bounded headers.
 
 The drain: SIGTERM -> /ready answers 503, answers say "Connection: close" -> the port closes -> requests in flight are
-finished -> the server ends.
+finished, clients that stall in a body or an answer are left -> the server ends.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 << 10
+STOP_SECONDS = 5.0  # for the rest of a body, or between two pieces that are read of an answer, once the server stops
 IDLE_SECONDS = 75  # longer than the pools of clients and proxies keep a connection
 RESERVED_FILES = 128  # descriptors for the model, the decoders and remote images
 
@@ -186,6 +187,10 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.cycle.response_complete and not self.transport.is_closing():
             self._wait_for_head()
 
+    def shutdown(self) -> None:
+        super().shutdown()
+        self._stop_soon()
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._write_timer = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
@@ -193,6 +198,18 @@ class BoundedProtocol(HttpToolsProtocol):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._resumed()
+
+    def _stop_soon(self, more_body: bool = False, unread: int = 0) -> None:
+        """Ends the connection if its client has not sent a body, or read anything of an answer, since the last look,
+        when it lacked the body or had so many bytes unread."""
+        left = self.transport.get_write_buffer_size()
+        if (more_body and self._lacks_body()) or 0 < unread <= left:
+            self.transport.abort()
+        elif self in self.connections:
+            self.loop.call_later(STOP_SECONDS, self._stop_soon, self._lacks_body(), left)
+
+    def _lacks_body(self) -> bool:
+        return self.cycle is not None and not self.pipeline and self.cycle.more_body
 
     def _wait_for_head(self) -> None:
         """The client has so long for a complete head; slow bytes do not prolong it, as they do in uvicorn."""
