@@ -48,27 +48,34 @@ class ImageURL(Strict):
 class ImagePart(Strict):
     type: Literal["image_url"]
     image_url: ImageURL
+    uuid: str | None = Field(None, description="vLLM's name for its cache, ignored")
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 def _content_kind(value: Any) -> str | None:
+    if value is None:
+        return "nothing"
     return "text" if isinstance(value, str) else "parts" if isinstance(value, list) else None
 
 
 Parts = Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 
 
+Nothing = Annotated[list[Any] | dict[str, Any], Field(max_length=0)] | None  # clients send it for what they do not use
+
+
 class Message(Strict):
     role: str = Field(description="system or developer in front of another message: an instruction; else ignored")
     content: Annotated[
-        Annotated[str, Tag("text")] | Annotated[Parts, Tag("parts")],
+        Annotated[str, Tag("text")] | Annotated[Parts, Tag("parts")] | Annotated[None, Tag("nothing")],
         Discriminator(
             _content_kind, custom_error_type="content", custom_error_message="content is a string or a list of parts"
         ),
-    ]
+    ] = None
     name: str | None = Field(None, description="ignored")
+    tool_calls: Nothing = None
 
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
@@ -152,7 +159,10 @@ class EmbeddingRequest(Strict):
     add_generation_prompt: Literal[False] | None = None
     continue_final_message: bool | None = Field(None, description="ignored: no message is continued")
     chat_template: None = None
-    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    chat_template_kwargs: Nothing = None
+    media_io_kwargs: Nothing = None
+    tools: Nothing = None
+    documents: Nothing = None
     normalize: Literal[True] | None = None
     use_activation: Literal[True] | None = None
     embed_dtype: Literal["float32"] | None = None
