@@ -136,7 +136,8 @@ class BoundedProtocol(HttpToolsProtocol):
     config: Config
     _timer: asyncio.TimerHandle | None = None  # for the next head
     _write_timer: asyncio.TimerHandle | None = None
-    head_bytes = 0  # since the last byte of a body or the end of a head
+    head_bytes = 0  # that were read since the last byte of a body or the end of a head: a part of one may be kept
+    field_bytes = 0  # of the head or the trailers that are parsed
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -161,12 +162,31 @@ class BoundedProtocol(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as e:
             self._ignore_upgrade(data[e.args[0] :])
         except httptools.HttpParserError:
-            self._refuse("Invalid HTTP request received.")
-        if self.head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            if self.field_bytes <= MAX_HEAD_BYTES:
+                self._refuse("Invalid HTTP request received.")
+        if max(self.head_bytes, self.field_bytes) > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse("The headers are too large.")
 
+    def on_message_begin(self) -> None:
+        self.field_bytes = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value) + 4)  # ": " and the end of the line
+        super().on_header(name, value)
+
+    def _count(self, size: int) -> None:
+        """Ends the parsing of a head or of trailers that came in one piece and are too large."""
+        self.field_bytes += size
+        if self.field_bytes > MAX_HEAD_BYTES:
+            raise httptools.HttpParserError
+
     def on_headers_complete(self) -> None:
-        self.head_bytes = 0
+        self.head_bytes = self.field_bytes = 0
         if not self.parser.should_upgrade():
             self._stop_timer()
             super().on_headers_complete()

@@ -108,6 +108,28 @@ def test_javas_client_at_its_defaults(url, tmp_path):
 # Heads and trailers
 
 
+@pytest.mark.parametrize("kind", ["value", "name", "many", "path", "trailer"])
+@pytest.mark.parametrize("size", [40_000, 70_000, 150_000])
+def test_a_head_in_one_piece_is_bounded_too(url, kind, size):
+    more = b"b" * size
+    extra = {"value": b"X: %s\r\n" % more, "name": b"%s: x\r\n" % more, "many": b"X: yyyyy\r\n" * (size // 10)}
+    if kind == "trailer":
+        request = head(length=None) + chunked(BODY)[:-2] + b"X: %s\r\n\r\n" % more
+    else:
+        request = head(extra=extra.get(kind, b"")) + BODY
+    if kind == "path":
+        request = request.replace(b" HTTP", b"?" + more + b" HTTP", 1)
+    with connect(url) as s:
+        with suppress(ConnectionError):
+            s.sendall(request)
+        if size < 2**16:
+            assert read_answer(s).status == 200
+            return
+        with suppress(ConnectionError):  # a reset, where some of it came after the answer
+            answer = read_all(s)
+            assert answer.startswith(b"HTTP/1.1 400") and answer.endswith(b"The headers are too large.")
+
+
 def test_trailers_are_bounded(url):
     with connect(url) as s:
         s.sendall(head(length=None) + b"2\r\n{}\r\n0\r\n")
