@@ -280,8 +280,9 @@ def _path(location: Sequence[str | int], data: Any) -> str:
         inside = (isinstance(data, dict) and key in data) or (
             isinstance(data, list) and isinstance(key, int) and key < len(data)
         )
-        if not inside and n < len(location) - 1:
-            continue  # a tag of a union
+        is_type = n > 0 and isinstance(location[n - 1], int) and isinstance(data, dict) and data.get("type") == key
+        if is_type or (not inside and n < len(location) - 1):
+            continue  # a tag of a union; that of a part, "text", may also be a field
         if not inside and isinstance(key, str) and not isinstance(data, dict):
             continue
         path += f"[{key}]" if isinstance(key, int) else f".{key}" if path else key

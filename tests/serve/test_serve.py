@@ -194,6 +194,19 @@ IMAGE_PART = {"type": "image_url", "image_url": {"url": data_uri(picture(20, 20)
     ({"messages": user("")}, "messages[0].content", "invalid_value"),
     ({"messages": user({"type": "audio"})}, "messages[0].content[0]", "invalid_value"),
     ({"messages": user({"type": "text"})}, "messages[0].content[0].text", "missing_required_parameter"),
+    ({"messages": user({"type": "text", "text": 3})}, "messages[0].content[0].text", "invalid_type"),
+    ({"messages": user({"type": "text", "text": "x", "cache_control": {}})}, "messages[0].content[0].cache_control",
+     "unknown_parameter"),
+    ({"messages": [user("a"), user("b", {**IMAGE_PART, "extra": 1})]}, "messages[1][0].content[1].extra",
+     "unknown_parameter"),
+    ({"messages": user({"type": "image_url", "image_url": {}})}, "messages[0].content[0].image_url.url",
+     "missing_required_parameter"),
+    ({"messages": user({"type": "image_url", "image_url": {"url": "", "text": 1}})},
+     "messages[0].content[0].image_url.text", "unknown_parameter"),
+    ({"messages": user({"type": "text", "text": "x", **{f"f{i}": 1 for i in range(64)}})}, "messages[0].content[0]",
+     "unknown_parameter"),
+    ({"input": [{"role": "user", "content": [{"type": "text", "text": "x", "y": 1}]}]}, "input[0].content[0].y",
+     "unknown_parameter"),
 ])  # fmt: skip
 def test_bad_requests_name_the_field(url, body, param, code):
     refused(post(url, **body), 400, param, code)
