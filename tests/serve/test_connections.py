@@ -235,6 +235,17 @@ def test_a_request_in_work_is_not_idle(embedder):
         assert read_answer(s).status == 200
 
 
+def test_a_half_closed_connection_counts_as_closed(embedder):
+    """Its FIN is that of a client that left, whose work is taken back; the next client is served."""
+    with running(create_app(embedder)) as server:
+        with connect(server.url) as s:
+            s.sendall(head(length=len(BODY)) + BODY[:-1])
+            wait_for(lambda: any(c.cycle is not None for c in server.server.server_state.connections))
+            s.shutdown(socket.SHUT_WR)
+            assert read_all(s) == b""
+        assert call(server.url, body=BODY).status == 200
+
+
 def test_who_reads_no_answer_is_left(embedder):
     """Vectors of 2,048 texts do not fit into the buffers of a connection whose client does not read."""
     body = json.dumps({"input": ["a"] * 2048}).encode()
