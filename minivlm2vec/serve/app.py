@@ -214,7 +214,7 @@ def _add_embeddings(app: FastAPI, service: EmbeddingService, guard: Guard) -> No
     async def embeddings(request: Request) -> Response:
         start, status = time.perf_counter(), 500
         try:
-            with service.limiter.request(request) as held:
+            with service.limiter.body(request) as held:
                 response = await _answer(service, request, held)
             status = response.status_code
             service.metrics.request_seconds.observe(time.perf_counter() - start)
@@ -241,6 +241,11 @@ async def _answer(service: EmbeddingService, request: Request, held: InFlight) -
     except asyncio.TimeoutError:
         message = f"the body did not come within {timeout:g} s"
         raise APIError(408, message, code="request_timeout", headers={"connection": "close"}) from None
+    with service.limiter.request(body):
+        return await _answer_until(end, service, body, request)
+
+
+async def _answer_until(end: float, service: EmbeddingService, body: bytes, request: Request) -> Response:
     work = asyncio.ensure_future(_embed(service, body, request.scope["request_id"]))
     gone = asyncio.ensure_future(_until_disconnect(request))
     try:
@@ -249,7 +254,7 @@ async def _answer(service: EmbeddingService, request: Request, held: InFlight) -
             return work.result()
         if gone.done():
             raise ClientDisconnect
-        raise APIError(504, f"not finished within {timeout:g} s", code="request_timeout")
+        raise APIError(504, f"not finished within {service.limits.request_timeout:g} s", code="request_timeout")
     finally:
         work.cancel()
         gone.cancel()

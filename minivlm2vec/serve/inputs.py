@@ -93,8 +93,10 @@ class RequestReader:
 
     def model_name(self, name: str | None) -> str:
         """The name to answer with. Raises APIError 404 for another model."""
-        if name is None or name in self.names:
-            return name or self.names[0]
+        if not name:  # clients of vLLM send ""
+            return self.names[0]
+        if name in self.names:
+            return name
         known = ", ".join(self.names)
         raise APIError(404, f"that model is not served here; there is {known}", param="model", code="model_not_found")
 
@@ -191,6 +193,8 @@ class RequestReader:
         return " ".join(texts)
 
     def _parts(self, name: str, message: Message) -> list[Part]:
+        if message.content is None:
+            raise bad_request(f"missing field: {name}", name, "missing_required_parameter")
         if isinstance(message.content, str):
             parts: list[Part] = [message.content]
         else:
@@ -221,7 +225,7 @@ def _text(name: str, text: str) -> TextInput:
 
 def _texts(message: Message) -> list[str]:
     content = message.content
-    return [content] if isinstance(content, str) else [part.text for part in content if isinstance(part, TextPart)]
+    return [content] if isinstance(content, str) else [x.text for x in content or () if isinstance(x, TextPart)]
 
 
 def _with_instruction(parts: list[Part], instruction: str) -> list[Part]:

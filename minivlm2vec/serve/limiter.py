@@ -15,7 +15,7 @@ RESERVED = 8  # this part of the queue, the bodies and the requests is kept for 
 
 
 class InFlight:
-    """What one request holds."""
+    """What the body of one request holds."""
 
     body_bytes = 0
 
@@ -48,19 +48,31 @@ class RequestLimiter:
         return self.tokens / self._tokens_per_second()
 
     @contextmanager
-    def request(self, request: Request) -> Iterator[InFlight]:
-        """One request is in flight until it is answered. Raises APIError 429."""
-        short = int(request.headers.get("content-length", SHORT_BODY + 1)) <= SHORT_BODY
-        if self.requests >= _room(self.limits.max_requests, short):
-            raise busy(f"{self.requests} requests are being answered already; try again later", self.delay)
-        self._check_queue(short)
+    def body(self, request: Request) -> Iterator[InFlight]:
+        """Gives back what a body holds once its request is answered. Raises APIError 429 where it would be refused
+        anyway."""
+        self._check(int(request.headers.get("content-length", SHORT_BODY + 1)) <= SHORT_BODY)
         held = InFlight()
-        self.requests += 1
         try:
             yield held
         finally:
-            self.requests -= 1
             self.body_bytes -= held.body_bytes
+
+    @contextmanager
+    def request(self, body: bytes) -> Iterator[None]:
+        """One request is in flight from when its body is there, so that stalled ones shut nobody out, until it is
+        answered. Raises APIError 429."""
+        self._check(len(body) <= SHORT_BODY)
+        self.requests += 1
+        try:
+            yield
+        finally:
+            self.requests -= 1
+
+    def _check(self, short: bool) -> None:
+        if self.requests >= _room(self.limits.max_requests, short):
+            raise busy(f"{self.requests} requests are being answered already; try again later", self.delay)
+        self._check_queue(short)
 
     async def read_body(self, request: Request, held: InFlight) -> bytes:
         """The body, which counts until the request is answered. Raises APIError 413 and 429."""

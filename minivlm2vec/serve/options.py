@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from math import inf
+from urllib.parse import urlsplit
 
 from ..errors import Option, OptionError
 
@@ -15,7 +16,7 @@ class Limits:
         max_input_tokens: tokens of one input, image tokens included; None: what fits into a batch and into the model.
         queue_tokens: once so many tokens are in flight, new requests get a 429; also the most tokens of one request.
             None: 16 batches.
-        max_requests: requests in flight; beyond it 429.
+        max_requests: requests in flight, from when their body is there; beyond it 429.
         max_body_bytes: bytes of one request's body.
         max_image_pixels: width times height of one image.
         max_request_pixels: pixels of all images of one request.
@@ -68,6 +69,7 @@ class Access:
     Fields:
         api_keys: /v1 needs one of them as a bearer token; with none it is open. White space around a key is dropped.
         cors_origins: origins whose pages may call the server from a browser, as "http://localhost:3000"; "*" for all.
+            A slash at the end is dropped, and capitals are lowered, as browsers do it.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -80,6 +82,7 @@ class Access:
                 what = "has control characters" if key else "is empty: an empty key would let everybody in"
                 raise ValueError(f"api_keys[{number}] {what}")
         object.__setattr__(self, "api_keys", keys)
+        object.__setattr__(self, "cors_origins", tuple(map(_origin, self.cors_origins)))
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,20 @@ class ServeOptions:
         for size in self.matryoshka_dimensions:
             if size < 1:
                 raise ValueError(f"matryoshka_dimensions holds {size}; sizes are above 0")
+
+
+def _origin(given: str) -> str:
+    """An origin as browsers send it. Raises ValueError for what they never send."""
+    origin = given.strip().lower().removesuffix("/")
+    try:
+        parts = urlsplit(origin)
+        is_origin = parts.hostname and origin == f"{parts.scheme}://{parts.netloc}" and not set("@*") & set(origin)
+        default = {"http": 80, "https": 443}.get(parts.scheme) if parts.port else None
+    except ValueError:
+        is_origin = False
+    if origin not in ("*", "null") and not is_origin:
+        raise ValueError(f"{given!r} is no origin; one is like http://localhost:3000, without a path, or * for all")
+    return origin.removesuffix(f":{default}") if is_origin and default else origin
 
 
 def _check_positive(options: object, *names: str) -> None:

@@ -2,13 +2,15 @@
 
 Unknown fields are refused by name, as OpenAI does it. vLLM's fields that would change the vector take only the value
 that is in effect here; those that would not are read and ignored. Lists stop at their first error, and the number of
-values of a body is bounded before it is parsed: half a million errors would take a minute to write down.
+values and containers of a body is bounded before it is parsed: half a million errors would take a minute to write down,
+and the parser holds the interpreter's lock.
 """
 
 import codecs
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError, from_json
 
@@ -18,6 +20,7 @@ MAX_INPUTS = 2048  # OpenAI's own limit
 MAX_PARTS = 1024  # of one message
 MAX_FIELDS = 64  # of one object
 MAX_VALUES = 1 << 20  # of one body; parsing so many takes some tenths of a second
+MAX_CONTAINERS = 1 << 16  # lists and objects of one body; each costs ten times as much as a number
 
 
 class Strict(BaseModel):
@@ -45,27 +48,34 @@ class ImageURL(Strict):
 class ImagePart(Strict):
     type: Literal["image_url"]
     image_url: ImageURL
+    uuid: str | None = Field(None, description="vLLM's name for its cache, ignored")
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 def _content_kind(value: Any) -> str | None:
+    if value is None:
+        return "nothing"
     return "text" if isinstance(value, str) else "parts" if isinstance(value, list) else None
 
 
 Parts = Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 
 
+Nothing = Annotated[list[Any] | dict[str, Any], Field(max_length=0)] | None  # clients send it for what they do not use
+
+
 class Message(Strict):
     role: str = Field(description="system or developer in front of another message: an instruction; else ignored")
     content: Annotated[
-        Annotated[str, Tag("text")] | Annotated[Parts, Tag("parts")],
+        Annotated[str, Tag("text")] | Annotated[Parts, Tag("parts")] | Annotated[None, Tag("nothing")],
         Discriminator(
             _content_kind, custom_error_type="content", custom_error_message="content is a string or a list of parts"
         ),
-    ]
+    ] = None
     name: str | None = Field(None, description="ignored")
+    tool_calls: Nothing = None
 
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
@@ -149,7 +159,10 @@ class EmbeddingRequest(Strict):
     add_generation_prompt: Literal[False] | None = None
     continue_final_message: bool | None = Field(None, description="ignored: no message is continued")
     chat_template: None = None
-    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    chat_template_kwargs: Nothing = None
+    media_io_kwargs: Nothing = None
+    tools: Nothing = None
+    documents: Nothing = None
     normalize: Literal[True] | None = None
     use_activation: Literal[True] | None = None
     embed_dtype: Literal["float32"] | None = None
@@ -222,6 +235,9 @@ def parse(body: bytes) -> EmbeddingRequest:
     if body.count(b",") >= MAX_VALUES:
         message = f"the body has more than {MAX_VALUES:,} values (or commas); send several requests"
         raise bad_request(message, code="too_many_values")
+    if _has_many_containers(body):
+        message = f"the body has more than {MAX_CONTAINERS:,} lists and objects; send several requests"
+        raise bad_request(message, code="too_many_values")
     try:
         data = from_json(body, allow_inf_nan=False, cache_strings="keys")
     except ValueError as e:
@@ -232,6 +248,16 @@ def parse(body: bytes) -> EmbeddingRequest:
         return EmbeddingRequest.model_validate(data)
     except ValidationError as e:
         raise _explain(e, data) from None
+
+
+def _has_many_containers(body: bytes) -> bool:
+    """More than MAX_CONTAINERS; brackets in strings do not count. numpy lets go of the interpreter's lock."""
+    if body.count(b"[") + body.count(b"{") <= MAX_CONTAINERS:
+        return False
+    plain = np.frombuffer(body.replace(rb"\\", b"").replace(b'\\"', b""), np.uint8)  # each quote opens or closes
+    inside = np.logical_xor.accumulate(plain == ord('"'))
+    opening = (plain == ord("[")) | (plain == ord("{"))
+    return bool(np.count_nonzero(opening & ~inside) > MAX_CONTAINERS)
 
 
 def _explain(error: ValidationError, data: dict) -> APIError:
@@ -254,8 +280,9 @@ def _path(location: Sequence[str | int], data: Any) -> str:
         inside = (isinstance(data, dict) and key in data) or (
             isinstance(data, list) and isinstance(key, int) and key < len(data)
         )
-        if not inside and n < len(location) - 1:
-            continue  # a tag of a union
+        is_type = n > 0 and isinstance(location[n - 1], int) and isinstance(data, dict) and data.get("type") == key
+        if is_type or (not inside and n < len(location) - 1):
+            continue  # a tag of a union; that of a part, "text", may also be a field
         if not inside and isinstance(key, str) and not isinstance(data, dict):
             continue
         path += f"[{key}]" if isinstance(key, int) else f".{key}" if path else key

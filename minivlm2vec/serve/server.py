@@ -1,7 +1,7 @@
 """uvicorn, as `minivlm2vec serve` runs it: with a drain, and with bounded headers.
 
 The drain: SIGTERM -> /ready answers 503, answers say "Connection: close" -> the port closes -> requests in flight are
-finished -> the server ends.
+finished, clients that stall in a body or an answer are left -> the server ends.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 << 10
+STOP_SECONDS = 5.0  # for the rest of a body, or between two pieces that are read of an answer, once the server stops
 IDLE_SECONDS = 75  # longer than the pools of clients and proxies keep a connection
 RESERVED_FILES = 128  # descriptors for the model, the decoders and remote images
 
@@ -33,8 +34,8 @@ class Server(uvicorn.Server):
     Args:
         drain_delay: seconds between SIGTERM and the closing of the port, in which a load balancer finds another
             server.
-        max_connections: beyond them the longest idle one is closed, or the new one; default what the limit of open
-            files leaves.
+        max_connections: beyond them the one is closed that has waited longest for a request or the rest of one; default
+            what the limit of open files leaves.
         idle_seconds: a connection is closed that sends no complete head, or reads nothing of its answer, for so long.
         on_listening: called with the URL once the model is warm and connections are accepted.
         options: more of `uvicorn.Config`.
@@ -90,7 +91,8 @@ class Server(uvicorn.Server):
 
 
 class Config(uvicorn.Config):
-    """uvicorn's settings; how many connections there may be, and those that wait for a request, longest idle first."""
+    """uvicorn's settings; how many connections there may be, and those that wait for a request or the rest of one,
+    longest first."""
 
     def __init__(self, *args: Any, max_connections: int, **options: Any):
         super().__init__(*args, **options)
@@ -134,7 +136,8 @@ class BoundedProtocol(HttpToolsProtocol):
     config: Config
     _timer: asyncio.TimerHandle | None = None  # for the next head
     _write_timer: asyncio.TimerHandle | None = None
-    head_bytes = 0  # since the last byte of a body or the end of a head
+    head_bytes = 0  # that were read since the last byte of a body or the end of a head: a part of one may be kept
+    field_bytes = 0  # of the head or the trailers that are parsed
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -146,7 +149,8 @@ class BoundedProtocol(HttpToolsProtocol):
             longest_idle.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
+        self._stop_timer()
+        self.config.idle.pop(self, None)
         self._resumed()
         super().connection_lost(exc)
 
@@ -158,14 +162,33 @@ class BoundedProtocol(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as e:
             self._ignore_upgrade(data[e.args[0] :])
         except httptools.HttpParserError:
-            self._refuse("Invalid HTTP request received.")
-        if self.head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            if self.field_bytes <= MAX_HEAD_BYTES:
+                self._refuse("Invalid HTTP request received.")
+        if max(self.head_bytes, self.field_bytes) > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse("The headers are too large.")
 
+    def on_message_begin(self) -> None:
+        self.field_bytes = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value) + 4)  # ": " and the end of the line
+        super().on_header(name, value)
+
+    def _count(self, size: int) -> None:
+        """Ends the parsing of a head or of trailers that came in one piece and are too large."""
+        self.field_bytes += size
+        if self.field_bytes > MAX_HEAD_BYTES:
+            raise httptools.HttpParserError
+
     def on_headers_complete(self) -> None:
-        self.head_bytes = 0
+        self.head_bytes = self.field_bytes = 0
         if not self.parser.should_upgrade():
-            self._stop_waiting()
+            self._stop_timer()
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -175,12 +198,18 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self.head_bytes = 0
         if not self.parser.should_upgrade():
+            if not self.cycle.response_complete:
+                self.config.idle.pop(self, None)
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.cycle.response_complete and not self.transport.is_closing():
             self._wait_for_head()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self._stop_soon()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -190,14 +219,26 @@ class BoundedProtocol(HttpToolsProtocol):
         super().resume_writing()
         self._resumed()
 
+    def _stop_soon(self, more_body: bool = False, unread: int = 0) -> None:
+        """Ends the connection if its client has not sent a body, or read anything of an answer, since the last look,
+        when it lacked the body or had so many bytes unread."""
+        left = self.transport.get_write_buffer_size()
+        if (more_body and self._lacks_body()) or 0 < unread <= left:
+            self.transport.abort()
+        elif self in self.connections:
+            self.loop.call_later(STOP_SECONDS, self._stop_soon, self._lacks_body(), left)
+
+    def _lacks_body(self) -> bool:
+        return self.cycle is not None and not self.pipeline and self.cycle.more_body
+
     def _wait_for_head(self) -> None:
         """The client has so long for a complete head; slow bytes do not prolong it, as they do in uvicorn."""
-        self._stop_waiting()
+        self._stop_timer()
         self._timer = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        self.config.idle.pop(self, None)
         self.config.idle[self] = None
 
-    def _stop_waiting(self) -> None:
-        self.config.idle.pop(self, None)
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
 

@@ -108,6 +108,28 @@ def test_javas_client_at_its_defaults(url, tmp_path):
 # Heads and trailers
 
 
+@pytest.mark.parametrize("kind", ["value", "name", "many", "path", "trailer"])
+@pytest.mark.parametrize("size", [40_000, 70_000, 150_000])
+def test_a_head_in_one_piece_is_bounded_too(url, kind, size):
+    more = b"b" * size
+    extra = {"value": b"X: %s\r\n" % more, "name": b"%s: x\r\n" % more, "many": b"X: yyyyy\r\n" * (size // 10)}
+    if kind == "trailer":
+        request = head(length=None) + chunked(BODY)[:-2] + b"X: %s\r\n\r\n" % more
+    else:
+        request = head(extra=extra.get(kind, b"")) + BODY
+    if kind == "path":
+        request = request.replace(b" HTTP", b"?" + more + b" HTTP", 1)
+    with connect(url) as s:
+        with suppress(ConnectionError):
+            s.sendall(request)
+        if size < 2**16:
+            assert read_answer(s).status == 200
+            return
+        with suppress(ConnectionError):  # a reset, where some of it came after the answer
+            answer = read_all(s)
+            assert answer.startswith(b"HTTP/1.1 400") and answer.endswith(b"The headers are too large.")
+
+
 def test_trailers_are_bounded(url):
     with connect(url) as s:
         s.sendall(head(length=None) + b"2\r\n{}\r\n0\r\n")
@@ -213,6 +235,17 @@ def test_a_request_in_work_is_not_idle(embedder):
         assert read_answer(s).status == 200
 
 
+def test_a_half_closed_connection_counts_as_closed(embedder):
+    """Its FIN is that of a client that left, whose work is taken back; the next client is served."""
+    with running(create_app(embedder)) as server:
+        with connect(server.url) as s:
+            s.sendall(head(length=len(BODY)) + BODY[:-1])
+            wait_for(lambda: any(c.cycle is not None for c in server.server.server_state.connections))
+            s.shutdown(socket.SHUT_WR)
+            assert read_all(s) == b""
+        assert call(server.url, body=BODY).status == 200
+
+
 def test_who_reads_no_answer_is_left(embedder):
     """Vectors of 2,048 texts do not fit into the buffers of a connection whose client does not read."""
     body = json.dumps({"input": ["a"] * 2048}).encode()
@@ -226,6 +259,44 @@ def test_who_reads_no_answer_is_left(embedder):
         assert call(server.url, body=BODY).status == 200
 
 
+def small_window(url: str) -> socket.socket:
+    """A connection whose answers, each of 2,048 vectors, do not fit into the buffers, after the requests for them."""
+    s = socket.socket()
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    s.connect((urlsplit(url).hostname, urlsplit(url).port))
+    body = json.dumps({"input": ["a"] * 2048}).encode()
+    s.sendall((head(length=len(body)) + body) * 8)
+    return s
+
+
+def has_unread(server) -> bool:
+    return any(c.transport.get_write_buffer_size() for c in server.server.server_state.connections)
+
+
+@pytest.mark.parametrize("stall", ["body", "refused body", "answer"])
+def test_a_stop_does_not_wait_for_who_stalls(embedder, monkeypatch, stall):
+    monkeypatch.setattr("minivlm2vec.serve.server.STOP_SECONDS", 0.2)
+    monkeypatch.setattr("minivlm2vec.serve.app.LINGER_SECONDS", 300)
+    app = create_app(embedder, ServeOptions(limits=Limits(request_timeout=300)))
+    with running(app) as server, (small_window if stall == "answer" else connect)(server.url) as s:
+        if stall == "answer":
+            wait_for(lambda: has_unread(server))
+        else:
+            s.sendall(head(length=1000 if stall == "body" else 1 << 30) + b"{")
+            wait_for(lambda: server.server.server_state.tasks)
+        server.server.should_exit = True
+        wait_for(lambda: not server.server.server_state.connections, 20)
+
+
+def test_a_stop_waits_for_who_reads(embedder, monkeypatch):
+    monkeypatch.setattr("minivlm2vec.serve.server.STOP_SECONDS", 3)
+    with running(create_app(embedder)) as server, small_window(server.url) as s:
+        wait_for(lambda: has_unread(server))
+        server.server.should_exit = True
+        wait_for(lambda: not server.server.servers[0].is_serving())
+        assert read_all(s).count(b'"index":2047') == 8
+
+
 def test_connections_are_bounded_and_idle_ones_make_room(embedder):
     with running(create_app(embedder), max_connections=20) as server:
         idle = [connect(server.url) for _ in range(50)]
@@ -235,6 +306,20 @@ def test_connections_are_bounded_and_idle_ones_make_room(embedder):
         assert len(server.server.server_state.connections) <= 20
         assert not closed(idle[-1])  # the longest idle are the ones that went
         for s in idle:
+            s.close()
+
+
+def test_stalled_bodies_make_room(embedder):
+    with running(create_app(embedder), max_connections=20) as server:
+        stalled = [connect(server.url) for _ in range(20)]
+        for s in stalled:
+            s.sendall(head(length=1000) + b"{")
+        wait_for(lambda: sum(c.cycle is not None for c in server.server.server_state.connections) == 20)
+        for _ in range(5):
+            assert call(server.url, body=BODY).status == 200
+        wait_for(lambda: closed(stalled[0]))
+        assert not closed(stalled[-1])
+        for s in stalled:
             s.close()
 
 

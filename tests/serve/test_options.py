@@ -139,3 +139,22 @@ def environment() -> dict[str, str]:
 def test_an_argument_out_of_range_is_named_as_it_was_given(arguments, message):
     with pytest.raises(ValueError, match=message):
         parsed(*arguments)
+
+
+@pytest.mark.parametrize(("given", "origin"), [
+    ("http://localhost:3000/", "http://localhost:3000"), (" HTTPS://App.Test ", "https://app.test"), ("*", "*"),
+    ("https://app.test:443/", "https://app.test"), ("http://app.test:443", "http://app.test:443"), ("null", "null"),
+    ("http://app.test:80", "http://app.test"), ("http://[::1]:3000/", "http://[::1]:3000"),
+    ("http://app.test:8080", "http://app.test:8080"), ("chrome-extension://abc/", "chrome-extension://abc"),
+])  # fmt: skip
+def test_origins_are_spelled_as_browsers_send_them(given, origin):
+    assert Access(cors_origins=(given,)).cors_origins == (origin,)
+
+
+@pytest.mark.parametrize("origin", [
+    "", "localhost:3000", "http://", "http://a.test/page", "http://a.test?x", "//a.test", "http://u@a.test",
+    "http://a.test:x", "http://[::1", "https://*.a.test",
+])  # fmt: skip
+def test_what_is_no_origin_is_refused(origin):
+    with pytest.raises(ValueError, match="is no origin"):
+        Access(cors_origins=(origin,))

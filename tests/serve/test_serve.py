@@ -185,10 +185,28 @@ IMAGE_PART = {"type": "image_url", "image_url": {"url": data_uri(picture(20, 20)
     ({"input": "a", "normalize": False}, "normalize", "invalid_value"),
     ({"messages": [user("a"), []]}, "messages[1]", "invalid_value"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "missing_required_parameter"),
+    ({"messages": [{"role": "system", "content": None}]}, "messages[0].content", "missing_required_parameter"),
+    ({"input": "a", "tools": [{}]}, "tools", "invalid_value"),
+    ({"input": "a", "media_io_kwargs": {"image": {}}}, "media_io_kwargs", "invalid_value"),
+    ({"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, "messages[0].tool_calls", "invalid_value"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "invalid_value"),
     ({"messages": user("")}, "messages[0].content", "invalid_value"),
     ({"messages": user({"type": "audio"})}, "messages[0].content[0]", "invalid_value"),
     ({"messages": user({"type": "text"})}, "messages[0].content[0].text", "missing_required_parameter"),
+    ({"messages": user({"type": "text", "text": 3})}, "messages[0].content[0].text", "invalid_type"),
+    ({"messages": user({"type": "text", "text": "x", "cache_control": {}})}, "messages[0].content[0].cache_control",
+     "unknown_parameter"),
+    ({"messages": [user("a"), user("b", {**IMAGE_PART, "extra": 1})]}, "messages[1][0].content[1].extra",
+     "unknown_parameter"),
+    ({"messages": user({"type": "image_url", "image_url": {}})}, "messages[0].content[0].image_url.url",
+     "missing_required_parameter"),
+    ({"messages": user({"type": "image_url", "image_url": {"url": "", "text": 1}})},
+     "messages[0].content[0].image_url.text", "unknown_parameter"),
+    ({"messages": user({"type": "text", "text": "x", **{f"f{i}": 1 for i in range(64)}})}, "messages[0].content[0]",
+     "unknown_parameter"),
+    ({"input": [{"role": "user", "content": [{"type": "text", "text": "x", "y": 1}]}]}, "input[0].content[0].y",
+     "unknown_parameter"),
 ])  # fmt: skip
 def test_bad_requests_name_the_field(url, body, param, code):
     refused(post(url, **body), 400, param, code)
@@ -297,6 +315,23 @@ def test_vllms_fields_at_their_defaults(url, embedder, more):
     for messages, vector in ((user(image, "t"), expected[:1]), (user("t"), expected[1:])):
         close(post(url, messages=messages, **more).vectors, vector)
         close(post(url, messages=messages + ASSISTANT, **more).vectors, vector)
+
+
+EMPTY_ASSISTANT = [{"role": "assistant"}, {"role": "assistant", "content": None, "tool_calls": None}]
+
+
+def test_what_clients_send_for_nothing(url, embedder):
+    """null, "", or an empty list or object stands for what is not given."""
+    image = picture(90, 60)
+    expected = embedder.encode([{"text": "<|image_1|> t", "image": image}])
+    for nothing in (None, [], {}):
+        unused = {"tools": nothing, "documents": nothing, "media_io_kwargs": nothing, "chat_template_kwargs": nothing}
+        for end in ([], *([message] for message in EMPTY_ASSISTANT)):
+            messages = [{"role": "system", "content": None}, *user(image, "t"), *end]
+            close(post(url, model="", messages=messages, **unused).vectors, expected)
+    for uuid in (None, "a"):
+        part = {"type": "image_url", "image_url": {"url": data_uri(image)}, "uuid": uuid}
+        close(post(url, messages=user(part, "t")).vectors, expected)
 
 
 def test_a_system_message_is_the_instruction_in_front(url, embedder):
