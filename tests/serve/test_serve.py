@@ -213,7 +213,7 @@ def test_bad_requests_name_the_field(url, body, param, code):
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"input": NaN}', b'{"input": "\\ud800"}', b"[" * 10**5]
+    "body", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"input": NaN}', b'{"input": "\\ud800"}', b"[" * 10**4]
 )
 def test_bodies_that_are_no_object(url, body):
     refused(call(url, body=body), 400, code="invalid_json")
