@@ -22,6 +22,8 @@ class Tokenizer:
             self.tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
+            if getattr(self.tokenizer.model, "dropout", None):  # merges left out at random, to train with
+                self.tokenizer.model.dropout = None
             bos, text = (self.tokenizer.encode(text).ids for text in ("", "a cat"))
         except BaseException as e:
             raise CheckpointError(f"{path} is not a readable tokenizer.json: {_reason(e)}") from None

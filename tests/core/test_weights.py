@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 from minivlm2vec import CheckpointError, Embedder, VLM2VecConfig
-from minivlm2vec.checkpoint import FUSED, drop_prefixes, fingerprint, parameter_of, resolve
+from minivlm2vec.checkpoint import FUSED, MINI, drop_prefixes, fingerprint, parameter_of, resolve
 from minivlm2vec.new_checkpoint import base_config, new_checkpoint, random_tensor, tensor_shapes
+from minivlm2vec.tokenizer import Tokenizer
 from minivlm2vec.weights import empty_model, load_model
 
 CLIP = "model.vision_embed_tokens.img_processor.vision_model."
@@ -203,6 +205,19 @@ def test_each_damaged_file_has_its_own_error(folder, kind):
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
         Embedder.from_pretrained(folder, device="cpu", show_progress=False)
+
+
+@pytest.mark.parametrize("dropout", [0.5, 1.0])
+def test_a_tokenizers_dropout_is_for_training(tmp_path, dropout):
+    text, whole = "a cat and a dog on the beach", Tokenizer(MINI)
+    raw = json.loads((MINI / "tokenizer.json").read_text())
+    raw["model"]["dropout"] = dropout
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    dropping = tokenizers.Tokenizer.from_str(json.dumps(raw))
+    assert any(dropping.encode(text).ids != whole(text) for _ in range(20))
+    mended = Tokenizer(tmp_path)
+    assert all(mended(text) == whole(text) for _ in range(20))
+    assert mended.content_hash() == whole.content_hash()
 
 
 def _one_of_each(tmp_path, change=lambda t: None) -> tuple[Path, torch.Tensor, torch.Tensor]:
