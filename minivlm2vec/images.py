@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 2 * 89_478_485  # what Pillow calls a decompression bomb
 WHITE = 255
+DARKEST = 16  # the maximum of float pixels in 0 .. 255: below it they might be in 0 .. 1 and overshoot, or HDR
 _BASE64_SPELLINGS = str.maketrans("-_", "+/", " \t\r\n")  # URL-safe to standard; white space dropped
 _CALLERS = threading.Lock()  # while files of callers' images are read: one image may be an input twice
 _TURNS = {
@@ -191,8 +192,8 @@ def decoded(image: Image.Image, *, exif_transpose: bool = False) -> Image.Image:
     if image.format in ("JPEG", "MPO", "PPM") and _is_undecoded(image):
         check_decoding(_contents(image.fp))
     image.load()
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = Image.fromarray(_eight_bits(np.asarray(image)))
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _eight_bits(image)
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
@@ -201,7 +202,8 @@ def to_rgb(image: Image.Image, *, name: str = "image", exif_transpose: bool = Fa
 
     So the alpha channel is dropped, not composited, and the EXIF orientation is ignored unless `exif_transpose`.
     An animation gives its first frame. One difference: greyscale of more than 8 bits is scaled to 8 bits, where
-    Pillow's conversion alone would clip nearly everything to white. Raises InputError for damaged data.
+    Pillow's conversion alone would clip nearly everything to white. Raises InputError for damaged data, and where the
+    range of greyscale does not tell how to scale it.
     """
     with decoding(image, name):
         return _rgb(image, exif_transpose)
@@ -348,11 +350,20 @@ def _rgb(image: Image.Image, exif_transpose: bool) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _eight_bits(grey: np.ndarray) -> np.ndarray:
-    """Greyscale of 16 or 32 bits in 8: scaled, but where all values fit into 8 bits already they are taken as they
-    are, as the original takes them."""
-    grey = grey.astype(np.int64).clip(0, 65535)
-    return (grey if grey.max() <= 255 else (grey + 128) // 257).astype(np.uint8)
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Greyscale of 16 or 32 bits, or of floats, in 8 bits. Values that fit into 8 bits are taken as they are, as the
+    original takes them; others are scaled where their range tells how. Raises ValueError where it does not."""
+    grey = np.asarray(image)
+    low, high = grey.min(), grey.max()
+    if image.mode == "F":
+        if not (low >= 0 and (high <= 1 or DARKEST <= high <= 255)):  # NaN neither
+            raise ValueError(f"its float pixels go from {low:g} to {high:g}; 0 to 1 and 0 to 255 (at least {DARKEST} "
+                             "somewhere) can be told apart")  # fmt: skip
+        return image.convert("L") if high > 1 else Image.fromarray((grey * 255 + 0.5).astype(np.uint8))
+    if low < -65535 or high > 65535:
+        raise ValueError(f"its pixels go from {low} to {high}; greyscale of 0 to 65535 can be scaled to 8 bits")
+    grey = grey.astype(np.int32).clip(0)
+    return Image.fromarray((grey if high <= 255 else (grey + 128) // 257).astype(np.uint8))
 
 
 def _orientation(image: Image.Image) -> int:
