@@ -6,8 +6,11 @@ from pathlib import Path
 
 import tokenizers
 
-from .config import shown
+from .config import only, read_object, shown
 from .errors import CheckpointError, InputError
+
+# The one value that is implemented of settings that change ids.
+SETTINGS = {"add_bos_token": True, "add_eos_token": False, "add_prefix_space": True, "split_special_tokens": False}
 
 
 class Tokenizer:
@@ -18,6 +21,7 @@ class Tokenizer:
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist: a checkpoint folder needs a tokenizer.json")
+        _check_settings(path.with_name("tokenizer_config.json"))
         try:
             self.tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
             self.tokenizer.no_truncation()
@@ -59,6 +63,12 @@ class Tokenizer:
 
         state = json.loads(self.tokenizer.to_str())
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_settings(path: Path) -> None:
+    """Refuses what transformers would change of tokenizer.json by the file beside it."""
+    settings = read_object(path, "") if path.is_file() else {}
+    only({k: v for k, v in settings.items() if v is not None}, f"{path}: ", **SETTINGS)
 
 
 def _reason(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from minivlm2vec import CheckpointError, Embedder, VLM2VecConfig
 from minivlm2vec.checkpoint import FUSED, MINI, drop_prefixes, fingerprint, parameter_of, resolve
 from minivlm2vec.new_checkpoint import base_config, new_checkpoint, random_tensor, tensor_shapes
+from minivlm2vec.processor import Processor
 from minivlm2vec.tokenizer import Tokenizer
 from minivlm2vec.weights import empty_model, load_model
 
@@ -205,6 +206,35 @@ def test_each_damaged_file_has_its_own_error(folder, kind):
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
         Embedder.from_pretrained(folder, device="cpu", show_progress=False)
+
+
+BESIDE = [("tokenizer_config.json", key, value) for key, value in (
+    ("add_bos_token", False), ("add_eos_token", True), ("add_prefix_space", False), ("split_special_tokens", True),
+)] + [("preprocessor_config.json", key, value) for key, value in (
+    ("do_normalize", False), ("do_rescale", False), ("do_convert_rgb", False), ("do_center_crop", True),
+    ("resample", 3), ("rescale_factor", 1 / 127.5), ("rescale_factor", "1/255"),
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize("file, key, value", BESIDE)
+def test_a_setting_beside_the_model_that_changes_vectors_is_refused(folder, file, key, value):
+    path = folder / file
+    raw = json.loads(path.read_text()) if path.is_file() else {}
+    taken = 0.003921568859368563 if key == "rescale_factor" else 2 if key == "resample" else not value
+    for allowed in (taken, None):
+        path.write_text(json.dumps(raw | {key: allowed}))
+        assert Processor.from_pretrained(folder).num_crops == raw.get("num_crops", 4)
+    path.write_text(json.dumps(raw | {key: value}))
+    with pytest.raises(CheckpointError, match=rf"{file}: {key} is {value!r}; only .* is supported"):
+        Processor.from_pretrained(folder)
+
+
+def test_an_adapter_in_the_checkpoints_folder_is_not_passed_over_in_silence(folder, caplog):
+    Embedder.from_pretrained(folder, device="cpu", show_progress=False)
+    assert not caplog.text
+    (folder / "adapter_config.json").write_text("{}")
+    Embedder.from_pretrained(folder, device="cpu", show_progress=False)
+    assert "m holds an adapter_config.json, which is not applied: adapter=… applies one" in caplog.text
 
 
 @pytest.mark.parametrize("dropout", [0.5, 1.0])
