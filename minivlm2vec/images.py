@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, TypeGuard
+from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .batch import Grid  # not imported: processes that only decode images need no torch
 
 MAX_PIXELS = 2 * 89_478_485  # what Pillow calls a decompression bomb
+LONGEST_PATH = 4096  # characters, of Linux
 WHITE = 255
 DARKEST = 16  # the maximum of float pixels in 0 .. 255: below it they might be in 0 .. 1 and overshoot, or HDR
 _BASE64_SPELLINGS = str.maketrans("-_", "+/", " \t\r\n")  # URL-safe to standard; white space dropped
@@ -139,14 +141,21 @@ def open_image(source: Any, *, name: str | None = None, max_pixels: int | None =
     return image
 
 
+def is_data_uri(source: Any) -> TypeGuard[str]:
+    """Whether it begins as a data URI, in letters of any case."""
+    return isinstance(source, str) and source[:5].lower() == "data:"
+
+
 def read_data_uri(uri: str, *, name: str | None = None) -> bytes:
-    """The bytes of data:…;base64,… Base64 may be wrapped in lines, without padding, or of the URL-safe alphabet, as
-    encoders of many languages write it. Raises InputError."""
+    """The bytes of data:…;base64,… or, percent-encoded, of data:…,… (RFC 2397). Base64 may be wrapped in lines, without
+    padding, percent-encoded, or of the URL-safe alphabet, as encoders of many languages write it. Raises InputError."""
     name = name or image_name(uri)
     head, comma, body = uri.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
+    if not comma:
         raise InputError("a data URI is data:image/…;base64,…", name=name)
-    body = body.translate(_BASE64_SPELLINGS).rstrip("=")
+    if not head.lower().endswith(";base64"):
+        return unquote_to_bytes(body.encode(errors="replace"))
+    body = unquote(body).translate(_BASE64_SPELLINGS).rstrip("=")
     try:
         return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
     except (binascii.Error, ValueError) as e:
@@ -246,10 +255,11 @@ def draft(image: Image.Image, num_crops: int, crop_size: int = 336) -> None:
 
 def image_name(source: Any) -> str:
     """How messages call an image: its path, or what kind of thing it is."""
-    if isinstance(source, str) and source.startswith("data:"):
+    if is_data_uri(source):
         return source[:32] + "…"
     if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source)
+        path = os.fspath(source)
+        return path if len(path) <= LONGEST_PATH else path[:32] + "…"
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"{len(source)} bytes"
     if isinstance(source, np.ndarray):
@@ -307,7 +317,7 @@ def _contents(file: IO[bytes] | None) -> bytes:
 
 
 def _from_file(source: Any, name: str) -> Image.Image:
-    if isinstance(source, str) and source.startswith("data:"):
+    if is_data_uri(source):
         source = read_data_uri(source, name=name)
     if isinstance(source, (bytes, bytearray, memoryview)):
         file = io.BytesIO(source)
@@ -318,6 +328,8 @@ def _from_file(source: Any, name: str) -> Image.Image:
             f"an image is a path, a PIL image, a numpy array, bytes or a data URI, got {type(source).__name__}",
             name=name,
         )
+    if (length := len(os.fspath(source))) > LONGEST_PATH:
+        raise InputError(f"no path has {length:,} characters; data:image/…;base64, is missing before base64", name=name)
     with _naming(name, "opened"):
         mode = os.stat(source).st_mode
         if not stat.S_ISREG(mode):  # a pipe would be waited for

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, Option, OptionError
+from ..images import is_data_uri
 
 TEXT_COLUMNS = ("text",)
 IMAGE_COLUMNS = ("image", "images", "image_path")
@@ -127,7 +128,7 @@ class Columns:
             return value
         if value is None or value == "":
             return None
-        if isinstance(value, bytes) or (isinstance(value, str) and value.startswith("data:")):
+        if isinstance(value, bytes) or is_data_uri(value):
             return value
         if not isinstance(value, str):
             raise InputError(f"an image is a path, a data URI or bytes, got {type(value).__name__}", name="image")
@@ -222,7 +223,7 @@ def printable(value: Any, width: int = 60) -> str:
 
 
 def _is_path(image: Any) -> bool:
-    return isinstance(image, str) and not image.startswith(("data:", "http://", "https://"))
+    return isinstance(image, str) and not is_data_uri(image) and not image.startswith(("http://", "https://"))
 
 
 def _size_and_time(path: str) -> tuple[int, int]:
