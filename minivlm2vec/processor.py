@@ -110,7 +110,7 @@ class Processor:
     ) -> "Processor":
         """Reads tokenizer.json and preprocessor_config.json of a checkpoint folder."""
         config = config or VLM2VecConfig.from_json(folder)
-        settings = _preprocessor_config(Path(folder) / "preprocessor_config.json")
+        settings = _preprocessor_config(Path(folder))
         tokenizer = Tokenizer(folder)
         if num_crops is None:
             num_crops = settings["num_crops"]
@@ -335,9 +335,15 @@ def _concatenate(arrays) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([_EMPTY, *arrays]))
 
 
-def _preprocessor_config(path: Path) -> dict[str, Any]:
-    """num_crops of the file, after a check that it asks for what is done here, with CLIP's mean and deviation."""
-    raw = read_object(path, "a checkpoint folder needs a preprocessor_config.json")
+def _preprocessor_config(folder: Path) -> dict[str, Any]:
+    """num_crops of preprocessor_config.json, or of what transformers 5 writes in its place, after a check that it asks
+    for what is done here, with CLIP's mean and deviation."""
+    path, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
+    raw = None
+    if newer.is_file() and not path.is_file():
+        path, raw = newer, read_object(newer, "").get("image_processor")
+    if not isinstance(raw, dict):
+        raw = read_object(folder / "preprocessor_config.json", "a checkpoint folder needs a preprocessor_config.json")
     if type(raw.get("num_crops")) is not int or not 1 <= raw["num_crops"] <= MOST_CROPS:
         raise CheckpointError(f"{path}: num_crops is {shown(raw.get('num_crops'))}; an integer from 1 to {MOST_CROPS} "
                               "is needed")  # fmt: skip

@@ -23,7 +23,7 @@ class Tokenizer:
             raise CheckpointError(f"{path} does not exist: a checkpoint folder needs a tokenizer.json")
         _check_settings(path.with_name("tokenizer_config.json"))
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            self.tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
             if getattr(self.tokenizer.model, "dropout", None):  # merges left out at random, to train with

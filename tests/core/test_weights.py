@@ -229,6 +229,21 @@ def test_a_setting_beside_the_model_that_changes_vectors_is_refused(folder, file
         Processor.from_pretrained(folder)
 
 
+def test_the_files_that_transformers_5_writes(folder):
+    (folder / "tokenizer.json").write_bytes(b"\xef\xbb\xbf" + (folder / "tokenizer.json").read_bytes())
+    raw = json.loads((folder / "preprocessor_config.json").read_text()) | {"num_crops": 7}
+    (folder / "preprocessor_config.json").unlink()
+    newer = folder / "processor_config.json"
+    newer.write_text(json.dumps({"image_processor": raw, "processor_class": "Phi3VProcessor"}))
+    assert Processor.from_pretrained(folder).num_crops == 7
+    newer.write_text(json.dumps({"image_processor": raw | {"do_normalize": False}}))
+    with pytest.raises(CheckpointError, match=r"/processor_config\.json: do_normalize is False"):
+        Processor.from_pretrained(folder)
+    newer.write_text(json.dumps({"processor_class": "Phi3VProcessor"}))
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json does not exist"):
+        Processor.from_pretrained(folder)
+
+
 def test_an_adapter_in_the_checkpoints_folder_is_not_passed_over_in_silence(folder, caplog):
     Embedder.from_pretrained(folder, device="cpu", show_progress=False)
     assert not caplog.text
