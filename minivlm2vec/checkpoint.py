@@ -36,10 +36,11 @@ DROPPED = ("lm_head.", _CLIP + "post_layernorm.", _CLIP + "embeddings.position_i
 FUSED = ("q_proj", "k_proj", "v_proj")  # of the tower: rows of qkv_proj, in this order
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 KNOWN = DTYPES | {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}  # buffers may be these too
-COPIED = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+BESIDE = ("processor_config.json", "tokenizer_config.json")
 CONFIGS = ("config.json", "preprocessor_config.json", "tokenizer.json")
+COPIED = (*CONFIGS, *BESIDE)
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
-FILES = ["*.safetensors", "*.safetensors.index.json", *CONFIGS, "tokenizer_config.json", ADAPTER_CONFIG]
+FILES = ["*.safetensors", "*.safetensors.index.json", *COPIED, ADAPTER_CONFIG]
 MINI = Path(__file__).parent / "mini" / "checkpoint"  # the bundled checkpoint
 
 log = logging.getLogger("minivlm2vec")

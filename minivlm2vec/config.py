@@ -45,11 +45,11 @@ EMBD_LAYER = {"embedding_cls": "image", "hd_transform_order": "sub_glb", "projec
               "use_hd_transform": True, "with_learnable_separator": True}  # fmt: skip
 # A key with one of these words in its name is a setting of the network, unless one of the second kind is there too.
 NETWORK = re.compile(
-    "(^|_)(act|activation|alibi|attention|attn|bias|bidirectional|block|blocksparse|causal|clip|conv|crop|embd|embed|"
-    "embedding|expert|factor|feed|ff|ffn|gate|gegelu|head|hidden|image|img|interleave|kv|layer|layernorm|linear|mask|"
+    "(^|_)(act|activation|alibi|attention|attn|bias|bidirectional|block|blocksparse|causal|clip|compression|conv|crop|embd|"
+    "embed|embedding|expert|factor|feed|ff|ffn|gate|gegelu|head|hidden|image|img|interleave|kv|layer|layernorm|linear|mask|"
     "merge|mlp|moe|mscale|multiplier|norm|patch|pixel|pool|pooling|position|positional|proj|projection|projector|qk|qkv|"
     "quant|quantization|residual|rope|rotary|router|scale|scaling|separator|shared|sliding|softcap|softcapping|sparse|"
-    "text|theta|vision|window)s?(_|$)"
+    "sparsity|text|theta|vision|window)s?(_|$)"
 )
 NO_SETTING = re.compile(  # for training, for speed, or a note
     "^_|(^|_)(class|dropout|dtype|flash|freeze|frozen|grad|id|implementation|initializer|lr|name|path|pdrop|plan|"
@@ -58,8 +58,9 @@ NO_SETTING = re.compile(  # for training, for speed, or a note
 ROPE = ("rope_parameters", "rope_scaling")  # of transformers 5, and before
 IMPLIED = ("head_dim", "n_embd")  # by the other sizes
 ROPE_FACTORS = ("attention_factor", "short_mscale", "long_mscale", "factor")
+CAUSAL = ("is_causal", "causal", "use_causal_mask")  # other names of Parts.causal
 CHECKED = ("hidden_act", "img_processor", "embd_layer", "sliding_window", "layer_types", "tie_word_embeddings",
-           "output_attentions", "output_hidden_states", "attn_implementation")  # fmt: skip
+           "output_attentions", "output_hidden_states", "attn_implementation", *CAUSAL)  # fmt: skip
 
 OWN = "minivlm2vec"  # the key of config.json for what only this project knows
 
@@ -184,7 +185,7 @@ class VLM2VecConfig:
         raw.pop("dtype", None)
         raw["torch_dtype"] = self.dtype
         raw[OWN] = changes(Parts(), self.parts) | changes(Trained(), self.trained)
-        return {key: value for key, value in raw.items() if key != OWN or value}
+        return {key: value for key, value in raw.items() if key not in CAUSAL and (key != OWN or value)}
 
     @classmethod
     def from_json(cls, path: str | Path) -> "VLM2VecConfig":
@@ -201,9 +202,9 @@ class VLM2VecConfig:
     def from_dict(cls, raw: dict[str, Any]) -> "VLM2VecConfig":
         if not isinstance(raw, dict):
             raise CheckpointError(f"a config is a JSON object, got {type(raw).__name__}")
-        _only(raw, "", model_type="phi3_v")
+        only(raw, "", model_type="phi3_v")
         parts, trained = _own(_table(raw, OWN, absent={}))
-        vision, decoder = _vision(raw, parts), _decoder(raw)
+        vision, decoder = _vision(raw, parts), _decoder(raw, parts)
         return cls(vision=vision, decoder=decoder, dtype=_dtype(raw), parts=parts, trained=trained)
 
 
@@ -265,11 +266,11 @@ def _vision(raw: dict[str, Any], parts: Parts) -> VisionConfig:
     at, inside = "img_processor.", "img_processor.vision_config."
     processor = _table(raw, "img_processor")
     if parts.tower == Parts.tower:
-        _only(processor, at, **IMG_PROCESSOR)
+        only(processor, at, **IMG_PROCESSOR)
         _refuse_settings(processor, {*IMG_PROCESSOR, "image_dim_out", "num_img_tokens", "vision_config"}, at)
     width = _size(processor, "image_dim_out", at)
     table = CLIP_VIT_L_14_336 | {"hidden_size": width} | _table(processor, "vision_config", at, absent={})
-    _only(table, inside, hidden_act="quick_gelu", num_channels=3)
+    only(table, inside, hidden_act="quick_gelu", num_channels=3)
     sizes = {key: _size(table, key, inside) for key in CLIP_VIT_L_14_336 if key != "layer_norm_eps"}
     known = {*CLIP_VIT_L_14_336, "hidden_act", "num_channels", "projection_dim"}
     _refuse_settings(table, known, inside, named=True)
@@ -281,12 +282,12 @@ def _vision(raw: dict[str, Any], parts: Parts) -> VisionConfig:
                               "so at least 2 are needed")  # fmt: skip
     layer = _table(raw, "embd_layer", absent={})
     if parts.projector == Parts.projector:
-        _only(layer, "embd_layer.", **EMBD_LAYER)
+        only(layer, "embd_layer.", **EMBD_LAYER)
         _refuse_settings(layer, set(EMBD_LAYER), "embd_layer.")
     return config
 
 
-def _decoder(raw: dict[str, Any]) -> DecoderConfig:
+def _decoder(raw: dict[str, Any], parts: Parts) -> DecoderConfig:
     ropes = {f"{name}.": _rope_table(raw, name) for name in ROPE if raw.get(name) is not None}
     ints = (
         "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -305,9 +306,10 @@ def _decoder(raw: dict[str, Any]) -> DecoderConfig:
     for at, table in ropes.items():
         _check_rope(table, at, config)
     _check_window(raw, config)
-    _only(raw, "", hidden_act="silu")
+    only(raw, "", hidden_act="silu")
     implied = dict(zip(IMPLIED, (config.head_dim, config.hidden_size), strict=True)) | {"partial_rotary_factor": 1}
-    _only({k: v for k, v in raw.items() if v is not None}, "", **implied)
+    follows = implied | dict.fromkeys(CAUSAL, parts.causal)
+    only({k: v for k, v in raw.items() if v is not None}, "", **follows)
     _refuse_settings(raw, {*DecoderConfig.__dataclass_fields__, *implied, *ROPE, *CHECKED}, named=True)
     return config
 
@@ -361,7 +363,7 @@ def _check_rope(table: dict[str, Any], at: str, config: DecoderConfig) -> None:
         if given != n:
             raise CheckpointError(f"{at}{name} has {given} factors; head_dim {config.head_dim} needs {n}")
     if table.get("partial_rotary_factor") is not None:
-        _only(table, at, partial_rotary_factor=1)
+        only(table, at, partial_rotary_factor=1)
     if config.rope_scaling and trained < 2:
         raise CheckpointError(f"original_max_position_embeddings is {trained}; LongRoPE needs at least 2")
     follows = dict.fromkeys(ROPE_FACTORS, config.rope_attention_factor) | {"factor": longest / trained}
@@ -379,7 +381,7 @@ def _refuse_settings(table: dict[str, Any], known: Set[str], at: str = "", *, na
             raise CheckpointError(f"{at}{key} is {shown(value)}, which is not supported")
 
 
-def _only(table: dict[str, Any], at: str, **supported: Any) -> None:
+def only(table: dict[str, Any], at: str, **supported: Any) -> None:
     """Raises for a key that has another value than the supported one; it may be absent."""
     for key, value in supported.items():
         if table.get(key, value) != value:

@@ -15,7 +15,7 @@ from minivlm2vec_kernels.ops import BACKENDS
 
 from . import prompts
 from .batch import PackedBatch
-from .checkpoint import resolve
+from .checkpoint import ADAPTER_CONFIG, log, resolve
 from .config import VLM2VecConfig
 from .errors import InputError, Option, OptionError, at_least_one
 from .inference import FusedVLM2Vec, check_options, origin
@@ -139,6 +139,8 @@ class Embedder:
             raise ValueError(f"optimize=False gives the plain model, which has no {', no '.join(given)}")
         folder = resolve(name_or_path, revision=revision, local_files_only=local_files_only)
         adapter_folder = resolve(adapter, local_files_only=local_files_only) if adapter is not None else None
+        if adapter is None and (folder / ADAPTER_CONFIG).is_file():
+            log.warning("%s holds an %s, which is not applied: adapter=… applies one", folder, ADAPTER_CONFIG)
         if adapter_folder is not None and config is None:
             config = with_adapters_parts(VLM2VecConfig.from_json(folder), adapter_folder)
         if truncate_dim is not None:  # before weights are read

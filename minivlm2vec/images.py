@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, TypeGuard
+from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from .batch import Grid  # not imported: processes that only decode images need no torch
 
 MAX_PIXELS = 2 * 89_478_485  # what Pillow calls a decompression bomb
+LONGEST_PATH = 4096  # characters, of Linux
 WHITE = 255
+DARKEST = 16  # the maximum of float pixels in 0 .. 255: below it they might be in 0 .. 1 and overshoot, or HDR
 _BASE64_SPELLINGS = str.maketrans("-_", "+/", " \t\r\n")  # URL-safe to standard; white space dropped
 _CALLERS = threading.Lock()  # while files of callers' images are read: one image may be an input twice
 _TURNS = {
@@ -138,14 +141,21 @@ def open_image(source: Any, *, name: str | None = None, max_pixels: int | None =
     return image
 
 
+def is_data_uri(source: Any) -> TypeGuard[str]:
+    """Whether it begins as a data URI, in letters of any case."""
+    return isinstance(source, str) and source[:5].lower() == "data:"
+
+
 def read_data_uri(uri: str, *, name: str | None = None) -> bytes:
-    """The bytes of data:…;base64,… Base64 may be wrapped in lines, without padding, or of the URL-safe alphabet, as
-    encoders of many languages write it. Raises InputError."""
+    """The bytes of data:…;base64,… or, percent-encoded, of data:…,… (RFC 2397). Base64 may be wrapped in lines, without
+    padding, percent-encoded, or of the URL-safe alphabet, as encoders of many languages write it. Raises InputError."""
     name = name or image_name(uri)
     head, comma, body = uri.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
+    if not comma:
         raise InputError("a data URI is data:image/…;base64,…", name=name)
-    body = body.translate(_BASE64_SPELLINGS).rstrip("=")
+    if not head.lower().endswith(";base64"):
+        return unquote_to_bytes(body.encode(errors="replace"))
+    body = unquote(body).translate(_BASE64_SPELLINGS).rstrip("=")
     try:
         return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
     except (binascii.Error, ValueError) as e:
@@ -191,8 +201,8 @@ def decoded(image: Image.Image, *, exif_transpose: bool = False) -> Image.Image:
     if image.format in ("JPEG", "MPO", "PPM") and _is_undecoded(image):
         check_decoding(_contents(image.fp))
     image.load()
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = Image.fromarray(_eight_bits(np.asarray(image)))
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _eight_bits(image)
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
@@ -201,7 +211,8 @@ def to_rgb(image: Image.Image, *, name: str = "image", exif_transpose: bool = Fa
 
     So the alpha channel is dropped, not composited, and the EXIF orientation is ignored unless `exif_transpose`.
     An animation gives its first frame. One difference: greyscale of more than 8 bits is scaled to 8 bits, where
-    Pillow's conversion alone would clip nearly everything to white. Raises InputError for damaged data.
+    Pillow's conversion alone would clip nearly everything to white. Raises InputError for damaged data, and where the
+    range of greyscale does not tell how to scale it.
     """
     with decoding(image, name):
         return _rgb(image, exif_transpose)
@@ -244,10 +255,11 @@ def draft(image: Image.Image, num_crops: int, crop_size: int = 336) -> None:
 
 def image_name(source: Any) -> str:
     """How messages call an image: its path, or what kind of thing it is."""
-    if isinstance(source, str) and source.startswith("data:"):
+    if is_data_uri(source):
         return source[:32] + "…"
     if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source)
+        path = os.fspath(source)
+        return path if len(path) <= LONGEST_PATH else path[:32] + "…"
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"{len(source)} bytes"
     if isinstance(source, np.ndarray):
@@ -305,7 +317,7 @@ def _contents(file: IO[bytes] | None) -> bytes:
 
 
 def _from_file(source: Any, name: str) -> Image.Image:
-    if isinstance(source, str) and source.startswith("data:"):
+    if is_data_uri(source):
         source = read_data_uri(source, name=name)
     if isinstance(source, (bytes, bytearray, memoryview)):
         file = io.BytesIO(source)
@@ -316,6 +328,8 @@ def _from_file(source: Any, name: str) -> Image.Image:
             f"an image is a path, a PIL image, a numpy array, bytes or a data URI, got {type(source).__name__}",
             name=name,
         )
+    if (length := len(os.fspath(source))) > LONGEST_PATH:
+        raise InputError(f"no path has {length:,} characters; data:image/…;base64, is missing before base64", name=name)
     with _naming(name, "opened"):
         mode = os.stat(source).st_mode
         if not stat.S_ISREG(mode):  # a pipe would be waited for
@@ -348,11 +362,20 @@ def _rgb(image: Image.Image, exif_transpose: bool) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _eight_bits(grey: np.ndarray) -> np.ndarray:
-    """Greyscale of 16 or 32 bits in 8: scaled, but where all values fit into 8 bits already they are taken as they
-    are, as the original takes them."""
-    grey = grey.astype(np.int64).clip(0, 65535)
-    return (grey if grey.max() <= 255 else (grey + 128) // 257).astype(np.uint8)
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Greyscale of 16 or 32 bits, or of floats, in 8 bits. Values that fit into 8 bits are taken as they are, as the
+    original takes them; others are scaled where their range tells how. Raises ValueError where it does not."""
+    grey = np.asarray(image)
+    low, high = grey.min(), grey.max()
+    if image.mode == "F":
+        if not (low >= 0 and (high <= 1 or DARKEST <= high <= 255)):  # NaN neither
+            raise ValueError(f"its float pixels go from {low:g} to {high:g}; 0 to 1 and 0 to 255 (at least {DARKEST} "
+                             "somewhere) can be told apart")  # fmt: skip
+        return image.convert("L") if high > 1 else Image.fromarray((grey * 255 + 0.5).astype(np.uint8))
+    if low < -65535 or high > 65535:
+        raise ValueError(f"its pixels go from {low} to {high}; greyscale of 0 to 65535 can be scaled to 8 bits")
+    grey = grey.astype(np.int32).clip(0)
+    return Image.fromarray((grey if high <= 255 else (grey + 128) // 257).astype(np.uint8))
 
 
 def _orientation(image: Image.Image) -> int:

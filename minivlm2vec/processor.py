@@ -4,6 +4,7 @@ The work is in two steps, so that inputs can be sorted by length before any imag
 `plan` reads texts and image headers and knows each input's length; `load` decodes and cuts the images.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +17,15 @@ import torch
 from PIL import Image
 
 from .batch import Grid, PackedBatch, cumulative, num_image_tokens
-from .config import CLIP_MEAN, CLIP_STD, VLM2VecConfig, read_object, shown
+from .config import CLIP_MEAN, CLIP_STD, VLM2VecConfig, only, read_object, shown
 from .errors import CheckpointError, InputError, at_least_one
 from .images import hd_size, image_crops, image_name, image_size, open_image
 from .tokenizer import Tokenizer
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 MOST_CROPS = 1024  # that a file may ask for
+# The one value that is implemented of settings that change pixels.
+SETTINGS = {"do_convert_rgb": True, "do_rescale": True, "do_normalize": True, "do_center_crop": False, "resample": 2}
 LEADING_TAGS = re.compile(r"(?:<\|image_\d+\|>\s*)*")
 
 
@@ -107,7 +110,7 @@ class Processor:
     ) -> "Processor":
         """Reads tokenizer.json and preprocessor_config.json of a checkpoint folder."""
         config = config or VLM2VecConfig.from_json(folder)
-        settings = _preprocessor_config(Path(folder) / "preprocessor_config.json")
+        settings = _preprocessor_config(Path(folder))
         tokenizer = Tokenizer(folder)
         if num_crops is None:
             num_crops = settings["num_crops"]
@@ -332,9 +335,15 @@ def _concatenate(arrays) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([_EMPTY, *arrays]))
 
 
-def _preprocessor_config(path: Path) -> dict[str, Any]:
-    """num_crops of the file, after a check that it names CLIP's mean and standard deviation."""
-    raw = read_object(path, "a checkpoint folder needs a preprocessor_config.json")
+def _preprocessor_config(folder: Path) -> dict[str, Any]:
+    """num_crops of preprocessor_config.json, or of what transformers 5 writes in its place, after a check that it asks
+    for what is done here, with CLIP's mean and deviation."""
+    path, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
+    raw = None
+    if newer.is_file() and not path.is_file():
+        path, raw = newer, read_object(newer, "").get("image_processor")
+    if not isinstance(raw, dict):
+        raw = read_object(folder / "preprocessor_config.json", "a checkpoint folder needs a preprocessor_config.json")
     if type(raw.get("num_crops")) is not int or not 1 <= raw["num_crops"] <= MOST_CROPS:
         raise CheckpointError(f"{path}: num_crops is {shown(raw.get('num_crops'))}; an integer from 1 to {MOST_CROPS} "
                               "is needed")  # fmt: skip
@@ -343,4 +352,8 @@ def _preprocessor_config(path: Path) -> dict[str, Any]:
         numbers = isinstance(given, (list, tuple)) and [type(x) for x in given] == [float] * 3
         if not numbers or not np.allclose(given, expected, rtol=0, atol=1e-7):
             raise CheckpointError(f"{path}: {key} is {shown(given)}, expected CLIP's {list(expected)}")
+    factor = raw.get("rescale_factor")
+    if factor is not None and not (type(factor) is float and math.isclose(factor, 1 / 255, rel_tol=1e-6)):
+        raise CheckpointError(f"{path}: rescale_factor is {shown(factor)}; only 1/255 is supported")
+    only({k: v for k, v in raw.items() if v is not None}, f"{path}: ", **SETTINGS)
     return raw

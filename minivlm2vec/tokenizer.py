@@ -6,8 +6,11 @@ from pathlib import Path
 
 import tokenizers
 
-from .config import shown
+from .config import only, read_object, shown
 from .errors import CheckpointError, InputError
+
+# The one value that is implemented of settings that change ids.
+SETTINGS = {"add_bos_token": True, "add_eos_token": False, "add_prefix_space": True, "split_special_tokens": False}
 
 
 class Tokenizer:
@@ -18,10 +21,13 @@ class Tokenizer:
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist: a checkpoint folder needs a tokenizer.json")
+        _check_settings(path.with_name("tokenizer_config.json"))
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            self.tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
+            if getattr(self.tokenizer.model, "dropout", None):  # merges left out at random, to train with
+                self.tokenizer.model.dropout = None
             bos, text = (self.tokenizer.encode(text).ids for text in ("", "a cat"))
         except BaseException as e:
             raise CheckpointError(f"{path} is not a readable tokenizer.json: {_reason(e)}") from None
@@ -57,6 +63,12 @@ class Tokenizer:
 
         state = json.loads(self.tokenizer.to_str())
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_settings(path: Path) -> None:
+    """Refuses what transformers would change of tokenizer.json by the file beside it."""
+    settings = read_object(path, "") if path.is_file() else {}
+    only({k: v for k, v in settings.items() if v is not None}, f"{path}: ", **SETTINGS)
 
 
 def _reason(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..atomic import open_replacing
 from ..errors import InputError, at_least_one
 from ..html import MAX_TEXT, Picture, asset, escape, head, meter, thumbnail
-from ..images import image_name
+from ..images import image_name, is_data_uri
 from .options import Query
 from .retrieval import Hit, neighbours
 from .rows import Columns, Row, printable
@@ -93,7 +93,7 @@ def _caption(values: dict[str, Any], columns: Columns, number: int) -> str:
         value = value.get("path") if isinstance(value, dict) else value
         if isinstance(value, list):
             value = ", ".join(v for v in value if isinstance(v, str))
-        if isinstance(value, str) and value and not value.startswith("data:"):
+        if isinstance(value, str) and value and not is_data_uri(value):
             return value[:MAX_TEXT]
     return f"row {number}"
 

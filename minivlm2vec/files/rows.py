@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, Option, OptionError
+from ..images import is_data_uri
 
 TEXT_COLUMNS = ("text",)
 IMAGE_COLUMNS = ("image", "images", "image_path")
@@ -130,7 +131,7 @@ class Columns:
             return value
         if value is None or value == "":
             return None
-        if isinstance(value, bytes) or (isinstance(value, str) and value.startswith("data:")):
+        if isinstance(value, bytes) or is_data_uri(value):
             return value
         if not isinstance(value, str):
             raise InputError(f"an image is a path, a data URI or bytes, got {type(value).__name__}", name="image")
@@ -233,7 +234,7 @@ def _hint(names: list[str]) -> str:
 
 
 def _is_path(image: Any) -> bool:
-    return isinstance(image, str) and not image.startswith("data:") and not URL.match(image)
+    return isinstance(image, str) and not is_data_uri(image) and not URL.match(image)
 
 
 def _size_and_time(path: str) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ..images import is_data_uri
 from .errors import APIError, bad_request
 from .options import ServeOptions
 from .schema import EmbeddingRequest, ImagePart, Message, TextPart
@@ -26,7 +27,7 @@ class ImageSource:
 
     @property
     def is_remote(self) -> bool:
-        return not self.url.startswith("data:")
+        return not is_data_uri(self.url)
 
     @property
     def pixels(self) -> int:
@@ -207,7 +208,7 @@ class RequestReader:
         if isinstance(part, TextPart):
             return part.text
         name, url = f"{name}.image_url", part.image_url.url
-        if not url.startswith("data:"):
+        if not is_data_uri(url):
             if not url.lower().startswith(("http://", "https://")):
                 raise bad_request(f"{name}: an image is a data URI or an http(s) URL", name, "invalid_image_url")
             if not self.remote_images:

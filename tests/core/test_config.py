@@ -97,6 +97,7 @@ def test_what_the_published_files_say_passes():
         "attention_dropout": 0.1, "resid_pdrop": 0.1, "base_model_tp_plan": {"layers.*": "colwise"}, "note": [1, 2],
         "head_dim": 96, "partial_rotary_factor": 1.0, "attention_bias": False, "quantization_config": None,
         "torch_dtype": None, "dtype": "bfloat16", "minivlm2vec": {"pooling": "last_token"},
+        "is_causal": True, "use_causal_mask": None, "compression_config": {},
         "layer_types": ["full_attention"] * 32, "chunk_size_feed_forward": 0, "pruned_heads": {}, "normalize": True,
         "tie_word_embeddings": True, "n_embd": 3072, "bos_token_id": None, "output_hidden_states": True,
         "image_token_id": 32044, "vision_model_name": "x", "use_flash_attn": True, "mm_projector_lr": 1e-5,
@@ -130,6 +131,16 @@ def test_a_configuration_that_is_written_again_has_one_place_for_each_setting():
         assert VLM2VecConfig.from_dict(written) == config
 
 
+def test_the_mask_of_a_changed_model_is_said_once():
+    raw = TINY | {"is_causal": True}
+    both = VLM2VecConfig.from_dict(raw).with_parts(causal=False)
+    assert (
+        VLM2VecConfig.from_dict(both.written_into(raw))
+        == both
+        == read({"is_causal": False} | {"minivlm2vec": {"causal": False}})
+    )
+
+
 CHANGES = {  # what changes vectors: the key that the message must name
     "attention_factor": {"rope_scaling": {"attention_factor": 1.5}},
     "short_mscale": {"rope_scaling": {"short_mscale": 1.0}},
@@ -159,6 +170,10 @@ CHANGES = {  # what changes vectors: the key that the message must name
     "mup_attn_multiplier": {"mup_attn_multiplier": 1.0},
     "num_local_experts": {"num_local_experts": 16},
     "use_bidirectional_attention": {"use_bidirectional_attention": True},
+    "is_causal": {"is_causal": False},
+    "causal": {"causal": True, "minivlm2vec": {"causal": False}},
+    "compression_config": {"compression_config": {"quant_method": "compressed-tensors"}},
+    "sparsity_config": {"sparsity_config": {"format": "sparse-24-bitmask"}},
     "pruned_heads": {"pruned_heads": {"0": [1]}},
     "pooling": {"pooling": "mean"},
     "text_config": {"text_config": {"hidden_size": 64}},

@@ -380,7 +380,40 @@ def test_eight_bits_in_a_wider_image_stay_as_they_are(dtype):
     assert (np.asarray(to_rgb(Image.fromarray(-GREY.astype(np.int32)))) == 0).all()
     scaled = np.asarray(to_rgb(Image.fromarray(GREY.astype(dtype) * 257)))
     np.testing.assert_array_equal(scaled, Image.fromarray(GREY).convert("RGB"))
-    assert (np.asarray(to_rgb(Image.fromarray(np.full((4, 4), 1 << 30, np.int32)))) == 255).all()
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PIL"])
+def test_float_greyscale_is_read_by_its_range(kind):
+    grey = GREY.astype(np.float32)
+    for floats, expected in ((grey / 255, GREY), (grey, GREY), (grey + 0.9, GREY), (grey / 252, GREY / 252 * 255),
+                             (grey * 0, GREY * 0), (np.minimum(grey, 16), np.minimum(GREY, 16))):  # fmt: skip
+        image = Image.fromarray(floats)
+        image = open_image(encoded(image, "TIFF")) if kind == "TIFF" else image
+        assert image.mode == "F"
+        expected = Image.fromarray(np.floor(expected + 0.5).astype(np.uint8))
+        np.testing.assert_array_equal(to_rgb(image), expected.convert("RGB"))
+
+
+UNSCALED = {
+    "65536": np.array([[0, 1 << 16]], np.int32),
+    "2040000000": GREY.astype(np.int32) * 8_000_000 + 24_000_000,
+    "-2147483648": np.array([[1 << 31, 9]], np.uint32).view(np.int32),  # as Pillow reads unsigned ones
+    "65535": GREY.astype(np.float32) * 257 + 771,
+    "1.02": GREY.astype(np.float32) / 252 * 1.02,
+    "255.5": GREY.astype(np.float32) + 3.5,
+    "-0.5": np.array([[-0.5, 1]], np.float32),
+    "nan": np.array([[np.nan, 7]], np.float32),
+    "inf": np.array([[np.inf, 7]], np.float32),
+    "-inf": np.array([[-np.inf, 7]], np.float32),
+}
+
+
+@pytest.mark.parametrize("number", UNSCALED)
+def test_greyscale_that_cannot_be_scaled_is_refused_with_its_range(number):
+    image = Image.fromarray(UNSCALED[number])
+    for one in (image, open_image(encoded(image, "TIFF"))):
+        with pytest.raises(InputError, match=rf"^here: .*from .*(?<![\d.-]){number}\b"):
+            to_rgb(one, name="here")
 
 
 def exif(*tags: bytes, head: bytes = b"II*\0\x08\0\0\0") -> bytes:

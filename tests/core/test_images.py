@@ -4,6 +4,7 @@ import base64
 import io
 import struct
 import zlib
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from PIL import Image
 
 from minivlm2vec.batch import num_image_tokens
 from minivlm2vec.errors import InputError
-from minivlm2vec.images import WHITE, hd_crops, hd_size, open_image, read_data_uri, to_rgb
+from minivlm2vec.images import WHITE, hd_crops, hd_size, image_name, open_image, read_data_uri, to_rgb
+from minivlm2vec.serve.inputs import ImageSource
 from tests.support.golden import synth_image
 
 
@@ -157,11 +159,12 @@ BROKEN = {
     "no image": (b"hello, world", "not an image"),
     "missing file": ("/no/such/file.png", "no such file"),
     "a folder": ("/", "is a folder"),
-    "data uri without base64": ("data:image/png,xyz", "data URI"),
+    "data uri without base64": ("data:image/png", "data URI"),
     "damaged base64": ("data:image/png;base64,$$$", "base64"),
     "float array": (np.zeros((4, 4, 3)), "float64"),
     "flat array": (np.zeros((4, 4), np.uint8), r"\[4, 4\]"),
     "empty array": (np.zeros((0, 4, 3), np.uint8), r"\[0, 4, 3\]"),
+    "bare base64": ("A" * 3_000_000, r"^A{32}…: no path has 3,000,000 characters; data:image/…;base64, is missing"),
     "a number": (7, "int"),
 }
 
@@ -217,10 +220,20 @@ def test_spellings_of_base64(length):
     for body in (standard, url_safe, wrapped, wrapped.replace(b"\n", b"\r\n"), b" " + wrapped + b"\t"):
         for spelled in (body, body.replace(b"=", b"")):
             assert read_data_uri("data:image/png;base64," + spelled.decode()) == data
-            assert read_data_uri("data:;BASE64," + spelled.decode()) == data
+            assert read_data_uri("Data:;BASE64," + spelled.decode()) == data
+            assert read_data_uri("data:;base64," + quote(spelled.decode(), safe="")) == data
+    assert read_data_uri("data:application/octet-stream," + quote(data)) == data
 
 
-@pytest.mark.parametrize("uri", ["data:", "data:image/png,a", "data:image/png;base64", "data:;base64,@@@@",
+def test_a_data_uri_in_any_case_is_one_wherever_an_image_is_given():
+    data = encoded(photo(20, 10), "PNG")
+    for uri in ("DATA:image/png;base64," + base64.b64encode(data).decode(), "Data:image/png," + quote(data)):
+        assert np.array_equal(to_rgb(open_image(uri)), photo(20, 10))
+        assert not ImageSource("image", uri).is_remote
+        assert len(image_name(uri)) == 33
+
+
+@pytest.mark.parametrize("uri", ["data:", "data:image/png", "data:image/png;base64", "data:;base64,@@@@",
                                  "data:;base64,AAAAA", "data:;base64,AA==AA==", "data:;base64,ÄAAA"])  # fmt: skip
 def test_bad_data_uri(uri):
     with pytest.raises(InputError, match=r"^here: ") as e:

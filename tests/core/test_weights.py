@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 from minivlm2vec import CheckpointError, Embedder, VLM2VecConfig
-from minivlm2vec.checkpoint import FUSED, drop_prefixes, fingerprint, parameter_of, resolve
+from minivlm2vec.checkpoint import FUSED, MINI, drop_prefixes, fingerprint, parameter_of, resolve
 from minivlm2vec.new_checkpoint import base_config, new_checkpoint, random_tensor, tensor_shapes
+from minivlm2vec.processor import Processor
+from minivlm2vec.tokenizer import Tokenizer
 from minivlm2vec.weights import empty_model, load_model
 
 CLIP = "model.vision_embed_tokens.img_processor.vision_model."
@@ -203,6 +206,63 @@ def test_each_damaged_file_has_its_own_error(folder, kind):
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
         Embedder.from_pretrained(folder, device="cpu", show_progress=False)
+
+
+BESIDE = [("tokenizer_config.json", key, value) for key, value in (
+    ("add_bos_token", False), ("add_eos_token", True), ("add_prefix_space", False), ("split_special_tokens", True),
+)] + [("preprocessor_config.json", key, value) for key, value in (
+    ("do_normalize", False), ("do_rescale", False), ("do_convert_rgb", False), ("do_center_crop", True),
+    ("resample", 3), ("rescale_factor", 1 / 127.5), ("rescale_factor", "1/255"),
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize("file, key, value", BESIDE)
+def test_a_setting_beside_the_model_that_changes_vectors_is_refused(folder, file, key, value):
+    path = folder / file
+    raw = json.loads(path.read_text()) if path.is_file() else {}
+    taken = 0.003921568859368563 if key == "rescale_factor" else 2 if key == "resample" else not value
+    for allowed in (taken, None):
+        path.write_text(json.dumps(raw | {key: allowed}))
+        assert Processor.from_pretrained(folder).num_crops == raw.get("num_crops", 4)
+    path.write_text(json.dumps(raw | {key: value}))
+    with pytest.raises(CheckpointError, match=rf"{file}: {key} is {value!r}; only .* is supported"):
+        Processor.from_pretrained(folder)
+
+
+def test_the_files_that_transformers_5_writes(folder):
+    (folder / "tokenizer.json").write_bytes(b"\xef\xbb\xbf" + (folder / "tokenizer.json").read_bytes())
+    raw = json.loads((folder / "preprocessor_config.json").read_text()) | {"num_crops": 7}
+    (folder / "preprocessor_config.json").unlink()
+    newer = folder / "processor_config.json"
+    newer.write_text(json.dumps({"image_processor": raw, "processor_class": "Phi3VProcessor"}))
+    assert Processor.from_pretrained(folder).num_crops == 7
+    newer.write_text(json.dumps({"image_processor": raw | {"do_normalize": False}}))
+    with pytest.raises(CheckpointError, match=r"/processor_config\.json: do_normalize is False"):
+        Processor.from_pretrained(folder)
+    newer.write_text(json.dumps({"processor_class": "Phi3VProcessor"}))
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json does not exist"):
+        Processor.from_pretrained(folder)
+
+
+def test_an_adapter_in_the_checkpoints_folder_is_not_passed_over_in_silence(folder, caplog):
+    Embedder.from_pretrained(folder, device="cpu", show_progress=False)
+    assert not caplog.text
+    (folder / "adapter_config.json").write_text("{}")
+    Embedder.from_pretrained(folder, device="cpu", show_progress=False)
+    assert "m holds an adapter_config.json, which is not applied: adapter=… applies one" in caplog.text
+
+
+@pytest.mark.parametrize("dropout", [0.5, 1.0])
+def test_a_tokenizers_dropout_is_for_training(tmp_path, dropout):
+    text, whole = "a cat and a dog on the beach", Tokenizer(MINI)
+    raw = json.loads((MINI / "tokenizer.json").read_text())
+    raw["model"]["dropout"] = dropout
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    dropping = tokenizers.Tokenizer.from_str(json.dumps(raw))
+    assert any(dropping.encode(text).ids != whole(text) for _ in range(20))
+    mended = Tokenizer(tmp_path)
+    assert all(mended(text) == whole(text) for _ in range(20))
+    assert mended.content_hash() == whole.content_hash()
 
 
 def _one_of_each(tmp_path, change=lambda t: None) -> tuple[Path, torch.Tensor, torch.Tensor]:

@@ -422,7 +422,8 @@ def test_a_callers_text_never_injects_an_image(url, embedder):
 @pytest.mark.parametrize(("image_url", "code"), [
     ("data:image/png;base64,AAAA", "invalid_image"),
     ("data:image/png;base64,", "invalid_image"),
-    ("data:image/png,AAAA", "invalid_image_url"),
+    ("data:image/png,AAAA", "invalid_image"),
+    ("data:image/png", "invalid_image_url"),
     ("data:image/png;base64,!!!!", "invalid_image_url"),
     ("http://example.com/a.png", "remote_images_not_allowed"),
     ("https://127.0.0.1/a.png", "remote_images_not_allowed"),
