@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import minivlm2vec.checkpoint
 import minivlm2vec.train
-import minivlm2vec.weights
 from minivlm2vec.new_checkpoint import new_checkpoint
 from minivlm2vec.train import DataConfig, OptimConfig
 
@@ -33,7 +33,7 @@ def short(tmp_path, monkeypatch):
     monkeypatch.setattr(minivlm2vec.train, "TrainConfig", config)
     monkeypatch.setattr(minivlm2vec.train, "Trainer", lambda *a, **k: trainer(*a, device="cpu", **k))
     monkeypatch.setattr(minivlm2vec.train, "train", lambda config: trainer(config, device="cpu").run())
-    monkeypatch.setattr(minivlm2vec.weights, "resolve", {MODEL: base}.get)
+    monkeypatch.setattr(minivlm2vec.checkpoint, "resolve", {MODEL: base}.get)
     return tmp_path
 
 
