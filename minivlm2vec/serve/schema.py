@@ -50,6 +50,12 @@ class ImagePart(Strict):
     image_url: ImageURL
     uuid: str | None = Field(None, description="vLLM's name for its cache, ignored")
 
+    @field_validator("image_url", mode="before")
+    @classmethod
+    def _of_a_text(cls, value: Any) -> Any:
+        """Some clients send the address itself."""
+        return {"url": value} if isinstance(value, str) else value
+
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 

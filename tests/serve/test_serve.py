@@ -332,6 +332,8 @@ def test_what_clients_send_for_nothing(url, embedder):
     for uuid in (None, "a"):
         part = {"type": "image_url", "image_url": {"url": data_uri(image)}, "uuid": uuid}
         close(post(url, messages=user(part, "t")).vectors, expected)
+    bare = {"type": "image_url", "image_url": data_uri(image)}
+    close(post(url, messages=user(bare, "t")).vectors, expected)
 
 
 def test_a_system_message_is_the_instruction_in_front(url, embedder):
