@@ -59,7 +59,9 @@ class VisionEmbeddings(nn.Module):
         nn.init.normal_(self.class_embedding, std=len(self.class_embedding) ** -0.5)
 
     def forward(self, crops: Tensor, grids: tuple[Grid, ...]) -> Tensor:  # -> [C, L, D]
-        x = self.patch_embedding(crops, grids)
+        return self.with_positions(self.patch_embedding(crops, grids))
+
+    def with_positions(self, x: Tensor) -> Tensor:  # [C, P * P, D] -> [C, L, D]
         cls = self.class_embedding.expand(len(x), 1, -1)
         positions = torch.arange(x.shape[1] + 1, device=x.device)
         return torch.cat([cls, x], dim=1) + self.position_embedding(positions)
@@ -77,11 +79,11 @@ class PatchEmbedding(nn.Module):
         nn.init.normal_(self.weight, std=self.weight[0].numel() ** -0.5)
 
     def forward(self, crops: Tensor, grids: tuple[Grid, ...]) -> Tensor:  # -> [C, P * P, D]
+        return nn.functional.linear(self.patches(crops, grids), self.weight.flatten(1))
+
+    def patches(self, crops: Tensor, grids: tuple[Grid, ...]) -> Tensor:  # -> [C, P * P, 3 * p * p]
         mean, std = pixel_statistics(crops.device)
-        patches = ops.image_patches(
-            crops, grids, mean, std, self.patch_size, self.weight.dtype, backend=self.backend
-        )  # [C, P * P, 3 * p * p]
-        return nn.functional.linear(patches, self.weight.flatten(1))
+        return ops.image_patches(crops, grids, mean, std, self.patch_size, self.weight.dtype, backend=self.backend)
 
 
 class VisionLayer(nn.Module):
@@ -141,12 +143,9 @@ class LayerNorm(nn.LayerNorm):
         return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps, backend=self.backend)
 
 
-def normalized_images(
-    crops: Tensor, grids: tuple[Grid, ...], dtype: torch.dtype, *, backend: str | None = None
-) -> Tensor:
+def normalized_images(crops: Tensor, grids: tuple[Grid, ...], dtype: torch.dtype, backend: str | None = None) -> Tensor:
     """What a tower that is no ViT starts from: crops as above -> (pixel / 255 - mean) / std, [C, 3, S, S]."""
-    mean, std = pixel_statistics(crops.device)
-    S = crops.shape[1]
+    S, (mean, std) = crops.shape[1], pixel_statistics(crops.device)
     return ops.image_patches(crops, grids, mean, std, S, dtype, backend=backend).view(-1, 3, S, S)
 
 

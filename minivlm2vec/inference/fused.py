@@ -20,7 +20,7 @@ from ..batch import Grid, PackedBatch
 from ..decoder import MLP, Attention, Decoder, DecoderLayer, Packing, RMSNorm
 from ..linear import Embedding, Linear
 from ..model import VLM2Vec
-from ..vision import LayerNorm, VisionAttention, VisionLayer, VisionMLP, VisionTower
+from ..vision import LayerNorm, PatchEmbedding, VisionAttention, VisionEmbeddings, VisionLayer, VisionMLP, VisionTower
 from .prefix import WEIGHT_BOUND_ROWS, SharedBatch, SharedPacking, share_prefixes
 
 
@@ -197,24 +197,33 @@ class FusedVisionTower(InferenceOnly, VisionTower):
     stands_for = VisionTower  # in the registry
 
     def forward(self, crops: Tensor, grids: tuple[Grid, ...], *, crops_per_chunk: int | None = None) -> Tensor:
-        x = self.pre_layrnorm(self.embeddings(crops, grids))
-        parts = [self._through_layers(part) for part in x.split(crops_per_chunk or self._crops_per_chunk(x))]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        embeddings = self.embeddings
+        if not (is_plain_inside(embeddings) and is_unchanged(self.pre_layrnorm)):
+            x = self.pre_layrnorm(embeddings(crops, grids))
+            return _joined([self._through_layers(part.clone()) for part in x.split(crops_per_chunk or self._chunk(x))])
+        patches = embeddings.patch_embedding.patches(crops, grids)
+        chunks = patches.split(crops_per_chunk or self._chunk(patches))
+        weight, place = embeddings.patch_embedding.weight.flatten(1), embeddings.with_positions
+        return _joined([self._through_layers(self.pre_layrnorm(place(F.linear(part, weight)))) for part in chunks])
 
     def _through_layers(self, x: Tensor) -> Tensor:
-        x = x.clone()
+        """x [C, L, D] is written over."""
         layers: Any = self.layers
         for layer in layers:
             x = layer.forward_(x)
         return x[:, 1:]
 
-    def _crops_per_chunk(self, x: Tensor) -> int:
+    def _chunk(self, x: Tensor) -> int:
         """64 on a GPU. On a CPU so many that the widest activation stays below 32 MB: larger blocks are mapped
         anew by the allocator each time, and touching fresh pages costs as much as the arithmetic on them."""
         if x.device.type != "cpu":
             return 64
         widest = max(self.config.intermediate_size, 3 * self.config.hidden_size)  # of the MLP, and q, k and v
         return max(1, 32_000_000 // (self.config.num_positions * widest * x.element_size()))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class FusedVisionLayer(InferenceOnly, VisionLayer):
@@ -366,6 +375,13 @@ def is_unchanged(module: nn.Module) -> bool:
         and "forward" not in vars(module)
         and all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
     )
+
+
+def is_plain_inside(embeddings: VisionEmbeddings) -> bool:
+    """Whether the image embeddings may be computed chunk by chunk: nobody hooks or replaced what they consist of."""
+    parts = (embeddings, embeddings.patch_embedding, embeddings.position_embedding)
+    kinds = (VisionEmbeddings, PatchEmbedding, Embedding)
+    return all(type(part) is kind and is_unchanged(part) for part, kind in zip(parts, kinds, strict=True))
 
 
 def fuse(module: nn.Module, backend: str | None) -> None:
