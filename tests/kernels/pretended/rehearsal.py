@@ -33,9 +33,9 @@ CONFIG = VLM2VecConfig.from_dict(base_config("full"))
 LAYERS, TOWER_LAYERS = 32, 23  # of the published model, as far as they are computed
 TEXT = Counter(rms_norm_kernel=2 * LAYERS, rope_kernel=LAYERS + 1, attention_kernel=LAYERS, silu_mul_kernel=LAYERS,
                pool_last_token_kernel=1)  # fmt: skip
-IMAGES = Counter(image_patches_kernel=1, layer_norm_kernel=1, merge_crops_kernel=1)
+IMAGES = Counter(image_patches_kernel=1, merge_crops_kernel=1)
 CHUNK = Counter(
-    layer_norm_kernel=2 * TOWER_LAYERS, attention_kernel=TOWER_LAYERS, linear_quick_gelu_kernel=TOWER_LAYERS
+    layer_norm_kernel=2 * TOWER_LAYERS + 1, attention_kernel=TOWER_LAYERS, linear_quick_gelu_kernel=TOWER_LAYERS
 )
 
 
