@@ -11,13 +11,10 @@ import copy
 import json
 import logging
 import random
-import resource
 import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,6 +28,7 @@ from minivlm2vec.info import module_rows
 from minivlm2vec.lora import LoraConfig, add_lora, save_adapter
 from minivlm2vec.new_checkpoint import new_checkpoint
 from minivlm2vec.weights import load_model
+from tests.support.fuzzing import Found, peak_megabytes
 
 SECONDS = 20.0  # for one case, on a busy machine
 MEGABYTES = 400  # more than before
@@ -136,28 +134,6 @@ def uses(folder: Path) -> dict[str, Callable[[], Any]]:
         "fingerprint": lambda: (fingerprint(folder), fingerprint(folder / "adapter", adapter=True)),
         "embed": embed,
     }
-
-
-@dataclass
-class Found:
-    """What came of the cases."""
-
-    outcomes: Counter = field(default_factory=Counter)
-    failures: list[str] = field(default_factory=list)
-    slowest: tuple[float, int, str] = (0.0, -1, "")
-    before: int = field(default_factory=lambda: peak_megabytes())
-
-    def __str__(self) -> str:
-        seconds, number, name = self.slowest
-        return "\n".join((
-            *self.failures, *(f"{n:7,} {what}" for what, n in self.outcomes.most_common()),
-            f"slowest: {seconds:.2f} s, number {number} ({name}); peak memory {peak_megabytes():,} MB, "
-            f"{self.before:,} MB before; {len(self.failures)} failures",
-        ))  # fmt: skip
-
-
-def peak_megabytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
 def fuzz(

@@ -9,11 +9,8 @@ InputError may come out, within limits of time and memory for the pixels that ar
 import argparse
 import io
 import random
-import resource
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from unittest.mock import patch
 
 import numpy as np
@@ -23,6 +20,7 @@ from minivlm2vec import images
 from minivlm2vec.errors import InputError
 from minivlm2vec.html import thumbnail
 from minivlm2vec.image_files import FORMATS
+from tests.support.fuzzing import Found, peak_megabytes
 from tests.support.golden import synth_image
 
 PIXELS = 4_000_000  # of an image, as a caller may set them; a mutated header asks for more often enough
@@ -119,28 +117,6 @@ def uses(r: random.Random) -> dict[str, Callable[[bytes], object]]:
         images.to_rgb(images.open_image(image), exif_transpose=turn)
 
     return {"library": library, "page": lambda data: thumbnail(data, 64), "caller": opened_by_the_caller}
-
-
-@dataclass
-class Found:
-    """What came of the images."""
-
-    outcomes: Counter = field(default_factory=Counter)
-    failures: list[str] = field(default_factory=list)
-    slowest: tuple[float, int, str] = (0.0, -1, "")
-    before: int = field(default_factory=lambda: peak_megabytes())
-
-    def __str__(self) -> str:
-        seconds, number, name = self.slowest
-        return "\n".join((
-            *self.failures, *(f"{n:7,} {what}" for what, n in self.outcomes.most_common()),
-            f"slowest: {seconds:.2f} s, number {number} ({name}); peak memory {peak_megabytes():,} MB, "
-            f"{self.before:,} MB before; {len(self.failures)} failures",
-        ))  # fmt: skip
-
-
-def peak_megabytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
 def fuzz(
