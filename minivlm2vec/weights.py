@@ -125,7 +125,7 @@ def load_weights(
         _set(model, places[name], value)
         if value.is_floating_point():
             checks[name] = value.sum(dtype=torch.float32)  # NaN and infinities survive a sum
-    _begin_new(model, {name: t for name, t in tensors.items() if name not in plan}, device, dtype)
+    _begin_new(model, {name: t for name, t in tensors.items() if name not in plan}, places, device, dtype)
     _check_finite(model, checks)
     _check_tied(sources)
     _check_filled(model)
@@ -329,11 +329,16 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | buffers
 
 
-def _begin_new(model: nn.Module, new: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype) -> None:
-    """Fills what the checkpoint has no tensor for, by the modules' own `reset_parameters`."""
+def _begin_new(
+    model: nn.Module,
+    new: dict[str, Tensor],
+    places: dict[str, list[str]],
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> None:
+    """Fills what the checkpoint has no tensor for, by the modules' own `reset_parameters`. places: see `_places`."""
     if not new:
         return
-    places = _places(model)
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in new):
         module = model.get_submodule(owner)
         reset = getattr(module, "reset_parameters", None)
