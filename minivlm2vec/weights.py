@@ -33,6 +33,9 @@ from .checkpoint import (
     read_headers,
     tensor_bytes,
 )
+from .checkpoint import MINI as MINI  # these were here before, and scripts import them from here
+from .checkpoint import fingerprint as fingerprint
+from .checkpoint import resolve as resolve
 from .config import Parts, VLM2VecConfig, read_object
 from .errors import CheckpointError, Option, OptionError, some
 from .linear import Embedding, Linear
