@@ -5,8 +5,10 @@
 A row holds the right crop and not its box; the box is where the crop lies in the picture, found by its pixels.
 """
 
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,9 +32,7 @@ SETS = {  # of the four groups of the model card
 }
 GROUNDING = "grounding.json"
 ENOUGH = 0.5  # intersection over union, from which on a box counts as right
-SAME = (
-    250  # summed squared difference of a pixel's channels, in the mean, below which a crop is where it was cut (WebP)
-)
+SAME = 500  # mean squared difference of pixels (WebP is lossy), below which a crop was cut there; others exceed 1,000
 
 
 def measure_grounding(
@@ -73,6 +73,10 @@ def measure_grounding(
     measured = {"seconds": round(time.monotonic() - start), "device": str(embedder.device),
                 "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
     return {"sets": sets, "measured": measured}
+
+
+def write_grounding(path: Path, measured: dict[str, Any]) -> None:
+    path.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
 
 def read(images: Images, path: str) -> Image.Image:
