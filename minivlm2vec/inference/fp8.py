@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from minivlm2vec_kernels import ops
 
@@ -42,13 +43,26 @@ def _try_product(device: torch.device) -> None:
     """Some cards of a capability that would do are refused by some cuBLAS: PyTorch issue 192707."""
     x, scale = torch.ones(16, 16, device=device).to(torch.float8_e4m3fn), torch.ones(16, 1, device=device)
     try:
-        y = torch._scaled_mm(x, x.t(), scale, scale.t(), out_dtype=torch.bfloat16)
+        y = scaled_mm(x, x.t(), scale, scale.t(), None, torch.bfloat16)
         wrong = None if bool((y == 16).all()) else "the product of ones is not 16"
     except (RuntimeError, ValueError) as e:
         wrong = str(e)
     if wrong is not None:
         raise ValueError(f"precision 'fp8' does not work on {torch.cuda.get_device_name(device)} with torch "
                          f"{torch.__version__}: {wrong}")  # fmt: skip
+
+
+def scaled_mm(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """a [T, K] times b [K, N], both e4m3, times scale_a [T, 1] and scale_b [1, N], plus bias [N]. Returns [T, N].
+
+    By the operator that torch.compile and torchao use, which is private; where it is gone, by the public function.
+    """
+    if hasattr(torch, "_scaled_mm"):
+        return torch._scaled_mm(a, b, scale_a, scale_b, bias=bias, out_dtype=dtype)
+    by_row = F.ScalingType.RowWise
+    return F.scaled_mm(a, b, scale_a, by_row, scale_b, by_row, bias=bias, output_dtype=dtype)
 
 
 def takes_fp8(name: str, num_layers: int, keep: Sequence[str]) -> bool:
@@ -107,7 +121,7 @@ class Fp8Linear(InferenceOnly, nn.Linear):
     def _product(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:  # [..., K] -> [..., N]
         rows, row_scale = ops.quantize_rows(x.reshape(-1, self.in_features), backend=self.backend)
         if x.is_cuda:
-            y = torch._scaled_mm(rows, weight.t(), row_scale[:, None], scale[None], bias=bias, out_dtype=x.dtype)
+            y = scaled_mm(rows, weight.t(), row_scale[:, None], scale[None], bias, x.dtype)
         else:  # the same sums, to see what they cost in accuracy; torch 2.11's _scaled_mm wants one scale a matrix here
             y = rows.float() @ weight.float().t() * row_scale[:, None] * scale
             y = (y if bias is None else y + bias).to(x.dtype)
