@@ -87,7 +87,7 @@ def examined(case: Case, about: str, dtype: torch.dtype, options: Options) -> Ch
     """Runs one kernel and compares. Raises what the kernel raises."""
     _refuse(case, dtype, options)
     inputs = case.make(Maker(dtype))
-    own = [x.to(options.device, copy=True) if isinstance(x, Tensor) else x for x in inputs]
+    own = [x.clone().to(options.device) if isinstance(x, Tensor) else x for x in inputs]
     outputs = [y.detach().cpu() for y in _tuple(case.call(case.ours, *own))]
     truth = partial(case.truth or case.call, *(() if case.truth else (case.spec,)))
     exact = [y.detach() for y in _tuple(truth(*map(_wide, inputs)))]

@@ -147,12 +147,12 @@ def dtypes(device: torch.device) -> tuple[list[torch.dtype], dict[torch.dtype, s
 def computes(device: torch.device) -> str:
     """Empty where torch's own sums on the device are right; else what is wrong. Raises what torch raises."""
     numbers = torch.arange(1, 65, device=device)
-    if (total := int(numbers.sum())) != 2080:
+    if (total := numbers.sum().item()) != 2080:
         return f"1 + 2 + … + 64 is {total} on {device}, it should be 2080"
     for dtype in dtypes(device)[0]:
         ones = torch.ones(64, 64, dtype=dtype, device=device)
         product = (ones @ ones).float().cpu()
         if not bool((product == 64).all()):
             name = str(dtype).removeprefix("torch.")
-            return f"a product of ones in {name} is {float(product[0, 0]):g} on {device}, it should be 64"
+            return f"a product of ones in {name} is {product[0, 0].item():g} on {device}, it should be 64"
     return ""

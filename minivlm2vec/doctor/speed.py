@@ -158,8 +158,8 @@ class Bench:
         T = sequences * L
         q, k, v = self.randn(T, 3 * N * H).unflatten(1, (3, N, H)).unbind(1)
         cu = cumulated([L] * sequences).to(self.device)
-        padded = [x.unflatten(0, (sequences, L)).transpose(1, 2) for x in (q, k, v)]
-        ways: dict[str, Call] = {"SDPA": partial(F.scaled_dot_product_attention, *padded, is_causal=causal)}
+        a, b, c = (x.unflatten(0, (sequences, L)).transpose(1, 2) for x in (q, k, v))
+        ways: dict[str, Call] = {"SDPA": partial(F.scaled_dot_product_attention, a, b, c, is_causal=causal)}
         pairs = sequences * (L * (L + 1) // 2 if causal else L * L)
         ours = lambda: ops.attention(q, k, v, cu, L, causal=causal, backend=self.backend)  # noqa: E731
         return Work(ours, ways, 4 * H * N * pairs)

@@ -68,15 +68,16 @@ def planned(options: Options) -> list[Task]:
         wrong = machine.computes(device)
     except Exception as e:
         wrong, launches = anonymous(f"{type(e).__name__}: {e}"), False
-    tasks = [Task("kernels", "every kernel", "", kernels.spelled(dtype), partial(_not_run, why))
-             for dtype, why in without.items()]  # fmt: skip
-    tasks += kernels.tasks(options, dtypes, machine.capability(device))
+    tasks = [*kernels.tasks(options, dtypes, machine.capability(device))]
     tasks += model.tasks(options, dtypes)
     tasks += speed.tasks(options)
     if wrong:
         why = "torch is wrong on this device" if launches else "torch fails on this device"
         tasks = [unable(t, why, launches) for t in tasks]
-    return numbered([Task(*DEVICE, partial(_device_check, wrong), 'device="cpu"'), *tasks])
+    first = [Task(*DEVICE, partial(_device_check, wrong), 'device="cpu"')]
+    for dtype, why in without.items():
+        first.append(Task("kernels", "every kernel", "", kernels.spelled(dtype), partial(_not_run, why)))
+    return numbered(first + tasks)
 
 
 def _device_check(wrong: str) -> Check:
