@@ -18,6 +18,7 @@ from PIL import Image
 
 from .batch import Grid, PackedBatch, cumulative, num_image_tokens
 from .config import CLIP_MEAN, CLIP_STD, VLM2VecConfig, only, read_object, shown
+from .encode_arguments import image_instead
 from .errors import CheckpointError, InputError, at_least_one
 from .images import hd_size, image_crops, image_name, image_size, open_image
 from .tokenizer import Tokenizer
@@ -287,6 +288,7 @@ def _text_and_images(item: Any) -> tuple[str | None, tuple[Any, ...]]:
     if not isinstance(item, Mapping):
         raise InputError(
             f"an input is a text, a PIL image, or a dict with 'text' and 'image' or 'images', got {type(item).__name__}"
+            + (f"; {instead}" if (instead := image_instead(item)) else "")
         )
     unknown = set(item) - {"text", "image", "images"}
     if unknown:

@@ -251,8 +251,8 @@ def test_metrics(url):
     grown = {name: after[name] - before.get(name, 0) for name in after}
     assert grown["minivlm2vec_inputs_total"] == 2
     assert grown["minivlm2vec_tokens_total"] == 5 + 3  # bytes, "▁" and BOS
-    assert grown['minivlm2vec_requests_total{status="200"}'] == 1
-    assert grown['minivlm2vec_requests_total{status="400"}'] == 1
+    assert grown['minivlm2vec_requests_total{path="/v1/embeddings",status="200"}'] == 1
+    assert grown['minivlm2vec_requests_total{path="/v1/embeddings",status="400"}'] == 1
     assert grown["minivlm2vec_request_seconds_count"] == grown["minivlm2vec_batch_seconds_count"] == 1
     assert grown["minivlm2vec_queue_seconds_count"] == 2
     assert after["minivlm2vec_queue_inputs"] == after["minivlm2vec_queue_tokens"] == 0
@@ -353,6 +353,8 @@ def test_a_system_message_is_the_instruction_in_front(url, embedder):
     many = post(url, messages=[SYSTEM + messages for messages, _ in cases])
     close(many.vectors, embedder.encode([item for _, item in cases]))
     close(post(url, messages=SYSTEM).vectors, embedder.encode(["Be brief."]))  # alone it is the text
+    picture_of_the_assistant = [{"role": "assistant", "content": user(a)[0]["content"]}]  # is never dropped
+    refused(post(url, messages=user("t") + picture_of_the_assistant), 400, "messages", "invalid_value")
     silent = [{"role": "system", "content": ""}]
     close(post(url, messages=silent + user(a, "t")).vectors, post(url, messages=user(a, "t")).vectors)
 
