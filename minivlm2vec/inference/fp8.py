@@ -14,6 +14,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from minivlm2vec_kernels import ops
 
@@ -47,13 +48,33 @@ def _try_product(device: torch.device) -> None:
     """Some cards of a capability that would do are refused by some cuBLAS: PyTorch issue 192707."""
     x, scale = torch.ones(16, 16, device=device).to(torch.float8_e4m3fn), torch.ones(16, 1, device=device)
     try:
-        y = torch._scaled_mm(x, x.t(), scale, scale.t(), out_dtype=torch.bfloat16)
+        y = scaled_mm(x, x.t(), scale, scale.t(), None, torch.bfloat16)
         wrong = None if bool((y == 16).all()) else "the product of ones is not 16"
     except (RuntimeError, ValueError) as e:
         wrong = str(e)
     if wrong is not None:
         raise ValueError(f"precision 'fp8' does not work on {torch.cuda.get_device_name(device)} with torch "
                          f"{torch.__version__}: {wrong}")  # fmt: skip
+
+
+def scaled_mm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    fast_accum: bool = False,
+) -> Tensor:
+    """a [T, K] times b [K, N], both e4m3, times scale_a [T, 1] and scale_b [1, N], plus bias [N]. Returns [T, N].
+
+    By the operator that torch.compile and torchao use, which is private; where it is gone, by the public function.
+    """
+    if hasattr(torch, "_scaled_mm"):
+        return torch._scaled_mm(a, b, scale_a, scale_b, bias=bias, out_dtype=dtype, use_fast_accum=fast_accum)
+    by_row = F.ScalingType.RowWise
+    return F.scaled_mm(a, b, scale_a, by_row, scale_b, by_row, bias=bias, output_dtype=dtype, use_fast_accum=fast_accum)
 
 
 def takes_fp8(name: str, num_layers: int, keep: Sequence[str]) -> bool:
@@ -124,10 +145,7 @@ class Fp8Linear(InferenceOnly, nn.Linear):
         self, x: QuantizedRows, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:  # [R, K] -> [R, N]
         if x.q.is_cuda:
-            return torch._scaled_mm(
-                x.q, weight.t(), x.scale[:, None], scale[None],
-                bias=bias, out_dtype=dtype, use_fast_accum=self.fast_accum,
-            )  # fmt: skip
+            return scaled_mm(x.q, weight.t(), x.scale[:, None], scale[None], bias, dtype, fast_accum=self.fast_accum)
         # the same sums, to see what they cost in accuracy; torch 2.11's _scaled_mm wants one scale a matrix here
         y = x.q.float() @ weight.float().t() * x.scale[:, None] * scale
         return (y if bias is None else y + bias).to(dtype)

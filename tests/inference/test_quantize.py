@@ -171,7 +171,7 @@ def pretend_card(monkeypatch, product) -> None:
 
 
 def test_a_product_is_tried_before_anything_is_converted(monkeypatch):
-    def right(a, b, scale_a, scale_b, out_dtype):
+    def right(a, b, scale_a, scale_b, bias, out_dtype, use_fast_accum):
         assert scale_a.shape == (16, 1) and scale_b.shape == (1, 16)
         return (a.float() @ b.float() * scale_a * scale_b).to(out_dtype)
 
