@@ -278,6 +278,9 @@ def _explain(error: ValidationError, data: dict) -> APIError:
     if first["type"] == "missing":
         return bad_request(f"missing field: {param}", param, "missing_required_parameter")
     message = first["msg"]
+    if first["type"] == "union_tag_invalid":  # {tag}, {expected_tags}: pydantic's own sentence is about its unions
+        tag, expected = (_printable(str(error.errors()[0]["ctx"][key])) for key in ("tag", "expected_tags"))
+        return bad_request(f"{param}.type is '{tag}'; it is one of {expected}", param, "invalid_value")
     if first["type"] == "too_many_fields":
         return bad_request(f"{param}: {message}" if param else message, param or None, "unknown_parameter")
     return bad_request(f"{param}: {message}", param, "invalid_type" if "type" in first["type"] else "invalid_value")
