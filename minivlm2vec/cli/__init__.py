@@ -14,6 +14,7 @@ from . import (
     answer,
     classify,
     demo,
+    doctor,
     embed,
     ground,
     info,
@@ -29,6 +30,7 @@ from .messages import say
 
 COMMANDS = {
     "demo": (demo, "see what it does, with the bundled model and pictures"),
+    "doctor": (doctor, "examine this machine: is everything right, and how fast"),
     "classify": (classify, "the nearest labels of images"),
     "answer": (answer, "the choice that answers a question about an image"),
     "rank": (rank, "targets by their nearness to a query"),

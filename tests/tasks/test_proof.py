@@ -128,8 +128,8 @@ def test_the_card_shows_the_measured_grounding():
     measured = json.loads((MINI.parent / "checkpoint" / "grounding.json").read_text())
     card = (MINI.parent / "checkpoint" / "README.md").read_text()
     assert list(measured["sets"]) == list(SETS)
-    for one in measured["sets"].values():
-        assert one["found"]["mean"] > 2 * one["chance"]
+    for name, one in measured["sets"].items():
+        assert one["found"]["mean"] > (10 if name.startswith("Seen") else 1) * one["chance"]
         assert f"| {one['chance']:.1f} | {one['reachable']:.1f} | {one['iou']:.2f} |" in card
 
 

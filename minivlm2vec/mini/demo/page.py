@@ -116,10 +116,10 @@ def _grounded(found: Grounding) -> str:
     found.draw().save(buffer, "PNG")
     picture = f'<img src="{data_uri(buffer.getvalue(), "image/png")}" alt="{escape(found.text)}" decoding="async">'
     told = f"the nearest of {found.crops} windows over the picture, score {found.score:.2f}"
+    figure = f'<figure class="grounded">{picture}<figcaption><b>{escape(found.text)}</b> {told}</figcaption></figure>'
     return (
-        "<section><h2>Image + name → box</h2><p>No boxes are given: windows of several sizes and shapes are embedded, and "
-        "the best ones refined (<code>minivlm2vec ground</code>).</p>\n"
-        f'<figure class="grounded">{picture}<figcaption><b>{escape(found.text)}</b> {told}</figcaption></figure></section>\n'
+        "<section><h2>Image + name → box</h2><p>Without boxes: windows of several sizes and shapes are embedded, and "
+        f"the best ones refined (<code>minivlm2vec ground</code>).</p>\n{figure}</section>\n"
     )
 
 
