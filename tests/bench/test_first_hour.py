@@ -61,7 +61,11 @@ def python(code: str) -> tuple[str, ...]:
 
 def test_it_goes_on_where_it_ended(tmp_path, capsys):
     """A step that does not fit waits; one that fails is named, and the rest goes on; nothing is done twice."""
-    todo = [Step("one", python("print('1')")), Step("two", python("raise SystemExit(2)")), Step("three", python("0"), 1e6)]
+    todo = [
+        Step("one", python("print('1')")),
+        Step("two", python("raise SystemExit(2)")),
+        Step("three", python("0"), 1e6),
+    ]
     state = State(tmp_path / "s.json")
     now = first_hour.time.monotonic()
     assert work(todo, state, now + 1000) == MORE
@@ -89,5 +93,3 @@ def test_the_order(tmp_path, capsys):
     with pytest.raises(SystemExit):
         first_hour.main(["--results", str(tmp_path), "--again", "lunch"])
     assert "no step is called lunch" in capsys.readouterr().err
-
-
