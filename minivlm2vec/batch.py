@@ -1,12 +1,17 @@
 """PackedBatch: the one type between processor and model."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+try:
+    from torch.utils import _pytree as pytree
+except ImportError:  # no release has to keep it
+    pytree = None  # type: ignore[assignment]
 
 Grid = tuple[int, int]
 Batch = TypeVar("Batch", bound="PackedBatch")
@@ -109,8 +114,11 @@ def _unflatten(leaves: Iterable[Any], grids: tuple[Grid, ...]) -> PackedBatch:
 
 
 torch.serialization.add_safe_globals([PackedBatch])  # torch.export.load reads the example that a program was made with
-pytree.register_pytree_node(
-    PackedBatch, _flatten, _unflatten, flatten_with_keys_fn=_flatten_with_keys,
-    serialized_type_name="minivlm2vec.PackedBatch", to_dumpable_context=list,
-    from_dumpable_context=lambda grids: tuple(map(tuple, grids)),
-)  # fmt: skip
+if pytree is None:
+    warnings.warn(f"torch {torch.__version__} has no torch.utils._pytree: torch.export takes no batch", stacklevel=2)
+else:
+    pytree.register_pytree_node(
+        PackedBatch, _flatten, _unflatten, flatten_with_keys_fn=_flatten_with_keys,
+        serialized_type_name="minivlm2vec.PackedBatch", to_dumpable_context=list,
+        from_dumpable_context=lambda grids: tuple(map(tuple, grids)),
+    )  # fmt: skip

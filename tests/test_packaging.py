@@ -95,7 +95,7 @@ def test_what_the_wheel_says_about_itself(wheel):
     assert sorted(Path(f).name for f in said.get_all("License-File")) == sorted(LICENSES)
     assert said["Author"] and said.get_all("Project-URL")
     pythons = {c.split(" :: ")[-1] for c in said.get_all("Classifier") if c.startswith("Programming Language")}
-    assert {"3.10", "3.11", "3.12", "3.13"} <= pythons
+    assert {"3.10", "3.11", "3.12", "3.13", "3.14"} <= pythons
     packed = {n.split("/licenses/", 1)[1] for n in wheel.namelist() if ".dist-info/licenses/" in n}
     assert {Path(n).name for n in packed} == LICENSES
 

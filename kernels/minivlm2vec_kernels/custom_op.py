@@ -7,6 +7,9 @@ from typing import ParamSpec, Protocol, TypeVar, cast
 import torch
 from torch.library import CustomOpDef
 
+# Of the ops of this copy of the package: copies that are loaded under other names (hub.py) keep apart.
+NAMESPACE = "minivlm2vec" if __package__ == "minivlm2vec_kernels" else __package__
+
 P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)
 
@@ -22,7 +25,7 @@ class CompiledAsOp(Protocol[P, R_co]):
 def compiled_as_op(
     fake: Callable[P, R_co], *, mutates_args: Sequence[str] = (), name: str | None = None
 ) -> Callable[[Callable[P, R_co]], CompiledAsOp[P, R_co]]:
-    """Decorator: the function as it is when called eagerly, the custom op minivlm2vec::name under torch.compile.
+    """Decorator: the function as it is when called eagerly, the custom op NAMESPACE::name under torch.compile.
 
     The op keeps the compiler out of the function (no graph break, nothing specialised on sizes) and declares
     which arguments are written; `fake` gives the outputs' shapes. Eager calls skip the dispatcher, whose
@@ -31,7 +34,7 @@ def compiled_as_op(
 
     def decorate(function: Callable[P, R_co]) -> CompiledAsOp[P, R_co]:
         op = torch.library.custom_op(
-            f"minivlm2vec::{name or function.__name__}", function, mutates_args=tuple(mutates_args)
+            f"{NAMESPACE}::{name or function.__name__}", function, mutates_args=tuple(mutates_args)
         )
         op.register_fake(fake)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .custom_op import compiled_as_op
+from .custom_op import NAMESPACE, compiled_as_op
 from .reference import (
     add_rms_norm,
     image_patches,
@@ -16,6 +16,7 @@ from .reference import (
     pool_last_token,
     quantize_rows,
     rms_norm,
+    rms_norm_quantize,
     rope,
     silu_mul,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "quantize_rows",
     "quick_gelu",
     "rms_norm",
+    "rms_norm_quantize",
     "rope",
     "rope_",
     "silu_mul",
@@ -133,7 +135,7 @@ def _by_products(
     return torch.cat(parts).transpose(1, 2).flatten(0, 1)
 
 
-@torch.library.custom_op("minivlm2vec::torch_attention_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::torch_attention_backward", mutates_args=())
 def _attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float | None,
     cu_seqlens_q: Tensor | None,

@@ -8,7 +8,9 @@ and between them the activations leave holes: 2,000 calls with texts of all leng
 few numbers (`padding`) where that costs no more than compiling, and the caches are made smaller (`bound_caches`).
 """
 
+import functools
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -27,10 +29,34 @@ WORTH = 32  # a product that takes so many times as long is compiled: copying it
 
 
 def can_prepack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch has oneDNN's packed product for a device and dtype."""
+    """Whether this torch has oneDNN's packed product for a device and dtype. Warns once where it ought to and has not:
+    the operators are torch's own, and no release has to keep them."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype in (torch.float32, torch.bfloat16) and _works(dtype)
+
+
+@functools.cache
+def _works(dtype: torch.dtype) -> bool:
+    bound_caches()
+    x, weight, bias = torch.eye(4, 8, dtype=dtype), torch.ones(16, 8, dtype=dtype), torch.ones(16, dtype=dtype)
+    try:
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        with torch.no_grad():
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+            y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+            z = torch.ops.mkldnn._linear_pointwise.binary(x, torch.ones_like(y), packed, bias, "add")
+        wrong = None if bool((y == 2).all() and (z == 3).all()) else "the product of ones is wrong"
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError) as e:
+        wrong = str(e).partition("\n")[0]
+    if wrong is not None:
+        warnings.warn(
+            f"torch {torch.__version__} does not multiply by packed weights as earlier ones do ({wrong}): linear "
+            "layers stay as they are, with the same vectors, later",
+            stacklevel=2,
+        )
+    return wrong is None
 
 
 def prepack(layer: nn.Linear, backend: str | None, parts: tuple[int, ...] = ()) -> None:
