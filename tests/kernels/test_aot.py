@@ -70,28 +70,6 @@ def test_problems_are_named(change, complaint):
     assert complaint is None or any(complaint in f for f in found)
 
 
-def instructions(*arguments: str) -> list[dict[str, int]]:
-    """Of each configuration, as tests/kernels/aot/instructions.py counts them."""
-    command = [sys.executable, "-m", "tests.kernels.aot.instructions", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=compiling_environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def test_a_sigmoid_is_two_special_functions_and_no_division():
-    """In products' epilogues, which nothing hides: division would bring a reciprocal and its care for denormals."""
-    (found,) = instructions("linear_quick_gelu", "--config", "pointer 64x64x32", "--arch", "90")
-    elements = 64 * 64 // 128  # a thread
-    assert found["MUFU.EX2"] == found["MUFU.RSQ"] == elements
-    assert found.get("MUFU.RCP", 0) < elements and found.get("FSETP", 0) < elements and "FCHK" not in found
-
-
-def test_rows_are_quantised_by_one_division_a_row():
-    (found,) = instructions("quantize_rows", "--config", "K3072", "--arch", "90")
-    elements = 4096 // 128  # a thread; a program takes one row
-    assert found["FCHK"] <= 2 and found["FMUL"] >= elements  # its scale, and what that is the reciprocal of
-
-
 @pytest.mark.parametrize(
     ("registers", "shared", "warps", "blocks"),
     [
@@ -126,3 +104,25 @@ def test_dots_chained_through_a_loop_carried_accumulator_are_found():
     command = [sys.executable, "-m", "tests.kernels.aot.chained_example"]
     done = subprocess.run(command, cwd=ROOT, env=compiling_environment(), capture_output=True, text=True)
     assert done.stdout.split() == ["1", "0"], done.stderr
+
+
+def instructions(*arguments: str) -> list[dict[str, int]]:
+    """Of each configuration, as tests/kernels/aot/instructions.py counts them."""
+    command = [sys.executable, "-m", "tests.kernels.aot.instructions", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=compiling_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_sigmoid_is_two_special_functions_and_no_division():
+    """In products' epilogues, which nothing hides: division would bring a reciprocal and its care for denormals."""
+    (found,) = instructions("linear_quick_gelu", "--config", "pointer 64x64x32", "--arch", "90")
+    elements = 64 * 64 // 128  # a thread
+    assert found["MUFU.EX2"] == found["MUFU.RSQ"] == elements
+    assert found.get("MUFU.RCP", 0) < elements and found.get("FSETP", 0) < elements and "FCHK" not in found
+
+
+def test_rows_are_quantised_by_one_division_a_row():
+    (found,) = instructions("quantize_rows", "--config", "K3072", "--arch", "90")
+    elements = 4096 // 128  # a thread; a program takes one row
+    assert found["FCHK"] <= 2 and found["FMUL"] >= elements  # its scale, and what that is the reciprocal of
