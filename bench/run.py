@@ -50,7 +50,7 @@ def main() -> int:
 
 def bench_names() -> list[str]:
     found = (m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]))
-    own_commands = {"bench_encode", "bench_load"}  # of whole programs on a CPU
+    own_commands = {"bench_encode", "bench_launch", "bench_load"}  # of whole programs on a CPU
     return sorted(x.removeprefix("bench_") for x in found if x.startswith("bench_") and x not in own_commands)
 
 

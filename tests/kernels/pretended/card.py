@@ -35,10 +35,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import _allocation
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tests.kernels.aot.cards import LIMITS
+
 aten = torch.ops.aten
 
 H100 = {"name": "NVIDIA H100 (pretended)", "multi_processor_count": 132, "total_memory": 80 << 30}
-SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that a program may have, by capability
+SHARED_MEMORY = {arch: limits.shared_block for arch, limits in LIMITS.items()}  # bytes of a program, by capability
 RANDOM = {getattr(aten, name).default for name in ("uniform_", "normal_", "random_")}
 LARGEST_GRID = (2**31 - 1, 65_535, 65_535)
 
