@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import cards
 from .attention_triton import (
     LOG2_E,
     Tile,
@@ -232,10 +233,14 @@ TILES = {
 FP32_TILE = Tile(16, 16, 8, 1)  # dots without tensor cores
 
 
-def choose_backward_tile(pass_: str, H: int, dtype: torch.dtype) -> Tile:
+SMALL_TILES = {96: Tile(32, 32, 4, 1), 192: Tile(16, 32, 4, 1)}  # of both, for programs that have 64 KB
+
+
+def choose_backward_tile(pass_: str, H: int, dtype: torch.dtype, small: bool = False) -> Tile:
     if dtype == torch.float32:
         return FP32_TILE
-    return next(tile for widest, tile in TILES[pass_].items() if widest >= H)
+    tiles = SMALL_TILES if small else TILES[pass_]
+    return next(tile for widest, tile in tiles.items() if widest >= H)
 
 
 # ---------------------------------------------------------------------------------------------------- their launchers
@@ -279,7 +284,8 @@ def attention_backward(
     """
     if cu_seqlens_q is None or max_seqlen_q is None:
         cu_seqlens_q, max_seqlen_q = cu_seqlens, max_seqlen
-    tiles = [choose_backward_tile(pass_, q.shape[2], q.dtype) for pass_ in ("dq", "dkv")]
+    small = q.is_cuda and cards.card(q.get_device()).small
+    tiles = [choose_backward_tile(pass_, q.shape[2], q.dtype, small) for pass_ in ("dq", "dkv")]
     return launch_backward(dout, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q,
                            causal, scale, *tiles)  # fmt: skip
 

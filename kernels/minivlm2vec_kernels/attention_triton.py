@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import cards
 from .custom_op import compiled_as_op
 from .launch import on_device_of
 
@@ -238,6 +239,20 @@ def choose_tile(max_seqlen_q: int, max_seqlen_k: int, causal: bool, tma: bool, d
     return next(tile for (q, k), tile in rows if max_seqlen_q <= q and max_seqlen_k <= k)
 
 
+# The widest head dim, and as TILES: for programs that have 64 KB, of which sm_75 takes both operands of every product.
+SMALL_TILES = {
+    128: {(32, 32): Tile(32, 32, 2, 1), (16, ANY): Tile(16, 64, 4, 2), (ANY, ANY): Tile(64, 32, 4, 2)},
+    192: {(32, 32): Tile(32, 32, 2, 1), (16, ANY): Tile(16, 64, 4, 2), (ANY, ANY): Tile(32, 32, 4, 2)},
+}
+
+
+def choose_small_tile(H: int, max_seqlen_q: int, max_seqlen_k: int, dtype: torch.dtype) -> Tile:
+    if dtype == torch.float32:
+        return FP32_TILE
+    rows = next(rows for widest, rows in SMALL_TILES.items() if widest >= H)
+    return next(tile for (q, k), tile in rows.items() if max_seqlen_q <= q and max_seqlen_k <= k)
+
+
 def split_head_dim(H: int) -> tuple[int, int]:
     """H as one power of two of at least 16, or as the sum of two: 64 -> (64, 0), 96 -> (64, 32)."""
     H0 = 1 << (H.bit_length() - 1)
@@ -301,6 +316,8 @@ def tile_for(
     q: Tensor, k: Tensor, v: Tensor, num_sequences: int, max_seqlen: int, max_seqlen_q: int, causal: bool
 ) -> Tile:
     """The tile of a call, one without descriptors where those would not fit."""
+    if q.is_cuda and cards.card(q.get_device()).small:
+        return choose_small_tile(q.shape[2], max_seqlen_q, max_seqlen, q.dtype)
     tile = choose_tile(max_seqlen_q, max_seqlen, causal, supports_tma(q, k, v), q.dtype)
     programs = num_sequences * q.shape[1] * triton.cdiv(max_seqlen_q, tile.BM)
     if tile.tma and programs > MOST_DESCRIBED:
@@ -309,11 +326,8 @@ def tile_for(
 
 
 def supports_tma(*tensors: Tensor) -> bool:
-    """Descriptors are used on NVIDIA's sm_90 (AMD's capabilities are other numbers, an MI300's 9.4), for 16-bit tensors
-    whose every row of every head is 16-byte aligned."""
-    if not tensors[0].is_cuda or torch.version.hip is not None:
-        return False
-    if torch.cuda.get_device_capability(tensors[0].device)[0] != 9:
+    """Descriptors are used on NVIDIA's sm_90, for 16-bit tensors whose every row of every head is 16-byte aligned."""
+    if not tensors[0].is_cuda or cards.card(tensors[0].get_device()).name != "sm_90":
         return False
     return all(is_aligned(t) for t in tensors)
 

@@ -20,7 +20,7 @@ def _spec(kernel: str, tiles: Tiles, tma: bool, in_use: bool) -> Spec:
     types = {name: f"tensordesc<bf16[{r}, {c}]>" if tma else "*bf16" for name, (r, c) in blocks.items()}
     types |= {"bias": "*bf16", "N": "i32"} if kernel == "quick_gelu" else {"F": "i32"}
     types |= dict.fromkeys(("M", "K", "stride_x", "stride_weight"), "i32")
-    constants = {"BM": t.BM, "BN": t.BN, "BK": t.BK, "GROUP": t.GROUP, "TMA": tma, "PRECISION": "tf32"}
+    constants = {"BM": t.BM, "BN": t.BN, "BK": t.BK, "GROUP": t.GROUP, "TMA": tma, "PRECISION": "ieee"}
     return Spec(
         f"linear_triton.{KERNELS[kernel]}",
         f"{'tma' if tma else 'pointer'} {t.BM}x{t.BN}x{t.BK} w{t.warps} s{t.stages} r{t.resident}",
