@@ -1,4 +1,4 @@
-"""quantize_rows at the widths of the decoder's matrices."""
+"""quantize_rows at the widths of the decoder's matrices; with the norm before it in one kernel, and in two."""
 
 from collections.abc import Iterator
 
@@ -8,6 +8,8 @@ from bench.common import Case, Work, compiled
 from bench.shapes import FF, D, decoder_rows, dtype_of, randn
 from minivlm2vec_kernels import ops, torch_ops
 
+EPS = 1e-5
+
 
 def cases(device: torch.device) -> Iterator[Case]:
     for rows in decoder_rows(device):
@@ -15,6 +17,9 @@ def cases(device: torch.device) -> Iterator[Case]:
             dtype = dtype_of(device)
             size = rows * (width * (dtype.itemsize + 1) + 4)
             yield Case("quantize_rows", f"{rows} x {width}", dtype, 0, size, lambda r=rows, w=width: work(r, w, device))
+        dtype = dtype_of(device)
+        size = rows * (D * (dtype.itemsize + 1) + 4) + D * dtype.itemsize
+        yield Case("rms_norm_quantize", f"{rows} x {D}", dtype, 0, size, lambda r=rows: norm_work(r, D, device))
 
 
 def work(rows: int, width: int, device: torch.device) -> Work:
@@ -25,3 +30,16 @@ def work(rows: int, width: int, device: torch.device) -> Work:
         providers["triton"] = lambda: ops.quantize_rows(x, backend="triton")
         providers["torch.compile"] = lambda: function(x)
     return Work(providers, lambda: torch_ops.quantize_rows(x.float()))
+
+
+def norm_work(rows: int, width: int, device: torch.device) -> Work:
+    x, weight = randn(rows, width, device=device), randn(width, device=device)
+    providers = {"torch": lambda: torch_ops.rms_norm_quantize(x, weight, EPS)}
+    if device.type == "cuda":
+        function = compiled(torch_ops.rms_norm_quantize)
+        providers["triton"] = lambda: ops.rms_norm_quantize(x, weight, EPS, backend="triton")
+        providers["two kernels"] = lambda: ops.quantize_rows(
+            ops.rms_norm(x, weight, EPS, backend="triton"), backend="triton"
+        )
+        providers["torch.compile"] = lambda: function(x, weight, EPS)
+    return Work(providers, lambda: torch_ops.rms_norm_quantize(x.float(), weight.float(), EPS))

@@ -7,11 +7,8 @@ timed: no time is reported for an output whose error against float32 is more tha
 """
 
 import csv
-import datetime
 import functools
-import platform
 import re
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,12 +19,16 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
+from bench.machine import Clock, describe_machine
+
 RESULTS = Path(__file__).with_name("results")
 OURS, REFERENCE = "triton", "torch"
+SHOWN = {REFERENCE: "reference"}  # what the csv calls it: attention's reads lengths back from the card, so no rival
 WARM_UPS, REPETITIONS, SECONDS = 25, 100, 1.0  # of each provider: so many runs, or so many seconds of them
 FEWEST = 10  # runs that a median, a 10th and a 90th percentile need in any case
 FLUSH_BYTES = 256 << 20  # several times the L2 of any card
-SLEEP_CYCLES = 200_000  # about 0.1 ms
+SLEEP_CYCLES = 1_000_000  # about 0.5 ms: as long as the host takes to queue a run of some forty launches
+SHORT, LAUNCHES = 0.02, 10  # ms; of what is shorter so many calls share a pair of events
 
 Outputs = Tensor | tuple[Tensor, ...]
 Provider = Callable[[], Outputs]
@@ -66,7 +67,7 @@ class Row:
     triton: str
     cudnn: str
     commit: str
-    sm_mhz: str  # at the end of the case
+    sm_mhz: str  # median while the case was timed
     kernel: str
     case: str
     dtype: str
@@ -79,7 +80,7 @@ class Row:
     pct_matmul: float | str
     gbs: float
     pct_copy: float | str
-    ratio: float | str  # time of the best other provider / time of this one
+    ratio: float | str  # time of the best other provider / time of this one; the reference where there is no other
     peak_mib: float | str  # allocated during a run, beyond what was there before
     error: float  # largest absolute error against float32
     error_torch: float  # of the reference
@@ -88,6 +89,8 @@ class Row:
     tokens_s: float | str = ""
     images_s: float | str = ""
     crops_s: float | str = ""
+    launches: int = 1  # calls in each run, of whose time `ms` is one's share
+    sm_mhz_min: str = ""  # the lowest clock while the case was timed
 
 
 class Session:
@@ -114,20 +117,26 @@ class Session:
         errors = (case.check or check)(work, case)
         providers = {name: work.providers[name] for name in errors if errors[name][1]}
         memory = {name: peak_memory(fn, self.device) for name, fn in providers.items()}
-        times = time_interleaved(providers, self.device, flush=case.memory_bound, warm_ups=case.warm_ups)
-        clock = sm_clock() if self.device.type == "cuda" else ""
+        launches = launches_a_run(providers, self.device)
+        with Clock(self.device) as clock:
+            times = time_interleaved(
+                providers, self.device, flush=case.memory_bound, warm_ups=case.warm_ups, launches=launches
+            )
         medians = {name: percentile(t, 50) for name, t in times.items()}
         rows = []
         for name, t in times.items():
-            others = [ms for other, ms in medians.items() if other != name]
+            others = [ms for other, ms in medians.items() if other not in (name, REFERENCE)]
+            others = others or [ms for other, ms in medians.items() if other != name]
             rows.append(
                 Row(
                     **self.machine,
-                    sm_mhz=clock,
+                    sm_mhz=clock.median(),
+                    sm_mhz_min=clock.lowest(),
+                    launches=launches,
                     kernel=case.kernel,
                     case=case.name,
                     dtype=str(case.dtype).removeprefix("torch."),
-                    provider=name,
+                    provider=SHOWN.get(name, name),
                     ms=medians[name],
                     ms_p10=percentile(t, 10),
                     ms_p90=percentile(t, 90),
@@ -263,9 +272,15 @@ def backward(op: Callable[..., Outputs], tensors: Sequence[Tensor], seeds: Seque
 
 
 def time_interleaved(
-    providers: dict[str, Provider], device: torch.device, *, flush: bool, warm_ups: int | None = None
+    providers: dict[str, Provider],
+    device: torch.device,
+    *,
+    flush: bool,
+    warm_ups: int | None = None,
+    launches: int = 1,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each run of each provider, by turns, so that drifting clocks hit all alike."""
+    """Milliseconds of each run of each provider, by turns, so that drifting clocks hit all alike. launches: calls that
+    share a run, whose time is divided by them."""
     timer = cuda_timer(device, flush) if device.type == "cuda" else cpu_time
     for _ in range((warm_ups or WARM_UPS) if device.type == "cuda" else 1):
         for provider in providers.values():
@@ -273,7 +288,7 @@ def time_interleaved(
     times: dict[str, list[float]] = {name: [] for name in providers}
     start = time.monotonic()
     for run in range(REPETITIONS):
-        pending = {name: timer(provider) for name, provider in providers.items()}
+        pending = {name: timer(provider, launches) for name, provider in providers.items()}
         for name, read in pending.items():
             times[name].append(read())
         if run + 1 >= FEWEST and time.monotonic() - start > SECONDS * len(providers):
@@ -281,32 +296,47 @@ def time_interleaved(
     return times
 
 
-def cuda_timer(device: torch.device, flush: bool) -> Callable[[Provider], Callable[[], float]]:
-    """A function that queues one timed run and returns a function that waits for its time."""
-    buffer = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+def launches_a_run(providers: dict[str, Provider], device: torch.device) -> int:
+    """How many calls share a pair of events: LAUNCHES where one of the providers takes less than SHORT ms, as events
+    are read to 0.5 us and what lies between two is some 2 us. All but the first of them find L2 as they left it."""
+    if device.type != "cuda":
+        return 1
+    timer = cuda_timer(device, flush=False)
+    for provider in providers.values():
+        provider()  # compiled by then
+    fastest = min((min(timer(p)() for _ in range(3)) for p in providers.values()), default=SHORT)
+    return LAUNCHES if fastest < SHORT else 1
 
-    def queue(provider: Provider) -> Callable[[], float]:
+
+def cuda_timer(device: torch.device, flush: bool) -> Callable[..., Callable[[], float]]:
+    """A function that queues one timed run of so many calls and returns a function that waits for a call's time."""
+    written, read_after = (torch.zeros(FLUSH_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
+
+    def queue(provider: Provider, calls: int = 1) -> Callable[[], float]:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         if flush:
-            buffer.zero_()  # out go the inputs from L2
+            written.zero_()  # out go the inputs from L2, which is now full of lines that have to be written back
+            read_after.view(torch.int64).sum()  # they are, before the run: what is read takes their place
         torch.cuda._sleep(SLEEP_CYCLES)  # meanwhile the host queues the run: its own time must not show
         start.record()
-        provider()
+        for _ in range(calls):
+            provider()
         end.record()
 
         def read() -> float:
             end.synchronize()
-            return start.elapsed_time(end)
+            return start.elapsed_time(end) / calls
 
         return read
 
     return queue
 
 
-def cpu_time(provider: Provider) -> Callable[[], float]:
+def cpu_time(provider: Provider, calls: int = 1) -> Callable[[], float]:
     start = time.perf_counter()
-    provider()
-    ms = (time.perf_counter() - start) * 1e3
+    for _ in range(calls):
+        provider()
+    ms = (time.perf_counter() - start) * 1e3 / calls
     return lambda: ms
 
 
@@ -340,50 +370,6 @@ def peaks(device: torch.device) -> tuple[float, float] | None:
 
 
 # Writing down
-
-
-def describe_machine(device: torch.device) -> dict[str, str]:
-    cuda = device.type == "cuda"
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
-        "gpu": torch.cuda.get_device_name(device) if cuda else f"CPU {platform.machine()}",
-        "driver": nvidia_smi("driver_version") if cuda else "",
-        "torch": torch.__version__,
-        "triton": triton_version(),
-        "cudnn": str(torch.backends.cudnn.version() or "") if cuda else "",
-        "commit": commit(),
-    }
-
-
-def triton_version() -> str:
-    try:
-        import triton
-    except ImportError:
-        return ""
-    return triton.__version__
-
-
-def commit() -> str:
-    """Of the working tree, with a + if it has changes; empty outside git."""
-    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip()
-
-
-def nvidia_smi(query: str) -> str:
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
-
-
-def sm_clock() -> str:
-    return nvidia_smi("clocks.sm")
 
 
 def print_rows(rows: list[Row]) -> None:

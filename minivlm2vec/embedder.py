@@ -1,10 +1,9 @@
 """Embedder: what most users need. From a checkpoint and any mix of text and images to vectors."""
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, TypeVar, overload
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -14,18 +13,23 @@ from torch import Tensor
 from minivlm2vec_kernels.ops import BACKENDS
 
 from . import prompts
+from . import similarity as cosine
 from .batch import PackedBatch
 from .checkpoint import ADAPTER_CONFIG, log, resolve
 from .config import VLM2VecConfig
+from .encode_arguments import EncodeOptions, Inputs, one_or_many, translated
 from .errors import InputError, Option, OptionError, at_least_one
 from .inference import FusedVLM2Vec, check_options, origin
 from .inference import optimize as optimized
 from .lora import merge_adapter, with_adapters_parts
 from .model import VLM2Vec
+from .packing import load_ahead, one_ahead
+from .packing import pack_by_length as pack_by_length
 from .processor import Loaded, Planned, Processor
 from .weights import as_dtype, empty_model, load_model
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing's own from Python 3.11 on
 
 
 class Embedder:
@@ -177,6 +181,10 @@ class Embedder:
         """Length of a vector: `truncate_dim`, or the model's."""
         return self.truncate_dim or self.model.dimension
 
+    def get_embedding_dimension(self) -> int:
+        """`dimension`, as sentence-transformers calls it."""
+        return self.dimension
+
     def _size(self, truncate_dim: int | None) -> int | None:
         """What vectors are cut to, if they are. Raises OptionError, see `vector_length`."""
         size = truncate_dim or self.truncate_dim
@@ -190,73 +198,118 @@ class Embedder:
 
     @overload
     def encode(
-        self, inputs: Sequence[Any], *, prompt: str | None = ..., num_crops: int | None = ...,
-        max_length: int | None = ..., batch_tokens: int = ..., normalize: bool = ..., truncate_dim: int | None = ...,
-        convert_to: Literal["numpy"] = ..., show_progress: bool = ...,
+        self, inputs: Inputs, *, convert_to: Literal["numpy"] = ..., convert_to_tensor: Literal[False] = ...,
+        **options: "Unpack[EncodeOptions]",
     ) -> np.ndarray: ...  # fmt: skip
     @overload
+    def encode(self, inputs: Inputs, *, convert_to: Literal["torch"], **options: "Unpack[EncodeOptions]") -> Tensor: ...
+    @overload
     def encode(
-        self, inputs: Sequence[Any], *, prompt: str | None = ..., num_crops: int | None = ...,
-        max_length: int | None = ..., batch_tokens: int = ..., normalize: bool = ..., truncate_dim: int | None = ...,
-        convert_to: Literal["torch"], show_progress: bool = ...,
-    ) -> Tensor: ...  # fmt: skip
+        self, inputs: Inputs, *, convert_to_tensor: Literal[True], **options: "Unpack[EncodeOptions]"
+    ) -> Tensor: ...
     def encode(
         self,
-        inputs: Sequence[Any],
+        inputs: Inputs,
         *,
         prompt: str | None = None,
+        prompt_name: str | None = None,
         num_crops: int | None = None,
         max_length: int | None = None,
         batch_tokens: int = 16384,
+        batch_size: int | None = None,
         normalize: bool = True,
         truncate_dim: int | None = None,
         convert_to: str = "numpy",
         show_progress: bool = False,
+        **theirs: Any,
     ) -> np.ndarray | Tensor:
-        """Embeds a list of inputs; returns float32 [B, D] in their order.
+        """Embeds inputs; returns float32 [B, D] in their order, and [D] where one input was passed and no list.
 
         Args:
-            inputs: see the class.
+            inputs: a list of what the class describes, or one. Anything else with an order is taken as a list: a
+                tuple, a generator, a view of a dict, an array of texts, a column of a table. A dict is one input.
             prompt: an instruction for all of them, put in front of each text (after the tags of images that begin
                 it); where it holds "{text}", the text goes there instead.
+            prompt_name: that of a task of `minivlm2vec.prompts.TASKS` instead: "t2i" or "t2i-query" is the query's,
+                "t2i-document" the document's.
             num_crops: the most crops an image is cut into, for this call.
             max_length: keeps the first tokens of inputs without images (BOS counts), as in the original.
             batch_tokens: inputs are sorted by length and computed in packs of at most so many tokens (an input
                 that is longer gets a pack of its own). The vectors do not depend on it.
+            batch_size: the most inputs of a pack; default: as many as `batch_tokens` allows.
             normalize: to L2 norm 1.
             truncate_dim: for this call, see `from_pretrained`.
             convert_to: "numpy", or "torch" for a tensor on the model's device.
             show_progress: a progress bar over inputs.
+            theirs: names of sentence-transformers. `normalize_embeddings`, `convert_to_tensor` and `show_progress_bar`
+                are the above; others (`encode_arguments`) take the value that is in effect here.
 
         Raises InputError (a ValueError) with the index and name of the first unusable input: before anything is
         computed where its text or an image's header tells, else with the vectors that were finished in `.partial`.
+        TypeError says what to pass where `inputs` cannot be inputs, or an option is unknown.
         """
-        if isinstance(inputs, (str, bytes, dict)) or not isinstance(inputs, Sequence):
-            raise TypeError(f"inputs is a list of inputs, got one {type(inputs).__name__}")
-        _check_options(prompt, batch_tokens, max_length, num_crops, convert_to, truncate_dim)
+        items, alone = one_or_many(inputs)
+        normalize, convert_to, show_progress = translated(
+            theirs, normalize=normalize, convert_to=convert_to, show_progress=show_progress, device=self.device
+        )
+        if prompt_name is not None:
+            prompt = _one_of(prompt, prompts.instruction(prompt_name))
+        at_least_one(batch_tokens=batch_tokens, batch_size=batch_size)
+        _check_options(prompt, max_length, num_crops, convert_to, truncate_dim)
         size = self._size(truncate_dim)
         options = {"prompt": prompt, "num_crops": num_crops, "max_length": max_length}
-        bar = tqdm(total=len(inputs), desc="Embedding", unit="input", disable=not show_progress)
-        with ThreadPoolExecutor(self.num_workers) as pool, bar:
-            plans = self._plan_all(inputs, options, pool)
-            batches = pack_by_length([len(p) for p in plans], batch_tokens)
-            vectors = self._run(plans, batches, normalize, size, pool, bar.update)
-        out = torch.cat(vectors).float() if vectors else torch.empty(0, size or self.dimension, device=self.device)
-        order = torch.tensor([i for batch in batches for i in batch], dtype=torch.int64)
-        out = out[order.argsort().to(out.device)]
-        _check_finite(out, plans)
+        bar = tqdm(total=len(items), desc="Embedding", unit="input", disable=not show_progress)
+        try:
+            with ThreadPoolExecutor(self.num_workers) as pool, bar:
+                plans = self._plan_all(items, options, pool)
+                batches = pack_by_length([len(p) for p in plans], batch_tokens, batch_size)
+                vectors = self._run(plans, batches, normalize, size, pool, bar.update)
+            out = torch.cat(vectors).float() if vectors else torch.empty(0, size or self.dimension, device=self.device)
+            order = torch.tensor([i for batch in batches for i in batch], dtype=torch.int64)
+            out = out[order.argsort().to(out.device)]
+            _check_finite(out, plans)
+        except InputError as e:
+            e.index = None if alone else e.index
+            raise
+        out = out[0] if alone else out
         return out.cpu().numpy() if convert_to == "numpy" else out
 
+    @overload
     def encode_query(
-        self, inputs: Sequence[Any], *, prompt_name: str | None = None, prompt: str | None = None, **options
+        self, inputs: Inputs, *, convert_to: Literal["numpy"] = ..., convert_to_tensor: Literal[False] = ...,
+        **options: "Unpack[EncodeOptions]",
+    ) -> np.ndarray: ...  # fmt: skip
+    @overload
+    def encode_query(
+        self, inputs: Inputs, *, convert_to: Literal["torch"], **options: "Unpack[EncodeOptions]"
+    ) -> Tensor: ...
+    @overload
+    def encode_query(
+        self, inputs: Inputs, *, convert_to_tensor: Literal[True], **options: "Unpack[EncodeOptions]"
+    ) -> Tensor: ...
+    def encode_query(
+        self, inputs: Inputs, *, prompt_name: str | None = None, prompt: str | None = None, **options: Any
     ) -> np.ndarray | Tensor:
         """`encode` with the query instruction of a task of `minivlm2vec.prompts.TASKS`, e.g. prompt_name="t2i"."""
         if prompt_name is not None:
             prompt = _one_of(prompt, prompts.task(prompt_name).query)
         return self.encode(inputs, prompt=prompt, **options)
 
+    @overload
     def encode_document(
-        self, inputs: Sequence[Any], *, prompt_name: str | None = None, prompt: str | None = None, **options
+        self, inputs: Inputs, *, convert_to: Literal["numpy"] = ..., convert_to_tensor: Literal[False] = ...,
+        **options: "Unpack[EncodeOptions]",
+    ) -> np.ndarray: ...  # fmt: skip
+    @overload
+    def encode_document(
+        self, inputs: Inputs, *, convert_to: Literal["torch"], **options: "Unpack[EncodeOptions]"
+    ) -> Tensor: ...
+    @overload
+    def encode_document(
+        self, inputs: Inputs, *, convert_to_tensor: Literal[True], **options: "Unpack[EncodeOptions]"
+    ) -> Tensor: ...
+    def encode_document(
+        self, inputs: Inputs, *, prompt_name: str | None = None, prompt: str | None = None, **options: Any
     ) -> np.ndarray | Tensor:
         """`encode` with the document instruction of a task, e.g. prompt_name="t2i"."""
         if prompt_name is not None:
@@ -268,14 +321,16 @@ class Embedder:
     @overload
     def similarity(self, a: Tensor, b: np.ndarray | Tensor) -> Tensor: ...
     def similarity(self, a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> np.ndarray | Tensor:
-        """Cosine similarity [A, B] of vectors [A, D] and [B, D], in float32; a tensor where `a` is one."""
-        as_numpy = isinstance(a, np.ndarray)
-        a, b = (torch.as_tensor(x).float() for x in (a, b))
-        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-            raise ValueError(f"vectors are [A, D] and [B, D], got {list(a.shape)} and {list(b.shape)}")
-        a, b = (torch.nn.functional.normalize(x, dim=1) for x in (a, b.to(a.device)))
-        scores = a @ b.T
-        return scores.cpu().numpy() if as_numpy else scores
+        """Cosine similarity [A, B] of vectors [A, D] and [B, D]: `minivlm2vec.similarity.similarity`."""
+        return cosine.similarity(a, b)
+
+    @overload
+    def similarity_pairwise(self, a: np.ndarray, b: np.ndarray | Tensor) -> np.ndarray: ...
+    @overload
+    def similarity_pairwise(self, a: Tensor, b: np.ndarray | Tensor) -> Tensor: ...
+    def similarity_pairwise(self, a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> np.ndarray | Tensor:
+        """That of row i and row i: [N] of [N, D] and [N, D]."""
+        return cosine.similarity_pairwise(a, b)
 
     def plan(self, item: Any, **options) -> Planned:
         """Tokenises one input and reads its images' headers: `Processor.plan`, for pipelines of one's own."""
@@ -330,10 +385,10 @@ class Embedder:
         """Vectors of each batch. While one computes, the next is packed and images of later ones are decoded; on
         CUDA nothing waits for the device before the last."""
         vectors: list[Tensor] = []
-        loading = _load_ahead(plans, batches, self.load, pool, ahead=2 * self.num_workers)
+        loading = load_ahead(plans, batches, self.load, pool, ahead=2 * self.num_workers)
         prepared = ((batch, self.prepare(items)) for batch, items in loading)
         try:
-            for batch, packed in _one_ahead(prepared):
+            for batch, packed in one_ahead(prepared):
                 vectors.append(self.embed(packed, normalize=normalize, truncate_dim=truncate_dim))
                 done(len(batch))
         except InputError as e:
@@ -384,52 +439,8 @@ def _agreed_dtype(dtype: torch.dtype | None) -> torch.dtype:
     return torch.bfloat16
 
 
-def pack_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Sorts inputs by length, longest first, and cuts the order into packs of at most `batch_tokens` tokens; an
-    input longer than that has a pack of its own. Returns the indices of each pack."""
-    batches: list[list[int]] = []
-    room = 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if lengths[i] > room:
-            batches.append([])
-            room = batch_tokens
-        batches[-1].append(i)
-        room -= lengths[i]
-    return batches
-
-
-def _load_ahead(
-    plans: list[Planned], batches: list[list[int]], load: Callable, pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[tuple[list[int], list[Loaded]]]:
-    """Yields (indices, loaded inputs) batch after batch; always has the next batch and `ahead` inputs in work."""
-    order = deque(i for batch in batches for i in batch)
-    futures: dict[int, Future] = {}
-    for number, batch in enumerate(batches):
-        coming = sum(map(len, batches[number : number + 2]))
-        while order and len(futures) < max(coming, len(batch) + ahead):
-            i = order.popleft()
-            futures[i] = pool.submit(load, plans[i])
-        items = []
-        for i in batch:
-            try:
-                items.append(futures.pop(i).result())
-            except InputError as e:
-                raise e.at(i) from None
-        yield batch, items
-
-
-def _one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items; the next is computed in a thread while the caller is busy with one."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
-            yield item
-
-
 def _check_options(
     prompt: str | None,
-    batch_tokens: int,
     max_length: int | None,
     num_crops: int | None,
     convert_to: str,
@@ -437,7 +448,7 @@ def _check_options(
 ) -> None:
     if not isinstance(prompt, str | None):
         raise ValueError(f"prompt is a text, got {prompt!r}")
-    at_least_one(batch_tokens=batch_tokens, max_length=max_length, num_crops=num_crops, truncate_dim=truncate_dim)
+    at_least_one(max_length=max_length, num_crops=num_crops, truncate_dim=truncate_dim)
     if convert_to not in ("numpy", "torch"):
         raise ValueError(f"convert_to is 'numpy' or 'torch', got {convert_to!r}")
 

@@ -14,6 +14,7 @@ import io
 import math
 import os
 import stat
+import struct
 import threading
 import warnings
 from collections.abc import Iterator
@@ -402,5 +403,7 @@ def _naming(name: str, done: str) -> Iterator[None]:
         raise InputError("no such file", name=name) from None
     except Image.DecompressionBombError as e:
         raise InputError(f"decompression bomb: {e}", name=name) from None
+    except (struct.error, AssertionError, IndexError, KeyError, TypeError, AttributeError, EOFError) as e:
+        raise InputError(f"the image cannot be {done}: it is damaged ({type(e).__name__})", name=name) from None
     except Exception as e:
         raise InputError(f"the image cannot be {done}: {str(e) or type(e).__name__}", name=name) from None

@@ -18,11 +18,13 @@ from PIL import Image
 
 from .batch import Grid, PackedBatch, cumulative, num_image_tokens
 from .config import CLIP_MEAN, CLIP_STD, VLM2VecConfig, only, read_object, shown
+from .encode_arguments import image_instead
 from .errors import CheckpointError, InputError, at_least_one
 from .images import hd_size, image_crops, image_name, image_size, open_image
 from .tokenizer import Tokenizer
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
+MOST_DIGITS = 18  # of an image's number in a tag
 MOST_CROPS = 1024  # that a file may ask for
 # The one value that is implemented of settings that change pixels.
 SETTINGS = {"do_convert_rgb": True, "do_rescale": True, "do_normalize": True, "do_center_crop": False, "resample": 2}
@@ -286,6 +288,7 @@ def _text_and_images(item: Any) -> tuple[str | None, tuple[Any, ...]]:
     if not isinstance(item, Mapping):
         raise InputError(
             f"an input is a text, a PIL image, or a dict with 'text' and 'image' or 'images', got {type(item).__name__}"
+            + (f"; {instead}" if (instead := image_instead(item)) else "")
         )
     unknown = set(item) - {"text", "image", "images"}
     if unknown:
@@ -311,11 +314,17 @@ def _with_tags(text: str | None, num_images: int) -> str:
     text = text or ""
     if num_images == 0:
         return text  # a tag is ordinary text then, as in the original
-    tags = {int(n) for n in IMAGE_TAG.findall(text)}
+    numbers = IMAGE_TAG.findall(text)
+    longest = max(map(len, numbers), default=0)
+    if longest > MOST_DIGITS:
+        raise InputError(f"the text has a tag whose number has {longest} digits, but {num_images} image(s) are given; "
+                         f"a number has at most {MOST_DIGITS} digits", name="text")  # fmt: skip
+    tags = {int(n) for n in numbers}
     if not tags:
         return "".join(f"<|image_{n}|>\n" for n in range(1, num_images + 1)) + text
     if tags != set(range(1, num_images + 1)):
-        names = ", ".join(f"<|image_{n}|>" for n in sorted(tags))
+        names = ", ".join(f"<|image_{n}|>" for n in sorted(tags)[:8])
+        names += f" and {len(tags) - 8} more" if len(tags) > 8 else ""
         raise InputError(f"the text has the tags {names} but {num_images} image(s) are given; image n is named by "
                          f"<|image_n|>, n from 1 to {num_images}", name="text")  # fmt: skip
     return text

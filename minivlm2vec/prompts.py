@@ -65,3 +65,10 @@ def task(name: str) -> Task:
     if name not in TASKS:
         raise ValueError(f"no task is named {name!r}; there are {', '.join(TASKS)}")
     return TASKS[name]
+
+
+def instruction(name: str) -> str:
+    """The instruction of that name: "t2i" and "t2i-query" are the query's, "t2i-document" the document's. Raises
+    ValueError with all tasks."""
+    side = "document" if name.endswith("-document") else "query"
+    return getattr(task(name.removesuffix(f"-{side}")), side)

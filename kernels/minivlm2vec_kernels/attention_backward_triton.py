@@ -70,15 +70,15 @@ def attention_dq_kernel(
         row = tile * BM
     rows = row + tl.arange(0, BM)  # [BM]
     inside = (rows >= 0) & (rows < Lq)
-    q0 = load_rows(q, row, Lq, stride_qt, BM, H0, True, False)  # [BM, H0]
-    do0 = load_rows(dout + at, row, Lq, stride_t, BM, H0, True, False)  # [BM, H0]
-    o0 = load_rows(out + at, row, Lq, stride_t, BM, H0, True, False)  # [BM, H0]
+    q0 = load_rows(q, row, Lq, stride_qt, BM, H0, True)  # [BM, H0]
+    do0 = load_rows(dout + at, row, Lq, stride_t, BM, H0, True)  # [BM, H0]
+    o0 = load_rows(out + at, row, Lq, stride_t, BM, H0, True)  # [BM, H0]
     d = tl.sum(do0.to(tl.float32) * o0.to(tl.float32), 1)  # [BM]
     q1, do1 = q0, do0
     if H1 > 0:
-        q1 = load_rows(q + H0, row, Lq, stride_qt, BM, H1, True, False)  # [BM, H1]
-        do1 = load_rows(dout + at + H0, row, Lq, stride_t, BM, H1, True, False)  # [BM, H1]
-        o1 = load_rows(out + at + H0, row, Lq, stride_t, BM, H1, True, False)  # [BM, H1]
+        q1 = load_rows(q + H0, row, Lq, stride_qt, BM, H1, True)  # [BM, H1]
+        do1 = load_rows(dout + at + H0, row, Lq, stride_t, BM, H1, True)  # [BM, H1]
+        o1 = load_rows(out + at + H0, row, Lq, stride_t, BM, H1, True)  # [BM, H1]
         d += tl.sum(do1.to(tl.float32) * o1.to(tl.float32), 1)
     tl.store(delta + head * Tq + q_start + rows, d, mask=inside)
     l = tl.load(lse + head * Tq + q_start + rows, mask=inside, other=float("inf"))  # [BM]; inf makes p 0
@@ -110,14 +110,14 @@ def _add_keys(
     H0: tl.constexpr, H1: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds ds k of keys col .. col + BN to dq. MASKED: query i sees no key beyond last[i]."""
-    k0 = load_rows(k, col, Lk, stride_kt, BN, H0, MASKED, False)  # [BN, H0]
-    v0 = load_rows(v, col, Lk, stride_vt, BN, H0, MASKED, False)  # [BN, H0]
+    k0 = load_rows(k, col, Lk, stride_kt, BN, H0, MASKED)  # [BN, H0]
+    v0 = load_rows(v, col, Lk, stride_vt, BN, H0, MASKED)  # [BN, H0]
     s = tl.dot(q0, k0.T, input_precision="ieee")  # [BM, BN]
     dp = tl.dot(do0, v0.T, input_precision="ieee")  # [BM, BN]
     k1 = k0
     if H1 > 0:
-        k1 = load_rows(k + H0, col, Lk, stride_kt, BN, H1, MASKED, False)  # [BN, H1]
-        v1 = load_rows(v + H0, col, Lk, stride_vt, BN, H1, MASKED, False)  # [BN, H1]
+        k1 = load_rows(k + H0, col, Lk, stride_kt, BN, H1, MASKED)  # [BN, H1]
+        v1 = load_rows(v + H0, col, Lk, stride_vt, BN, H1, MASKED)  # [BN, H1]
         s = tl.dot(q1, k1.T, s, input_precision="ieee")
         dp = tl.dot(do1, v1.T, dp, input_precision="ieee")
     if MASKED:
@@ -156,12 +156,12 @@ def attention_dkv_kernel(
     stride_t = heads_kv * group * H
     k += k_start * stride_kt + head_kv * stride_kn
     v += k_start * stride_vt + head_kv * stride_vn
-    k0 = load_rows(k, col, Lk, stride_kt, BN, H0, True, False)  # [BN, H0]
-    v0 = load_rows(v, col, Lk, stride_vt, BN, H0, True, False)  # [BN, H0]
+    k0 = load_rows(k, col, Lk, stride_kt, BN, H0, True)  # [BN, H0]
+    v0 = load_rows(v, col, Lk, stride_vt, BN, H0, True)  # [BN, H0]
     k1, v1 = k0, v0
     if H1 > 0:
-        k1 = load_rows(k + H0, col, Lk, stride_kt, BN, H1, True, False)  # [BN, H1]
-        v1 = load_rows(v + H0, col, Lk, stride_vt, BN, H1, True, False)  # [BN, H1]
+        k1 = load_rows(k + H0, col, Lk, stride_kt, BN, H1, True)  # [BN, H1]
+        v1 = load_rows(v + H0, col, Lk, stride_vt, BN, H1, True)  # [BN, H1]
     dk0, dv0 = tl.zeros([BN, H0], tl.float32), tl.zeros([BN, H0], tl.float32)
     dk1 = tl.zeros([BN, H1 if H1 > 0 else 1], tl.float32)
     dv1 = tl.zeros([BN, H1 if H1 > 0 else 1], tl.float32)
@@ -197,16 +197,16 @@ def _add_queries(
     """Adds p^T dout and ds^T q of queries row .. row + BM to dv and dk. Everything is transposed, keys by queries,
     so that p and ds enter their products from registers. CAUSAL: key j is seen by no query before first[j]."""
     rows = row + tl.arange(0, BM)  # [BM]
-    q0 = load_rows(q, row, Lq, stride_qt, BM, H0, True, False)  # [BM, H0]
-    do0 = load_rows(dout, row, Lq, stride_t, BM, H0, True, False)  # [BM, H0]
+    q0 = load_rows(q, row, Lq, stride_qt, BM, H0, True)  # [BM, H0]
+    do0 = load_rows(dout, row, Lq, stride_t, BM, H0, True)  # [BM, H0]
     l = tl.load(lse + rows, mask=rows < Lq, other=float("inf"))  # [BM]; inf makes p 0
     d = tl.load(delta + rows, mask=rows < Lq, other=0.0)  # [BM]
     s = tl.dot(k0, q0.T, input_precision="ieee")  # [BN, BM]
     dp = tl.dot(v0, do0.T, input_precision="ieee")  # [BN, BM]
     q1, do1 = q0, do0
     if H1 > 0:
-        q1 = load_rows(q + H0, row, Lq, stride_qt, BM, H1, True, False)  # [BM, H1]
-        do1 = load_rows(dout + H0, row, Lq, stride_t, BM, H1, True, False)  # [BM, H1]
+        q1 = load_rows(q + H0, row, Lq, stride_qt, BM, H1, True)  # [BM, H1]
+        do1 = load_rows(dout + H0, row, Lq, stride_t, BM, H1, True)  # [BM, H1]
         s = tl.dot(k1, q1.T, s, input_precision="ieee")
         dp = tl.dot(v1, do1.T, dp, input_precision="ieee")
     if CAUSAL:
@@ -261,7 +261,7 @@ def attention_with_lse(
     """`attention_triton.attention`, and lse [N, Tq]."""
     if cu_seqlens_q is None or max_seqlen_q is None:
         cu_seqlens_q, max_seqlen_q = cu_seqlens, max_seqlen
-    tile = tile_for(q, k, v, len(cu_seqlens) - 1, max_seqlen, max_seqlen_q, causal)
+    tile = tile_for(q, k, v, max_seqlen_q, max_seqlen, causal)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     return launch(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q, causal, scale, tile, lse), lse
 

@@ -18,6 +18,7 @@ What fits it to this model's shapes:
   - Keys up to the diagonal (or the last whole block) take a loop without masks, the rest a loop with them.
     Sequences that fit in one block of keys take no loop at all.
   - 577 = 9 * 64 + 1: up to TAIL queries or keys left over by whole tiles take one of TAIL, not a whole one.
+  - On sm_90 keys and values come through descriptors that the host makes once a launch, two or three blocks ahead.
 
 Where gradients are needed m + log2(l) is kept, from which attention_backward_triton.py computes every p again.
 """
@@ -28,6 +29,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import cards
 from .custom_op import compiled_as_op
@@ -42,7 +44,7 @@ TAIL = 16  # the smallest side of a tl.dot
 
 @triton.jit(do_not_specialize=["tiles", "stride_lse"])
 def attention_kernel(
-    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
+    q, k, v, k0, k1, v0, v1, out, lse, cu_seqlens_q, cu_seqlens_k,
     scale_log2, heads, group, tiles, stride_lse,
     stride_qt, stride_qn, stride_kt, stride_kn, stride_vt, stride_vn, stride_ot, stride_on,
     H0: tl.constexpr, H1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
@@ -52,40 +54,39 @@ def attention_kernel(
 
     q [Tq, N, H]; k, v [Tk, Nkv, H]; out [Tq, N, H]; lse [N, Tq] float32 or None: log2 of every query's sum of
     exponentials, inf if it sees no key; cu_seqlens [B + 1] int32; scale_log2 = scale * log2(e);
-    group = N / Nkv. TMA: keys and values through tensor descriptors (sm_90), which need 16-byte alignment.
+    group = N / Nkv. TMA: k0, k1, v0, v1 are descriptors of k and v as [Nkv, Tk, H], whose blocks are BN keys of H0 or
+    H1; else None.
     """
     program = tl.program_id(0)
     tile, head, sequence = program % tiles, program // tiles % heads, program // tiles // heads
-    head_kv = (head // group).to(tl.int64)
+    head_kv = head // group
     q_start, Lq = sequence_at(cu_seqlens_q, sequence)
     k_start, Lk = sequence_at(cu_seqlens_k, sequence)
     if tile * BM >= Lq:
         return
     q += q_start * stride_qt + head.to(tl.int64) * stride_qn
-    k += k_start * stride_kt + head_kv * stride_kn
-    v += k_start * stride_vt + head_kv * stride_vn
+    k += head_kv.to(tl.int64) * stride_kn
+    v += head_kv.to(tl.int64) * stride_vn
     out += q_start * stride_ot + head * stride_on
     if lse is not None:
         lse += head.to(tl.int64) * stride_lse + q_start
-
-    k0, k1, v0, v1 = k, k + H0, v, v + H0
-    if TMA:  # one descriptor a sequence: beyond its last key it reads zeros, so that loads need no masks
-        k0 = tl.make_tensor_descriptor(k, [Lk, H0], [stride_kt, 1], [BN, H0])
-        v0 = tl.make_tensor_descriptor(v, [Lk, H0], [stride_vt, 1], [BN, H0])
-        if H1 > 0:
-            k1 = tl.make_tensor_descriptor(k + H0, [Lk, H1], [stride_kt, 1], [BN, H1])
-            v1 = tl.make_tensor_descriptor(v + H0, [Lk, H1], [stride_vt, 1], [BN, H1])
 
     if CAUSAL:
         row = Lq - (tile + 1) * BM  # negative in the ragged tile; rows before 0 are not stored
     else:
         row = tile * BM
-    if not CAUSAL and BM > TAIL and Lq - row <= TAIL:
-        _attend(q, k, v, out, lse, k0, k1, v0, v1, row, Lq, Lk, scale_log2,
+    k_start = k_start.to(tl.int32)
+    k_end = k_start + Lk
+    if TMA and Lk < BN:
+        _attend(q, k, v, k0, k1, v0, v1, head_kv, out, lse, row, Lq, k_start, k_end, scale_log2,
+                stride_qt, stride_kt, stride_vt, stride_ot,
+                H0, H1, BM, BN, TAIL, CAUSAL, True, TMA)  # fmt: skip
+    elif not CAUSAL and BM > TAIL and Lq - row <= TAIL:
+        _attend(q, k, v, k0, k1, v0, v1, head_kv, out, lse, row, Lq, k_start, k_end, scale_log2,
                 stride_qt, stride_kt, stride_vt, stride_ot,
                 H0, H1, TAIL, BN, TAIL, CAUSAL, ONE_BLOCK, TMA)  # fmt: skip
     else:
-        _attend(q, k, v, out, lse, k0, k1, v0, v1, row, Lq, Lk, scale_log2,
+        _attend(q, k, v, k0, k1, v0, v1, head_kv, out, lse, row, Lq, k_start, k_end, scale_log2,
                 stride_qt, stride_kt, stride_vt, stride_ot,
                 H0, H1, BM, BN, TAIL, CAUSAL, ONE_BLOCK, TMA)  # fmt: skip
 
@@ -99,45 +100,52 @@ def sequence_at(cu_seqlens, i):
 
 @triton.jit
 def _attend(
-    q, k, v, out, lse, k0, k1, v0, v1, row, Lq, Lk, scale_log2, stride_qt, stride_kt, stride_vt, stride_ot,
+    q, k, v, k0, k1, v0, v1, head_kv, out, lse, row, Lq, k_start, k_end, scale_log2,
+    stride_qt, stride_kt, stride_vt, stride_ot,
     H0: tl.constexpr, H1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
     CAUSAL: tl.constexpr, ONE_BLOCK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Queries row .. row + BM of one sequence and head. k0, k1, v0, v1: where key blocks of BN come from."""
-    q0 = load_rows(q, row, Lq, stride_qt, BM, H0, True, False)  # [BM, H0]
+    """Queries row .. row + BM of one sequence and head. k, v and the descriptors begin with the first key of the pack;
+    the sequence's are k_start .. k_end."""
+    q0 = load_rows(q, row, Lq, stride_qt, BM, H0, True)  # [BM, H0]
     q1 = q0
     if H1 > 0:
-        q1 = load_rows(q + H0, row, Lq, stride_qt, BM, H1, True, False)  # [BM, H1]
+        q1 = load_rows(q + H0, row, Lq, stride_qt, BM, H1, True)  # [BM, H1]
     m = tl.full([BM], -1.0e30, tl.float32)  # finite, so that m - m' is never inf - inf
     l = tl.zeros([BM], tl.float32)
     acc0 = tl.zeros([BM, H0], tl.float32)
     acc1 = tl.zeros([BM, H1 if H1 > 0 else 1], tl.float32)
 
     rows = row + tl.arange(0, BM)  # [BM]
+    Lk = k_end - k_start
     if CAUSAL:  # the last query sees the last key
-        last = rows + (Lk - Lq)
-        end = tl.minimum(row + BM, Lq) + (Lk - Lq)
-        whole = tl.maximum((tl.maximum(row, 0) + (Lk - Lq) + 1) // BN * BN, 0)
+        last = rows + (k_end - Lq)
+        end = tl.minimum(row + BM, Lq) + (k_end - Lq)
+        whole = k_start + tl.maximum((tl.maximum(row, 0) + (Lk - Lq) + 1) // BN * BN, 0)
         tail = end
     else:
-        last = tl.zeros_like(rows) + (Lk - 1)
-        end = Lk
-        whole = Lk // BN * BN
+        last = tl.zeros_like(rows) + (k_end - 1)
+        end = k_end
+        whole = k_start + Lk // BN * BN
         tail = tl.where(end - whole > TAIL, end, whole)
 
     if ONE_BLOCK:  # straight-line code takes less than half of the loops' registers
-        acc0, acc1, l, m = _step(acc0, acc1, l, m, q0, q1, k0, k1, v0, v1, 0, Lk, last, scale_log2,
-                                 stride_kt, stride_vt, H0, H1, BN, True, TMA)  # fmt: skip
+        acc0, acc1, l, m = _step(acc0, acc1, l, m, q0, q1, k, v, k0, k1, v0, v1, head_kv, k_start, k_start, k_end, last,
+                                 scale_log2, stride_kt, stride_vt, H0, H1, BN, True, False)  # fmt: skip
     else:
-        for col in tl.range(0, whole, BN):
-            acc0, acc1, l, m = _step(acc0, acc1, l, m, q0, q1, k0, k1, v0, v1, col, Lk, last, scale_log2,
-                                     stride_kt, stride_vt, H0, H1, BN, False, TMA)  # fmt: skip
-        for col in tl.range(whole, tail, BN):
-            acc0, acc1, l, m = _step(acc0, acc1, l, m, q0, q1, k0, k1, v0, v1, col, Lk, last, scale_log2,
-                                     stride_kt, stride_vt, H0, H1, BN, True, TMA)  # fmt: skip
+        for col in tl.range(k_start, whole, BN):
+            acc0, acc1, l, m = _step(acc0, acc1, l, m, q0, q1, k, v, k0, k1, v0, v1, head_kv, col, col, k_end, last,
+                                     scale_log2, stride_kt, stride_vt, H0, H1, BN, False, TMA)  # fmt: skip
+        # A block of a descriptor never reaches beyond the sequence, where another's values are: the last one begins
+        # early enough to end with it, and leaves out the keys that it has in common with the one before. What the
+        # compiler would compute ahead of this loop takes registers that keep a second program off the multiprocessor.
+        for col in tl.range(whole, tail, BN, disable_licm=TMA):
+            at = tl.minimum(col, k_end - BN) if TMA else col
+            acc0, acc1, l, m = _step(acc0, acc1, l, m, q0, q1, k, v, k0, k1, v0, v1, head_kv, at, col, k_end, last,
+                                     scale_log2, stride_kt, stride_vt, H0, H1, BN, True, TMA)  # fmt: skip
         if not CAUSAL:
             for col in tl.range(tail, end, TAIL):  # once or not at all
-                acc0, acc1, l, m = _step(acc0, acc1, l, m, q0, q1, k, k + H0, v, v + H0, col, Lk, last,
+                acc0, acc1, l, m = _step(acc0, acc1, l, m, q0, q1, k, v, k0, k1, v0, v1, head_kv, col, col, k_end, last,
                                          scale_log2, stride_kt, stride_vt,
                                          H0, H1, TAIL, True, False)  # fmt: skip
 
@@ -152,46 +160,60 @@ def _attend(
 
 @triton.jit
 def _step(
-    acc0, acc1, l, m, q0, q1, k0, k1, v0, v1, col, Lk, last, scale_log2, stride_kt, stride_vt,
+    acc0, acc1, l, m, q0, q1, k, v, k0, k1, v0, v1, head_kv, at, col, k_end, last, scale_log2,
+    stride_kt, stride_vt,
     H0: tl.constexpr, H1: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Adds keys col .. col + BN to the running softmax. MASKED: query i sees no key beyond last[i]."""
-    key0 = load_rows(k0, col, Lk, stride_kt, BN, H0, MASKED, TMA)  # [BN, H0]
+    """Adds keys at .. at + BN to the running softmax. MASKED: query i sees none beyond last[i], and none before col."""
+    key0 = _load_keys(k, k0, head_kv, at, k_end, stride_kt, 0, BN, H0, MASKED, TMA)  # [BN, H0]
     s = tl.dot(q0, key0.T, input_precision="ieee")  # [BM, BN]
     if H1 > 0:
-        key1 = load_rows(k1, col, Lk, stride_kt, BN, H1, MASKED, TMA)  # [BN, H1]
+        key1 = _load_keys(k, k1, head_kv, at, k_end, stride_kt, H0, BN, H1, MASKED, TMA)  # [BN, H1]
         s = tl.dot(q1, key1.T, s, input_precision="ieee")
     if MASKED:
-        s = tl.where(col + tl.arange(0, BN)[None, :] <= last[:, None], s, float("-inf"))
+        cols = at + tl.arange(0, BN)  # [BN]
+        seen = cols[None, :] <= last[:, None]
+        if TMA:
+            seen &= (cols >= col)[None, :]
+        s = tl.where(seen, s, float("-inf"))
 
     m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
     p = tl.math.exp2(s * scale_log2 - m_new[:, None])  # [BM, BN]; one multiply-add and one exp2 an element
     alpha = tl.math.exp2(m - m_new)
     l = l * alpha + tl.sum(p, 1)
 
-    value0 = load_rows(v0, col, Lk, stride_vt, BN, H0, MASKED, TMA)  # [BN, H0]
+    value0 = _load_keys(v, v0, head_kv, at, k_end, stride_vt, 0, BN, H0, MASKED, TMA)  # [BN, H0]
     p = p.to(value0.dtype)
     acc0 = tl.dot(p, value0, acc0 * alpha[:, None], input_precision="ieee")  # [BM, H0]
     if H1 > 0:
-        value1 = load_rows(v1, col, Lk, stride_vt, BN, H1, MASKED, TMA)  # [BN, H1]
+        value1 = _load_keys(v, v1, head_kv, at, k_end, stride_vt, H0, BN, H1, MASKED, TMA)  # [BN, H1]
         acc1 = tl.dot(p, value1, acc1 * alpha[:, None], input_precision="ieee")  # [BM, H1]
     return acc0, acc1, l, m_new
 
 
 @triton.jit
-def load_rows(
-    source, row, end, stride, BR: tl.constexpr, BC: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr
+def _load_keys(
+    pointer, descriptor, head_kv, at, k_end, stride, COLUMN: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Rows row .. row + BR from a descriptor or a pointer; zeros for those outside 0 .. end.  [BR, BC]"""
+    """Rows at .. at + BR of keys or values, columns from COLUMN on.  [BR, BC]"""
     if TMA:
-        return source.load([row, 0])
+        return descriptor.load([head_kv, at, COLUMN]).reshape(BR, BC)
     else:
-        rows = tl.arange(0, BR)
-        pointers = source + tl.cast(row, tl.int64) * stride + rows[:, None] * stride + tl.arange(0, BC)[None, :]
-        if MASKED:
-            return tl.load(pointers, mask=((row + rows >= 0) & (row + rows < end))[:, None], other=0.0)
-        else:
-            return tl.load(pointers)
+        return load_rows(pointer + COLUMN, at, k_end, stride, BR, BC, MASKED)
+
+
+@triton.jit
+def load_rows(
+    source, row, end, stride, BR: tl.constexpr, BC: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """Rows row .. row + BR from a pointer; MASKED: zeros for those outside 0 .. end.  [BR, BC]"""
+    rows = tl.arange(0, BR)
+    pointers = source + tl.cast(row, tl.int64) * stride + rows[:, None] * stride + tl.arange(0, BC)[None, :]
+    if MASKED:
+        return tl.load(pointers, mask=((row + rows >= 0) & (row + rows < end))[:, None], other=0.0)
+    else:
+        return tl.load(pointers)
 
 
 @triton.jit
@@ -213,8 +235,8 @@ class Tile(NamedTuple):
 
 
 # (queries, keys) of the longest sequence, up to which a row holds -> tile. Settled by what the compiler makes
-# of them (tests/kernels/aot/table.json) and by the share of useful work; `python -m bench.bench_attention --sweep`
-# times them beside others. No descriptors for short sequences: making one takes about as long as the rest.
+# of them (tests/kernels/aot/table.json) and by arithmetic (bench/README.md); `python -m bench.run --sweep --only
+# attention` times them beside others. With descriptors three stages, as two leave no load ahead of its wait.
 ANY = 2**31
 SHORT = {
     (32, 32): Tile(32, 32, 2, 1),  # one block of keys; 96 registers, so 10 programs a multiprocessor
@@ -222,13 +244,11 @@ SHORT = {
     (16, ANY): Tile(16, 64, 4, 2),  # the last token of long sequences
 }
 TILES = {  # (causal, descriptors)
-    (True, True): SHORT | {(1024, ANY): Tile(64, 64, 4, 2, True), (ANY, ANY): Tile(128, 64, 8, 3, True)},
+    (True, True): SHORT | {(ANY, ANY): Tile(128, 64, 8, 3, True)},
     (True, False): SHORT | {(1024, ANY): Tile(64, 32, 4, 3), (ANY, ANY): Tile(128, 64, 8, 2)},
-    (False, True): SHORT | {(ANY, ANY): Tile(64, 64, 4, 2, True)},
+    (False, True): SHORT | {(ANY, ANY): Tile(128, 64, 8, 3, True)},
     (False, False): SHORT | {(ANY, ANY): Tile(64, 32, 4, 2)},
 }
-# Triton keeps a program's descriptors, 512 bytes, at an address that it computes in 32 bits.
-MOST_DESCRIBED = 2**31 // 512
 FP32_TILE = Tile(16, 16, 4, 1)  # dots without tensor cores; larger tiles spill
 
 
@@ -251,6 +271,12 @@ def choose_small_tile(H: int, max_seqlen_q: int, max_seqlen_k: int, dtype: torch
         return FP32_TILE
     rows = next(rows for widest, rows in SMALL_TILES.items() if widest >= H)
     return next(tile for (q, k), tile in rows.items() if max_seqlen_q <= q and max_seqlen_k <= k)
+
+
+def most_registers(tile: Tile, H: int) -> int | None:
+    """Registers a thread that the compiler may take, None: as many as it likes. 128 at 256 threads let two programs
+    share a multiprocessor's 65536; wider heads than 96 would spill."""
+    return 128 if tile.tma and tile.warps == 8 and H <= 96 else None
 
 
 def split_head_dim(H: int) -> tuple[int, int]:
@@ -280,7 +306,7 @@ def attention(
     """See `ops.attention`. Never waits for the device; `max_seqlen` too small leaves rows unwritten."""
     if cu_seqlens_q is None or max_seqlen_q is None:
         cu_seqlens_q, max_seqlen_q = cu_seqlens, max_seqlen
-    tile = tile_for(q, k, v, len(cu_seqlens) - 1, max_seqlen, max_seqlen_q, causal)
+    tile = tile_for(q, k, v, max_seqlen_q, max_seqlen, causal)
     return launch(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q, causal, scale, tile)
 
 
@@ -298,31 +324,40 @@ def launch(
     programs = (len(cu_seqlens_q) - 1) * N * triton.cdiv(max_seqlen_q, tile.BM)
     if out.numel() == 0 or programs == 0:
         return out
-    if tile.tma:
-        triton.set_allocator(_descriptor_memory)  # a context variable, so each thread has its own
+    one_block = max_seqlen_k <= tile.BN
+    described = describe_keys(k, v, tile.BN, H0, H1) if tile.tma and not one_block else (None,) * 4
+    registers = most_registers(tile, H0 + H1)
     with on_device_of(q):
         attention_kernel[(programs,)](
-            q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
+            q, k, v, *described, out, lse, cu_seqlens_q, cu_seqlens_k,
             scale * LOG2_E, N, N // k.shape[1], triton.cdiv(max_seqlen_q, tile.BM), len(q),
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
             H0=H0, H1=H1, BM=tile.BM, BN=tile.BN, TAIL=TAIL,
-            CAUSAL=causal, ONE_BLOCK=max_seqlen_k <= tile.BN, TMA=tile.tma,
+            CAUSAL=causal, ONE_BLOCK=one_block, TMA=described[0] is not None,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+            **({} if registers is None else {"maxnreg": registers}),
         )  # fmt: skip
     return out
 
 
-def tile_for(
-    q: Tensor, k: Tensor, v: Tensor, num_sequences: int, max_seqlen: int, max_seqlen_q: int, causal: bool
-) -> Tile:
-    """The tile of a call, one without descriptors where those would not fit."""
+def tile_for(q: Tensor, k: Tensor, v: Tensor, max_seqlen_q: int, max_seqlen_k: int, causal: bool) -> Tile:
+    """The tile of a call, on the card that its tensors are on."""
     if q.is_cuda and cards.card(q.get_device()).small:
-        return choose_small_tile(q.shape[2], max_seqlen_q, max_seqlen, q.dtype)
-    tile = choose_tile(max_seqlen_q, max_seqlen, causal, supports_tma(q, k, v), q.dtype)
-    programs = num_sequences * q.shape[1] * triton.cdiv(max_seqlen_q, tile.BM)
-    if tile.tma and programs > MOST_DESCRIBED:
-        return choose_tile(max_seqlen_q, max_seqlen, causal, False, q.dtype)
-    return tile
+        return choose_small_tile(q.shape[2], max_seqlen_q, max_seqlen_k, q.dtype)
+    return choose_tile(max_seqlen_q, max_seqlen_k, causal, supports_tma(q, k, v), q.dtype)
+
+
+def describe_keys(k: Tensor, v: Tensor, BN: int, H0: int, H1: int) -> tuple[TensorDescriptor | None, ...]:
+    """k0, k1, v0, v1 of the kernel: keys and values [Nkv, T, H] in blocks of BN rows of one head. They travel with the
+    launch, so that a program loads at once, and a CUDA graph keeps them."""
+
+    def describe(x: Tensor, width: int) -> TensorDescriptor | None:
+        if not width:
+            return None
+        (T, Nkv, H), (stride_t, stride_n, _) = x.shape, x.stride()
+        return TensorDescriptor(x, [Nkv, T, H], [stride_n, stride_t, 1], [1, BN, width])
+
+    return describe(k, H0), describe(k, H1), describe(v, H0), describe(v, H1)
 
 
 def supports_tma(*tensors: Tensor) -> bool:
@@ -333,11 +368,7 @@ def supports_tma(*tensors: Tensor) -> bool:
 
 
 def is_aligned(t: Tensor) -> bool:
-    return t.data_ptr() % 16 == 0 and all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:2])
-
-
-def _descriptor_memory(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")  # the caching allocator aligns to 512
+    return t.data_ptr() % 16 == 0 and all(n > 0 and n * t.element_size() % 16 == 0 for n in t.stride()[:2])
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, cu_seqlens_q: Tensor, scale: float) -> None:

@@ -258,6 +258,18 @@ def quantize_rows(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Ten
     return quantize_rows_triton.quantize_rows(x)
 
 
+def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of `rms_norm`, whose rows never reach memory: 3 bytes an element moved instead of 7 in 16 bits.
+
+    x [..., D], weight [D]. Returns (q [..., D] float8_e4m3fn, scale [...] float32), contiguous.
+    """
+    if choose_backend(backend, x, weight, dtype=torch.float8_e4m3fn) == "torch":
+        return torch_ops.rms_norm_quantize(x, weight, eps)
+    from . import rms_norm_triton
+
+    return rms_norm_triton.rms_norm_quantize(x, weight, eps)
+
+
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Rotary position embedding, halves rotated against each other: (a cos - b sin, b cos + a sin).
 

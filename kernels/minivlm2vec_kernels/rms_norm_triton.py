@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .custom_op import compiled_as_op
 from .launch import as_rows, check_shape, dense_rows, on_device_of, whole_rows
+from .quantize_rows_triton import scaled
 
 # BD -> (BM, warps), backward: twice the operands and a sum, so half as many elements a thread as in ROW_SETTINGS.
 BACKWARD_SETTINGS = {
@@ -99,6 +100,48 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, tot
             R, D, x.stride(0), 0 if residual is None else residual.stride(0), eps,
             ADD=residual is not None, BM=BM, BD=BD, num_warps=warps,
         )  # fmt: skip
+
+
+@triton.jit
+def rms_norm_quantize_kernel(
+    x, weight, out, scale,
+    R, D, stride_x, eps,
+    BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """y = the norm of x as above, in the dtype that weight gives it; out, scale = y `scaled`, as e4m3."""
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
+    cols = tl.arange(0, BD)  # [BD]
+    inside = (rows < R)[:, None] & (cols < D)[None, :]  # [BM, BD]
+    w = tl.load(weight + cols, mask=cols < D, other=0.0, eviction_policy="evict_last")  # [BD]
+    v = tl.load(x + rows[:, None] * stride_x + cols[None, :], mask=inside, other=0.0)  # [BM, BD]
+    s = v.to(tl.float32)
+    norm = tl.rsqrt(tl.sum(s * s, axis=1) / D + tl.cast(eps, tl.float32))  # [BM]
+    y = (s * norm[:, None]).to(v.dtype)
+    y = (y.to(tl.float32) * w.to(tl.float32)[None, :]).to((y + w[None, :]).dtype)
+    q, s = scaled(y.to(tl.float32))
+    tl.store(scale + rows, s, mask=rows < R)
+    tl.store(out + rows[:, None] * D + cols[None, :], q.to(out.dtype.element_ty), mask=inside)
+
+
+def _fake_rms_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@compiled_as_op(_fake_rms_norm_quantize)
+def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x [..., D] with dense rows, weight [D]. Returns e4m3 [..., D], contiguous, and scales [...] float32."""
+    out, scale = _fake_rms_norm_quantize(x, weight, eps)
+    x = as_rows(x, "x")
+    R, D = x.shape
+    check_shape(weight, (D,), "weight")
+    BD, BM, warps = whole_rows(D)
+    if R == 0:
+        return out, scale
+    with on_device_of(x):
+        rms_norm_quantize_kernel[(triton.cdiv(R, BM),)](
+            x, weight.contiguous(), out, scale, R, D, x.stride(0), eps, BM=BM, BD=BD, num_warps=warps
+        )  # fmt: skip
+    return out, scale
 
 
 # ------------------------------------------------------------------------------------------------------- backward

@@ -16,6 +16,7 @@ from .reference import (
     pool_last_token,
     quantize_rows,
     rms_norm,
+    rms_norm_quantize,
     rope,
     silu_mul,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "quantize_rows",
     "quick_gelu",
     "rms_norm",
+    "rms_norm_quantize",
     "rope",
     "rope_",
     "silu_mul",

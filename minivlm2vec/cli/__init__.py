@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import Option, OptionError
-from . import demo, embed, info, mmeb, new_checkpoint, search, serve, similarity, train
+from . import demo, doctor, embed, info, mmeb, new_checkpoint, search, serve, similarity, train
 from .messages import say
 
 COMMANDS = {
     "demo": (demo, "see what it does, with the bundled model and pictures"),
+    "doctor": (doctor, "examine this machine: is everything right, and how fast"),
     "similarity": (similarity, "score targets against queries"),
     "embed": (embed, "folders and tables to files of vectors"),
     "search": (search, "find rows by text, image or likeness"),

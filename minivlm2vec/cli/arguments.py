@@ -46,15 +46,13 @@ def _plugin(path: str) -> str:
 
 def load_embedder(args: argparse.Namespace, **options: Any):
     """The Embedder that `add_model_arguments` describes."""
-    import torch
-
     from ..embedder import Embedder
 
     return Embedder.from_pretrained(
         args.model,
         adapter=args.adapter,
         device=args.device,
-        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        dtype=args.dtype,
         num_crops=args.num_crops,
         truncate_dim=args.truncate_dim,
         force_dimensions=args.force_dimensions,

@@ -8,8 +8,6 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import torch
-
 from .. import prompts
 from ..checkpoint import fingerprint, resolve
 from ..config import VLM2VecConfig, changes
@@ -149,7 +147,7 @@ class Checkpoint:
         return Embedder.from_pretrained(
             self.folder,
             adapter=self.adapter,
-            dtype=getattr(torch, spec.dtype) if spec.dtype else None,
+            dtype=spec.dtype,
             backend=spec.backend,
             **loading | options,
         )

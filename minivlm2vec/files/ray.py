@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..embedder import Embedder
 from .pipeline import Pipeline
@@ -55,9 +54,7 @@ class EmbedBatch:
         dtype: str | None = None,
         **options: Any,
     ):
-        self.embedder = Embedder.from_pretrained(
-            model, dtype=getattr(torch, dtype) if dtype else None, show_progress=False, **options
-        )
+        self.embedder = Embedder.from_pretrained(model, dtype=dtype, show_progress=False, **options)
         self.columns = (text_column, image_column, Path(image_root))
         self.options: dict[str, Any] = {"prompt": instruction or None, "max_length": max_length}
         self.options["batch_tokens"] = batch_tokens

@@ -3,7 +3,8 @@
     y = (x_q W_q^T) * s_x * s_w      x_q = e4m3(x / s_x), s_x = max |x| / 448 for each token's row
                                      W_q = e4m3(W / s_w), s_w = max |W| / 448 for each row of outputs
 
-Weights are converted once, when a model is loaded; inputs whenever they come. 448 is the greatest e4m3 number.
+Weights are converted once, when a model is loaded; inputs whenever they come, those of qkv_proj and gate_up_proj by the
+norm before them. 448 is the greatest e4m3 number.
 T tokens, K inputs, N outputs.
 """
 
@@ -17,12 +18,16 @@ from torch.nn import functional as F
 
 from minivlm2vec_kernels import ops
 
-from .fused import InferenceOnly
+from .fused import InferenceOnly, QuantizedRows, Rows
 
 # Left as they are. down_proj: its inputs have a few very large channels in Phi-3, which a common scale of the row
-# would drown the others for. First and last layer: their errors pass through all others, or through none to be
+# would drown the others for. o_proj: a ninth of the work, and no norm precedes it that would bring its inputs into 8
+# bits for nothing (bench/README.md). First and last layer: their errors pass through all others, or through none to be
 # averaged. Tower and projector: a fifth of the work of an image, in matrices of half the width.
-KEEP = ("decoder.layers.*.mlp.down_proj", "decoder.layers.first.*", "decoder.layers.last.*", "vision.*", "projector.*")
+KEEP = (
+    "decoder.layers.*.mlp.down_proj", "decoder.layers.*.self_attn.o_proj", "decoder.layers.first.*",
+    "decoder.layers.last.*", "vision.*", "projector.*",
+)  # fmt: skip
 
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
@@ -53,16 +58,23 @@ def _try_product(device: torch.device) -> None:
 
 
 def scaled_mm(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    fast_accum: bool = False,
 ) -> Tensor:
     """a [T, K] times b [K, N], both e4m3, times scale_a [T, 1] and scale_b [1, N], plus bias [N]. Returns [T, N].
 
     By the operator that torch.compile and torchao use, which is private; where it is gone, by the public function.
     """
     if hasattr(torch, "_scaled_mm"):
-        return torch._scaled_mm(a, b, scale_a, scale_b, bias=bias, out_dtype=dtype)
+        return torch._scaled_mm(a, b, scale_a, scale_b, bias=bias, out_dtype=dtype, use_fast_accum=fast_accum)
     by_row = F.ScalingType.RowWise
-    return F.scaled_mm(a, b, scale_a, by_row, scale_b, by_row, bias=bias, output_dtype=dtype)
+    return F.scaled_mm(a, b, scale_a, by_row, scale_b, by_row, bias=bias, output_dtype=dtype, use_fast_accum=fast_accum)
 
 
 def takes_fp8(name: str, num_layers: int, keep: Sequence[str]) -> bool:
@@ -94,12 +106,17 @@ class Fp8Linear(InferenceOnly, nn.Linear):
         weight: [N, K] e4m3; N and K multiples of 16.
         scale: [N] float32.
         bias: [N] or None, as it was.
+        takes_quantized: inputs may come as QuantizedRows, for outputs in bfloat16.
+        fast_accum: sum in the tensor cores' own precision (about 14 bits) instead of adding to float32 every 128
+            products; off until a row says what it gains (`model_fp8` of bench_model.py).
     """
 
     backend: str | None
     scale: nn.Parameter
+    takes_quantized = True
+    fast_accum = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Rows) -> Tensor:
         return self._product(x, self.weight, self.scale, self.bias)
 
     def add_(self, residual: Tensor, x: Tensor, *, bias_is_in: bool = False) -> Tensor:
@@ -108,21 +125,27 @@ class Fp8Linear(InferenceOnly, nn.Linear):
     def bias_ahead(self) -> None:
         return None
 
-    def silu_mul(self, x: Tensor) -> Tensor:
+    def silu_mul(self, x: Rows) -> Tensor:
         return ops.silu_mul(self(x), backend=self.backend)
 
     def quick_gelu(self, x: Tensor) -> Tensor:
         return ops.quick_gelu(self(x), backend=self.backend)
 
-    def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
+    def rows(self, x: Rows, start: int, stop: int | None) -> Tensor:
         bias = None if self.bias is None else self.bias[start:stop]
         return self._product(x, self.weight[start:stop], self.scale[start:stop], bias)
 
-    def _product(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:  # [..., K] -> [..., N]
-        rows, row_scale = ops.quantize_rows(x.reshape(-1, self.in_features), backend=self.backend)
-        if x.is_cuda:
-            y = scaled_mm(rows, weight.t(), row_scale[:, None], scale[None], bias, x.dtype)
-        else:  # the same sums, to see what they cost in accuracy; torch 2.11's _scaled_mm wants one scale a matrix here
-            y = rows.float() @ weight.float().t() * row_scale[:, None] * scale
-            y = (y if bias is None else y + bias).to(x.dtype)
-        return y.view(*x.shape[:-1], -1)
+    def _product(self, x: Rows, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:  # [..., K] -> [..., N]
+        if isinstance(x, QuantizedRows):
+            return self._quantized_product(x, weight, scale, bias, torch.bfloat16)
+        rows = QuantizedRows(*ops.quantize_rows(x.reshape(-1, self.in_features), backend=self.backend))
+        return self._quantized_product(rows, weight, scale, bias, x.dtype).view(*x.shape[:-1], -1)
+
+    def _quantized_product(
+        self, x: QuantizedRows, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:  # [R, K] -> [R, N]
+        if x.q.is_cuda:
+            return scaled_mm(x.q, weight.t(), x.scale[:, None], scale[None], bias, dtype, fast_accum=self.fast_accum)
+        # the same sums, to see what they cost in accuracy; torch 2.11's _scaled_mm wants one scale a matrix here
+        y = x.q.float() @ weight.float().t() * x.scale[:, None] * scale
+        return (y if bias is None else y + bias).to(dtype)

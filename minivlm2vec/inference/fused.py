@@ -8,7 +8,7 @@ each other and modules are not called, so hooks could not be told the truth. Hen
 R rows: as many as tokens T, or fewer where prefixes are shared (prefix.py). B sequences, D width, C crops, L positions.
 """
 
-from typing import Any, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from ..decoder import MLP, Attention, Decoder, DecoderLayer, Packing, RMSNorm
 from ..linear import Embedding, Linear
 from ..model import VLM2Vec
 from ..vision import LayerNorm, PatchEmbedding, VisionAttention, VisionEmbeddings, VisionLayer, VisionMLP, VisionTower
-from .prefix import WEIGHT_BOUND_ROWS, SharedBatch, SharedPacking, share_prefixes
+from .prefix import FEWEST_ROWS, WEIGHT_BOUND_ROWS, SharedBatch, SharedPacking, share_prefixes
 
 
 def _refuse(what: str, instead: str = "") -> Any:
@@ -46,6 +46,8 @@ class InferenceOnly(nn.Module):
     )
     _apply = _refuse("be moved or cast")
     compile = _refuse("be compiled")
+    if torch.__version__ >= "2.14":  # torch.compile asks for these at the first call, and for nothing of its own before
+        _initialize_hook = _infer_parameters = _refuse("be compiled")
     _replace = add_module = register_module = __delattr__ = _refuse("have a part replaced")
 
     def train(self, mode: bool = True) -> Any:
@@ -59,7 +61,7 @@ class InferenceOnly(nn.Module):
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_torchdynamo_orig_callable":  # what torch.compile asks a module for, before anything else
+        if name == "_torchdynamo_orig_callable":  # what torch.compile before 2.14 asks a module for, first of all
             self.compile()
         try:
             return super().__getattr__(name)
@@ -99,8 +101,26 @@ class FusedLinear(InferenceOnly, Linear):
         return F.linear(x, self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
 
 
+class QuantizedRows(NamedTuple):
+    """Rows of inputs as `ops.quantize_rows` gives them: q [R, K] e4m3, scale [R] float32."""
+
+    q: Tensor
+    scale: Tensor
+
+    def at(self, rows: Tensor) -> "QuantizedRows":
+        """Some rows; as bytes, since torch cannot index e4m3 everywhere."""
+        return QuantizedRows(self.q.view(torch.uint8)[rows].view(self.q.dtype), self.scale[rows])
+
+
+Rows = Tensor | QuantizedRows
+
+
 class FusedRMSNorm(InferenceOnly, RMSNorm):
-    pass
+    def ahead_of(self, x: Tensor, first: nn.Linear) -> Rows:
+        """The normed x [R, D] as the block's first matrix takes it."""
+        if getattr(first, "takes_quantized", False):
+            return QuantizedRows(*ops.rms_norm_quantize(x, self.weight, self.eps, backend=self.backend))
+        return self(x)
 
 
 class FusedLayerNorm(InferenceOnly, LayerNorm):
@@ -117,6 +137,8 @@ class FusedLayerNorm(InferenceOnly, LayerNorm):
 
 
 class FusedDecoderLayer(InferenceOnly, DecoderLayer):
+    input_layernorm: FusedRMSNorm
+    post_attention_layernorm: FusedRMSNorm
     self_attn: "FusedAttention"
     mlp: "FusedMLP"
 
@@ -125,30 +147,31 @@ class FusedDecoderLayer(InferenceOnly, DecoderLayer):
 
     def forward_(self, x: Tensor, packing: Packing) -> Tensor:
         """`forward`, for which x may be written over."""
-        x = self.self_attn.add_to(x, self.input_layernorm(x), packing)
-        return self.mlp.add_to(x, self.post_attention_layernorm(x))
+        x = self.self_attn.add_to(x, self.input_layernorm.ahead_of(x, self.self_attn.qkv_proj), packing)
+        return self.mlp.add_to(x, self.post_attention_layernorm.ahead_of(x, self.mlp.gate_up_proj))
 
     def last_(self, x: Tensor, packing: Packing) -> Tensor:
         """[R, D] -> [B, D], the last tokens alone: of the others only keys and values are needed."""
-        x = self.self_attn.last_to(x, self.input_layernorm(x), packing)
-        return self.mlp.add_to(x, self.post_attention_layernorm(x))
+        x = self.self_attn.last_to(x, self.input_layernorm.ahead_of(x, self.self_attn.qkv_proj), packing)
+        return self.mlp.add_to(x, self.post_attention_layernorm.ahead_of(x, self.mlp.gate_up_proj))
 
 
 class FusedAttention(InferenceOnly, Attention):
     qkv_proj: FusedLinear
     o_proj: FusedLinear
 
-    def add_to(self, x: Tensor, h: Tensor, p: Packing) -> Tensor:
+    def add_to(self, x: Tensor, h: Rows, p: Packing) -> Tensor:
         """x [R, D] residual stream, h [R, D] its norm -> x + attention."""
         q, k, v = self._split(self.qkv_proj(h), self.heads)
         q, k = ops.rope_(q, k, p.cos, p.sin, backend=self.backend)
         queries = (p.cu_seqlens_q, p.max_seqlen_q) if isinstance(p, SharedPacking) else (None, None)
         return self.o_proj.add_(x, self._attend(q, k, v, p, *queries))
 
-    def last_to(self, x: Tensor, h: Tensor, p: Packing) -> Tensor:
+    def last_to(self, x: Tensor, h: Rows, p: Packing) -> Tensor:
         """x, h [R, D] -> [B, D]: queries of the last tokens, keys and values of all."""
         last, (N, Nkv, _) = _ends(p)[1:] - 1, self.heads
-        q = self.qkv_proj.rows(h[last], 0, N * self.head_dim)
+        of_last = h.at(last) if isinstance(h, QuantizedRows) else h[last]
+        q = self.qkv_proj.rows(of_last, 0, N * self.head_dim)
         kv = self.qkv_proj.rows(h, N * self.head_dim, None)
         (q,), (k, v) = self._split(q, (N,)), self._split(kv, (Nkv, Nkv))
         q, _ = ops.rope_(q, q[:, :0], p.cos[last], p.sin[last], backend=self.backend)
@@ -174,7 +197,7 @@ class FusedMLP(InferenceOnly, MLP):
     gate_up_proj: FusedLinear
     down_proj: FusedLinear
 
-    def add_to(self, x: Tensor, h: Tensor) -> Tensor:
+    def add_to(self, x: Tensor, h: Rows) -> Tensor:
         """x [R, D] residual stream, h [R, D] its norm -> x + down(silu(gate h) * up h)."""
         return self.down_proj.add_(x, self.gate_up_proj.silu_mul(h))
 
@@ -296,7 +319,9 @@ class FusedVLM2Vec(InferenceOnly, VLM2Vec):
         if not (self.sharing and type(table) in (Embedding, nn.Embedding) and is_unchanged(table)):
             return batch
         longest, kind = self.config.decoder.original_max_position_embeddings, self.device.type
-        return share_prefixes(batch, longest, weight_bound_rows=WEIGHT_BOUND_ROWS.get(kind, 256))
+        fewest = FEWEST_ROWS.get(kind, 0) if self.graphs is not None else 0
+        bound = WEIGHT_BOUND_ROWS.get(kind, 256)
+        return share_prefixes(batch, longest, weight_bound_rows=bound, fewest_rows=fewest)
 
     def forward(self, batch: PackedBatch, *, normalize: bool = True) -> Tensor:
         if torch.compiler.is_compiling():  # as a part of something else

@@ -25,6 +25,10 @@ from ..rope import rope_tables
 # FLOP/s over bandwidth in bytes/s, for bf16. H100: 798e12 / 3.0e12 = 266; H200: 183. On a CPU, some tens at most.
 WEIGHT_BOUND_ROWS = {"cuda": 256, "cpu": 16}  # by device type
 SMALLEST_SHARE = 1 / 16  # of the time; below, sharing is left alone. See `pays`.
+# On CUDA a pack of up to graphs.MAX_TOKENS tokens is replayed as a graph, and one with shared rows is not: kernel by
+# kernel its 330 launches of some 10 us take 3.3 ms of host time, in which a card computes 3.3 ms / 10.3 us = 320 rows
+# beyond the WEIGHT_BOUND_ROWS that it computes while it reads the weights. Below so many shared rows the host decides.
+FEWEST_ROWS = {"cuda": 600, "cpu": 0}
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,12 @@ class SharedPacking(Packing):
 
 
 def share_prefixes(
-    batch: PackedBatch, longest: int, *, weight_bound_rows: int = 256, smallest_share: float = SMALLEST_SHARE
+    batch: PackedBatch,
+    longest: int,
+    *,
+    weight_bound_rows: int = 256,
+    smallest_share: float = SMALLEST_SHARE,
+    fewest_rows: int = 0,
 ) -> PackedBatch:
     """A `SharedBatch` of the same sequences in the same order, or `batch` itself where that does not pay.
 
@@ -72,13 +81,16 @@ def share_prefixes(
     longest: sequences of more tokens take no part (`original_max_position_embeddings`: beyond it the rotations are
         others). Neither do sequences with images.
     weight_bound_rows, smallest_share: see `pays`.
+    fewest_rows: batches that would have fewer rows stay as they are: on CUDA they are replayed as graphs, see
+        FEWEST_ROWS.
     """
     lengths, starts = batch.lengths, np.cumsum([0, *batch.lengths])
     with_images = set(np.searchsorted(starts, batch.image_index.numpy(), side="right") - 1)
     texts = [b for b, n in enumerate(lengths) if n <= longest and b not in with_images]
     ids = batch.input_ids.numpy()
     pairs, shared = _common_beginnings({b: ids[starts[b] : starts[b + 1]] for b in texts}, len(lengths))
-    if not pays(len(ids), len(ids) - sum(shared), weight_bound_rows, smallest_share):
+    rows = len(ids) - sum(shared)
+    if rows < fewest_rows or not pays(len(ids), rows, weight_bound_rows, smallest_share):
         return batch
     return _shared(batch, starts, pairs, shared)
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..cosines import cosines, unit_rows
+
 NumberedRows = Sequence[tuple[int, Sequence[int] | np.ndarray]]  # (query, candidates), as indices of vectors
 METRICS = ("precision@1", "precision@1_original", "mrr", "recall@5", "recall@10")
 REPLICATES = 2000
@@ -45,19 +47,18 @@ def score_rows(vectors: np.ndarray, rows: NumberedRows, block: int = 256) -> lis
     positive's own index is the same input listed again: no model can tell it from the positive, so it is not
     counted against it.
 
-    Cosines are computed in float64 and rounded to 12 places and to float32, so that equal vectors tie whatever order
-    they are summed in, also where their cosine is 0. ValueError for vectors that are not finite or zero.
+    Cosines are those of `cosines.cosines`, so equal vectors tie. ValueError for vectors that are not finite or zero.
     """
     unit = unit_rows(vectors)
     scored = []
     for start in range(0, len(rows), block):
         part = rows[start : start + block]
         used, places = np.unique(np.concatenate([np.asarray(targets) for _, targets in part]), return_inverse=True)
-        cosines = (unit[[query for query, _ in part]] @ unit[used].T).round(12).astype(np.float32)
+        found = cosines(unit[[query for query, _ in part]], unit[used])
         ends = np.cumsum([len(targets) for _, targets in part])
         for i, (_, targets) in enumerate(part):
             columns = places[ends[i] - len(targets) : ends[i]]
-            scored.append(_scored(cosines[i, columns], np.asarray(targets)))
+            scored.append(_scored(found[i, columns], np.asarray(targets)))
     return scored
 
 
@@ -69,19 +70,6 @@ def _scored(scores: np.ndarray, targets: np.ndarray) -> Scored:
         rank_original=1 + int((others > scores[0]).sum()),
         predicted=int(scores.argmax()),
     )
-
-
-def unit_rows(vectors: np.ndarray) -> np.ndarray:
-    """[N, D] -> float64 rows of length 1."""
-    wide = np.asarray(vectors, dtype=np.float64)
-    bad = np.flatnonzero(~np.isfinite(wide).all(axis=1))
-    if len(bad):
-        raise ValueError(f"{len(bad)} of {len(wide)} vectors are not finite, the first is number {bad[0]}")
-    norms = np.linalg.norm(wide, axis=1, keepdims=True)
-    zero = np.flatnonzero(norms[:, 0] == 0)
-    if len(zero):
-        raise ValueError(f"{len(zero)} of {len(wide)} vectors are zero, the first is number {zero[0]}")
-    return wide / norms
 
 
 def variance(vectors: np.ndarray) -> float:

@@ -12,6 +12,7 @@ decoding   bytes of images -> sizes and crops, in processes (decoder_process) th
 limiter    what is in flight, and the 429s
 service    a request's way through all of these
 batching   jobs of all requests -> batches for the model's one thread
+tasks      /v1/classify, /v1/rerank, /v1/score, with task_schema and task_inputs, around the same service
 server     uvicorn, with a drain and bounded headers: what `minivlm2vec serve` runs
 """
 

@@ -8,6 +8,8 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import orjson
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
+from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -30,10 +33,22 @@ from .errors import APIError, BodyTooLarge, bad_request
 from .limiter import InFlight
 from .options import ServeOptions
 from .service import EmbeddingService
+from .task_schema import (
+    ClassifyRequest,
+    ClassifyResponse,
+    RerankRequest,
+    RerankResponse,
+    ScoreRequest,
+    ScoreResponse,
+)
+from .tasks import Tasks
 
 log = logging.getLogger("minivlm2vec.serve")
 
-DESCRIPTION = "Text and images to vectors with VLM2Vec: OpenAI's embeddings API, with vLLM's `messages` for images."
+DESCRIPTION = (
+    "Text and images to vectors with VLM2Vec: OpenAI's embeddings API, with vLLM's `messages` for images; and what the "
+    "vectors are for: classifying, reranking, scoring."
+)
 LINGER_SECONDS, LINGER_BYTES = 10.0, 1 << 30  # for a refused body
 INLINE_BYTES = 64 << 10  # bodies up to here are parsed in the event loop: a thread would cost more
 ERRORS = {
@@ -50,7 +65,9 @@ ERRORS = {
     504: "Not finished in time",
 }
 
+REQUESTS: tuple[type[BaseModel], ...] = (schema.EmbeddingRequest, ClassifyRequest, RerankRequest, ScoreRequest)
 Guard = Callable[..., Awaitable[None]]
+Answer = Callable[[Any], Awaitable[dict[str, Any]]]
 Responses = dict[int | str, dict[str, Any]]
 
 
@@ -99,18 +116,20 @@ def app_of(service: EmbeddingService) -> FastAPI:
     _add_errors(app)
     _add_probes(app, service)
     _add_models(app, service, guard)
-    _add_embeddings(app, service, guard)
+    for endpoint in _endpoints(service):
+        _add_endpoint(app, service, guard, endpoint)
     return app
 
 
 class _Application(FastAPI):
-    """FastAPI, and the schema of the body that the endpoint reads by itself."""
+    """FastAPI, and the schemas of the bodies that the endpoints read by themselves."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
             document = super().openapi()
-            request = schema.EmbeddingRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-            document["components"]["schemas"] |= request.pop("$defs") | {"EmbeddingRequest": request}
+            for kind in REQUESTS:
+                request = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+                document["components"]["schemas"] |= request.pop("$defs") | {kind.__name__: request}
         assert self.openapi_schema is not None
         return self.openapi_schema
 
@@ -204,18 +223,52 @@ def _guard(api_keys: Sequence[str]) -> Guard:
     return check
 
 
-def _add_embeddings(app: FastAPI, service: EmbeddingService, guard: Guard) -> None:
+@dataclass(frozen=True)
+class Endpoint:
+    """A POST: its paths (the first is documented), what it takes and gives, and what answers a request (all but id,
+    created and model)."""
+
+    paths: tuple[str, ...]
+    request: type[BaseModel]
+    response: type[BaseModel]
+    prefix: str
+    answer: Answer
+    summary: str
+
+
+def _endpoints(service: EmbeddingService) -> list[Endpoint]:
+    tasks = Tasks(service)
+    embed = partial(_embed, service)
+    return [
+        Endpoint(("/v1/embeddings",), schema.EmbeddingRequest, schema.EmbeddingResponse, "embd", embed,
+                 "Embed texts and images"),
+        Endpoint(("/v1/classify", "/classify"), ClassifyRequest, ClassifyResponse, "classify",
+                 _of_task(tasks.classify), "The nearest labels of images"),
+        Endpoint(("/v1/rerank", "/v2/rerank", "/rerank"), RerankRequest, RerankResponse, "rerank",
+                 _of_task(tasks.rerank), "Documents by their nearness to a query"),
+        Endpoint(("/v1/score", "/score"), ScoreRequest, ScoreResponse, "score", _of_task(tasks.score),
+                 "Cosines of pairs"),
+    ]  # fmt: skip
+
+
+def _of_task(function: Callable[[Any], Awaitable[tuple[dict[str, Any], int]]]) -> Answer:
+    async def answer(request: Any) -> dict[str, Any]:
+        found, tokens = await function(request)
+        return found | {"usage": _usage(tokens)}
+
+    return answer
+
+
+def _add_endpoint(app: FastAPI, service: EmbeddingService, guard: Guard, endpoint: Endpoint) -> None:
     answers: Responses = {
         status: {"model": schema.ErrorResponse, "description": text} for status, text in ERRORS.items()
     }
 
-    @app.post("/v1/embeddings", dependencies=[Depends(guard)], responses=answers, openapi_extra=_request_body(),
-              response_model=schema.EmbeddingResponse, summary="Embed texts and images", tags=["v1"])  # fmt: skip
-    async def embeddings(request: Request) -> Response:
+    async def post(request: Request) -> Response:
         start, status = time.perf_counter(), 500
         try:
             with service.limiter.body(request) as held:
-                response = await _answer(service, request, held)
+                response = await _answer(service, endpoint, request, held)
             status = response.status_code
             service.metrics.request_seconds.observe(time.perf_counter() - start)
             return response
@@ -227,10 +280,15 @@ def _add_embeddings(app: FastAPI, service: EmbeddingService, guard: Guard) -> No
             service.metrics.disconnects.inc()
             return Response(status_code=499)
         finally:
-            service.metrics.requests.labels(status).inc()
+            service.metrics.requests.labels(endpoint.paths[0], status).inc()
+
+    for path in endpoint.paths:
+        app.post(path, dependencies=[Depends(guard)], responses=answers, openapi_extra=_request_body(endpoint.request),
+                 response_model=endpoint.response, summary=endpoint.summary, tags=["v1"],
+                 include_in_schema=path == endpoint.paths[0])(post)  # fmt: skip
 
 
-async def _answer(service: EmbeddingService, request: Request, held: InFlight) -> Response:
+async def _answer(service: EmbeddingService, endpoint: Endpoint, request: Request, held: InFlight) -> Response:
     """The response, within the time that a request has, unless its client goes away."""
     if request.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
         raise APIError(415, "the body is compressed; send it as it is", code="unsupported_content_encoding")
@@ -242,11 +300,13 @@ async def _answer(service: EmbeddingService, request: Request, held: InFlight) -
         message = f"the body did not come within {timeout:g} s"
         raise APIError(408, message, code="request_timeout", headers={"connection": "close"}) from None
     with service.limiter.request(body):
-        return await _answer_until(end, service, body, request)
+        return await _answer_until(end, service, endpoint, body, request)
 
 
-async def _answer_until(end: float, service: EmbeddingService, body: bytes, request: Request) -> Response:
-    work = asyncio.ensure_future(_embed(service, body, request.scope["request_id"]))
+async def _answer_until(
+    end: float, service: EmbeddingService, endpoint: Endpoint, body: bytes, request: Request
+) -> Response:
+    work = asyncio.ensure_future(_work(service, endpoint, body, request.scope["request_id"]))
     gone = asyncio.ensure_future(_until_disconnect(request))
     try:
         await asyncio.wait({work, gone}, timeout=end - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
@@ -267,24 +327,30 @@ async def _until_disconnect(request: Request) -> None:
         pass
 
 
-async def _embed(service: EmbeddingService, body: bytes, request_id: str) -> Response:
-    parsed = schema.parse(body) if len(body) <= INLINE_BYTES else await service.in_thread(schema.parse, body)
+async def _work(service: EmbeddingService, endpoint: Endpoint, body: bytes, request_id: str) -> Response:
+    parsed: Any
+    if len(body) <= INLINE_BYTES:
+        parsed = schema.parse(body, endpoint.request)
+    else:
+        parsed = await service.in_thread(schema.parse, body, endpoint.request)
     model = service.reader.model_name(parsed.model)
-    vectors, tokens = await service.embed(parsed)
-    as_base64 = parsed.encoding_format == "base64"
+    found = await endpoint.answer(parsed)
+    head = {"id": f"{endpoint.prefix}-{request_id}", "object": "list", "created": int(time.time()), "model": model}
+    return Response(orjson.dumps(head | found), media_type="application/json")
+
+
+async def _embed(service: EmbeddingService, request: schema.EmbeddingRequest) -> dict[str, Any]:
+    vectors, tokens = await service.embed(request)
+    as_base64 = request.encoding_format == "base64"
     if vectors.size > 1 << 17:  # some tenths of a second for the largest
         data = await service.in_thread(_embeddings, vectors, as_base64)
     else:
         data = _embeddings(vectors, as_base64)
-    answer = {
-        "id": f"embd-{request_id}",
-        "object": "list",
-        "created": int(time.time()),
-        "model": model,
-        "data": data,
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-    }
-    return Response(orjson.dumps(answer), media_type="application/json")
+    return {"data": data, "usage": _usage(tokens)}
+
+
+def _usage(tokens: int) -> dict[str, int]:
+    return {"prompt_tokens": tokens, "total_tokens": tokens}
 
 
 def _embeddings(vectors: np.ndarray, as_base64: bool) -> list[dict[str, Any]]:
@@ -366,6 +432,6 @@ def _add_errors(app: FastAPI) -> None:
         return answer(APIError(500, "an error of the server; its log says more", code="internal_error"))
 
 
-def _request_body() -> dict:
-    reference = {"$ref": "#/components/schemas/EmbeddingRequest"}
+def _request_body(request: type[BaseModel]) -> dict:
+    reference = {"$ref": f"#/components/schemas/{request.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}

@@ -306,9 +306,9 @@ class Batcher:
         self._settle(batch, self._one_by_one(batch.jobs))
 
     def _settle(self, batch: Batch, results: list[tuple[Job, Any]]) -> None:
+        self._measure(batch)  # first, so that whoever has an answer finds it counted
         self._loop.call_soon_threadsafe(self._deliver, results)
         self._launched.remove(batch)
-        self._measure(batch)
 
     def _checked(self, jobs: list[Job], vectors: np.ndarray) -> list[tuple[Job, Any]]:
         """Results; a row with NaN or infinity is computed again alone."""

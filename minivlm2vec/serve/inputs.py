@@ -7,6 +7,7 @@ from ..images import is_data_uri
 from .errors import APIError, bad_request
 from .options import ServeOptions
 from .schema import EmbeddingRequest, ImagePart, Message, TextPart
+from .task_schema import TaskRequest
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,11 @@ Part = str | ImageSource
 
 @dataclass(frozen=True)
 class TextInput:
-    """A text; name is its place in the request."""
+    """A text; name is its place in the request, max_tokens how many of its first tokens are kept (None: all)."""
 
     name: str
     text: str
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,11 @@ class IdsInput:
 
 @dataclass(frozen=True)
 class PartsInput:
-    """Texts and images in one input."""
+    """Texts and images in one input; joint stands between two of them."""
 
     name: str
     parts: list[Part]
+    joint: str = " "
 
     @property
     def images(self) -> list[ImageSource]:
@@ -101,7 +104,7 @@ class RequestReader:
         known = ", ".join(self.names)
         raise APIError(404, f"that model is not served here; there is {known}", param="model", code="model_not_found")
 
-    def num_crops(self, request: EmbeddingRequest) -> int | None:
+    def num_crops(self, request: EmbeddingRequest | TaskRequest) -> int | None:
         """The most crops of an image that the request asks for. Raises APIError 400."""
         asked = request.mm_processor_kwargs.num_crops if request.mm_processor_kwargs else None
         if asked and asked > self.limits.max_num_crops:
@@ -174,7 +177,7 @@ class RequestReader:
         """One message. A system message in front of it is its instruction; an empty message of the assistant behind
         it, which clients of vLLM send as what the model would answer, is dropped."""
         last = len(messages) - 1
-        if last and messages[last].role == "assistant" and not any(_texts(messages[last])):
+        if last and messages[last].role == "assistant" and _is_empty(messages[last]):
             last -= 1
         system = messages[0] if last and messages[0].role in ("system", "developer") else None
         if last > (system is not None):
@@ -199,15 +202,17 @@ class RequestReader:
         if isinstance(message.content, str):
             parts: list[Part] = [message.content]
         else:
-            parts = [self._part(f"{name}[{i}]", part) for i, part in enumerate(message.content)]
+            parts = [self.part(f"{name}[{i}]", part) for i, part in enumerate(message.content)]
         if not any(parts):
             raise bad_request(f"{name} has neither text nor image", name)
         return parts
 
-    def _part(self, name: str, part: TextPart | ImagePart) -> Part:
-        if isinstance(part, TextPart):
-            return part.text
-        name, url = f"{name}.image_url", part.image_url.url
+    def part(self, name: str, part: TextPart | ImagePart) -> Part:
+        """A part of a message. Raises APIError 400."""
+        return part.text if isinstance(part, TextPart) else self.image(f"{name}.image_url", part.image_url.url)
+
+    def image(self, name: str, url: str) -> ImageSource:
+        """An image by its address. Raises APIError 400."""
         if not is_data_uri(url):
             if not url.lower().startswith(("http://", "https://")):
                 raise bad_request(f"{name}: an image is a data URI or an http(s) URL", name, "invalid_image_url")
@@ -227,6 +232,11 @@ def _text(name: str, text: str) -> TextInput:
 def _texts(message: Message) -> list[str]:
     content = message.content
     return [content] if isinstance(content, str) else [x.text for x in content or () if isinstance(x, TextPart)]
+
+
+def _is_empty(message: Message) -> bool:
+    images = isinstance(message.content, list) and any(isinstance(x, ImagePart) for x in message.content)
+    return not images and not any(_texts(message))
 
 
 def _with_instruction(parts: list[Part], instruction: str) -> list[Part]:

@@ -21,7 +21,7 @@ class Metrics:
         ProcessCollector(registry=r)
         GCCollector(registry=r)
         self.requests = Counter(
-            "minivlm2vec_requests", "Answers of /v1/embeddings, by HTTP status", ["status"], registry=r
+            "minivlm2vec_requests", "Answers, by path and HTTP status", ["path", "status"], registry=r
         )
         self.disconnects = Counter(
             "minivlm2vec_disconnects", "Requests whose client disconnected before the answer", registry=r

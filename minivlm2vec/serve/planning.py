@@ -46,7 +46,8 @@ class Planner:
     def _plan_one(self, x: Input, max_length: int | None, num_crops: int | None) -> Planned:
         try:
             if isinstance(x, TextInput):
-                planned = self._plan_text(x.name, x.text, max_length)
+                lengths = [n for n in (max_length, x.max_tokens) if n is not None]
+                planned = self._plan_text(x.name, x.text, min(lengths, default=None))
             elif isinstance(x, IdsInput):
                 planned = self._plan_ids(x.ids, max_length)
             else:
@@ -78,11 +79,11 @@ class Planner:
         "<|image_1|> text"."""
         texts = [part for part in x.parts if isinstance(part, str)]
         if len(texts) == len(x.parts):
-            return self._plan_text(x.name, " ".join(texts), max_length)
+            return self._plan_text(x.name, x.joint.join(texts), max_length)
         for text in texts:
             self._check_characters(x.name, text)
         return self.processor.plan_pieces(
-            _texts_between(x.parts),
+            _texts_between(x.parts, x.joint),
             x.images,
             num_crops=num_crops,
             names=[image.name for image in x.images],
@@ -96,11 +97,11 @@ class Planner:
             raise _too_long(name, message)
 
 
-def _texts_between(parts: Sequence[str | ImageSource]) -> list[str]:
+def _texts_between(parts: Sequence[str | ImageSource], joint: str) -> list[str]:
     """The text before, between and behind the images."""
     pieces = [""]
     for n, part in enumerate(parts):
-        pieces[-1] += " " if n else ""
+        pieces[-1] += joint if n else ""
         if isinstance(part, str):
             pieces[-1] += part
         else:

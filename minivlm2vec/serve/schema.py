@@ -8,7 +8,7 @@ and the parser holds the interpreter's lock.
 
 import codecs
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
@@ -21,6 +21,9 @@ MAX_PARTS = 1024  # of one message
 MAX_FIELDS = 64  # of one object
 MAX_VALUES = 1 << 20  # of one body; parsing so many takes some tenths of a second
 MAX_CONTAINERS = 1 << 16  # lists and objects of one body; each costs ten times as much as a number
+
+
+Request = TypeVar("Request", bound=BaseModel)
 
 
 class Strict(BaseModel):
@@ -150,6 +153,7 @@ class EmbeddingRequest(Strict):
     encoding_format: Literal["float", "base64"] | None = Field(None, description="base64 is of little-endian float32")
     dimensions: int | None = Field(None, ge=1, description="only where the model is Matryoshka")
     user: str | None = Field(None, description="ignored")
+    store: bool | None = Field(None, description="ignored: nothing is stored")
     tokenizer: str | None = Field(
         None, description="whose ids `input` holds: the `tokenizer` of /v1/models or the model's name"
     )
@@ -235,7 +239,7 @@ class Status(BaseModel):
     status: str
 
 
-def parse(body: bytes) -> EmbeddingRequest:
+def parse(body: bytes, kind: type[Request] = EmbeddingRequest) -> Request:  # type: ignore[assignment]
     """Reads a request. Raises APIError 400 naming the first field at fault."""
     body = body.removeprefix(codecs.BOM_UTF8)
     if body.count(b",") >= MAX_VALUES:
@@ -251,7 +255,7 @@ def parse(body: bytes) -> EmbeddingRequest:
     if not isinstance(data, dict):
         raise bad_request("the body is a JSON object", code="invalid_json")
     try:
-        return EmbeddingRequest.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as e:
         raise _explain(e, data) from None
 
@@ -268,26 +272,31 @@ def _has_many_containers(body: bytes) -> bool:
 
 def _explain(error: ValidationError, data: dict) -> APIError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    param = _path(first["loc"], data)
+    param = _path(first["loc"], data, whole=first["type"] == "too_many_fields")
     if first["type"] == "extra_forbidden":
         return bad_request(f"unknown field: {param}", param, "unknown_parameter")
     if first["type"] == "missing":
         return bad_request(f"missing field: {param}", param, "missing_required_parameter")
     message = first["msg"]
+    if first["type"] == "union_tag_invalid":  # {tag}, {expected_tags}: pydantic's own sentence is about its unions
+        tag, expected = (_printable(str(error.errors()[0]["ctx"][key])) for key in ("tag", "expected_tags"))
+        return bad_request(f"{param}.type is '{tag}'; it is one of {expected}", param, "invalid_value")
     if first["type"] == "too_many_fields":
         return bad_request(f"{param}: {message}" if param else message, param or None, "unknown_parameter")
     return bad_request(f"{param}: {message}", param, "invalid_type" if "type" in first["type"] else "invalid_value")
 
 
-def _path(location: Sequence[str | int], data: Any) -> str:
-    """The place in the caller's data, without the names of the alternatives that pydantic puts into it."""
+def _path(location: Sequence[str | int], data: Any, *, whole: bool = False) -> str:
+    """The place in the caller's data, without the names of the alternatives that pydantic puts into it.
+
+    whole: all of the place is there; else its last part may be a field that is missing."""
     path = ""
     for n, key in enumerate(location):
         inside = (isinstance(data, dict) and key in data) or (
             isinstance(data, list) and isinstance(key, int) and key < len(data)
         )
         is_type = n > 0 and isinstance(location[n - 1], int) and isinstance(data, dict) and data.get("type") == key
-        if is_type or (not inside and n < len(location) - 1):
+        if is_type or (not inside and (whole or n < len(location) - 1)):
             continue  # a tag of a union; that of a part, "text", may also be a field
         if not inside and isinstance(key, str) and not isinstance(data, dict):
             continue

@@ -107,10 +107,21 @@ class EmbeddingService:
         inputs = self.reader.inputs(request)
         num_crops = self.reader.num_crops(request)
         size = self.reader.vector_size(request)
+        vectors, tokens = await self.embed_inputs(inputs, request.truncate_prompt_tokens, num_crops)
+        if size < vectors.shape[1]:
+            vectors = truncated(torch.from_numpy(vectors), size).numpy()
+        return vectors, tokens
+
+    async def embed_inputs(
+        self, inputs: list[Input], truncate: int | None, num_crops: int | None
+    ) -> tuple[np.ndarray, int]:
+        """Vectors float32 [B, D] of the inputs of a request, and how many tokens they have. Raises APIError.
+
+        truncate: as truncate_prompt_tokens of the request. num_crops: the most crops of an image; None: the model's."""
         with self.batcher.request() as jobs:
             try:
                 inputs = await self._measure(await self._fetch(inputs))
-                plans = await self._plan(inputs, request.truncate_prompt_tokens, num_crops)
+                plans = await self._plan(inputs, truncate, num_crops)
                 tokens = sum(map(len, plans))
                 with self.limiter.admit(tokens, self._pixels(inputs)):
                     vectors = np.stack(await self._run(jobs, plans))
@@ -118,8 +129,6 @@ class EmbeddingService:
                 raise bad_request(str(e), e.name, "invalid_image") from None
             except ModelError as e:
                 raise self._model_failed(e) from None
-        if size < vectors.shape[1]:
-            vectors = truncated(torch.from_numpy(vectors), size).numpy()
         return vectors, tokens
 
     async def _fetch(self, inputs: list[Input]) -> list[Input]:
@@ -216,7 +225,7 @@ async def _each_image(inputs: list[Input], change: Callable[[ImageSource], Await
     """The inputs, with what `change` makes of every image; texts cost nothing."""
     changed = iter(await _gather(map(change, _images(inputs))))
     return [
-        PartsInput(x.name, [part if isinstance(part, str) else next(changed) for part in x.parts])
+        replace(x, parts=[part if isinstance(part, str) else next(changed) for part in x.parts])
         if isinstance(x, PartsInput)
         else x
         for x in inputs

@@ -3,12 +3,13 @@
 import dataclasses
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import common, report, run
+from bench import common, machine, report, run
 from bench.common import Case, Work
 
 ROOT = Path(__file__).parents[2]
@@ -36,12 +37,12 @@ def providers_timed(**providers):
 
 
 def test_wrong_output_is_not_timed(capsys):
-    assert providers_timed(torch=off_by(0.1), triton=off_by(0.3), other=off_by(0.2)) == ["torch", "other"]
+    assert providers_timed(torch=off_by(0.1), triton=off_by(0.3), other=off_by(0.2)) == ["reference", "other"]
     assert "triton is wrong by 3.00e-01, limit 2.00e-01: not timed" in capsys.readouterr().out
 
 
 def test_nan_is_not_timed():
-    assert providers_timed(torch=off_by(0.1), triton=off_by(float("nan"))) == ["torch"]
+    assert providers_timed(torch=off_by(0.1), triton=off_by(float("nan"))) == ["reference"]
 
 
 def test_each_output_has_its_own_limit(capsys):
@@ -68,11 +69,11 @@ def test_the_way_back_is_run_again_and_again():
 
 
 def test_exact_reference_leaves_room_for_rounding():
-    assert providers_timed(torch=off_by(0), triton=off_by(1e-6)) == ["torch", "triton"]
+    assert providers_timed(torch=off_by(0), triton=off_by(1e-6)) == ["reference", "triton"]
 
 
 def test_missing_baseline_is_named_and_left_out(capsys):
-    assert providers_timed(torch=off_by(0), other=broken) == ["torch"]
+    assert providers_timed(torch=off_by(0), other=broken) == ["reference"]
     assert "no other: RuntimeError: no such kernel" in capsys.readouterr().out
 
 
@@ -197,3 +198,97 @@ def test_run_without_a_gpu_says_so_and_writes_nothing():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("No CUDA device") and "pool_last_token" in done.stdout
     assert set(common.RESULTS.iterdir()) == before
+
+
+class FakeCard:
+    """Writes down what a timed run queues, in order; events are the count of what came before them."""
+
+    def __init__(self, monkeypatch, ms=1.0):
+        self.queue, self.ms, zeros = [], ms, torch.zeros
+        monkeypatch.setattr(torch.cuda, "Event", self.event)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.queue.append(("sleep", cycles)))
+        monkeypatch.setattr(common, "FLUSH_BYTES", 64)
+        monkeypatch.setattr(torch, "zeros", lambda *shape, **kw: self.buffer(zeros(*shape, dtype=torch.uint8)))
+
+    def buffer(self, x):
+        card = self
+
+        class Buffer(torch.Tensor):
+            def zero_(self):
+                card.queue.append("written")
+                return self
+
+            def sum(self, *args):
+                card.queue.append("read")
+                return torch.zeros(())
+
+        return x.as_subclass(Buffer)
+
+    def event(self, **_):
+        card = self
+
+        class Event:
+            def record(self):
+                card.queue.append("event")
+
+            def synchronize(self): ...
+
+            def elapsed_time(self, end):
+                return card.ms * card.queue.count("run")
+
+        return Event()
+
+
+def test_what_a_timed_run_queues(monkeypatch):
+    """L2 is emptied and its dirty lines are gone, and the card is busy, before the first event."""
+    card = FakeCard(monkeypatch)
+    run_once = lambda: card.queue.append("run")  # noqa: E731
+    read = common.cuda_timer(CPU, flush=True)(run_once, 3)
+    assert card.queue == ["written", "read", ("sleep", common.SLEEP_CYCLES), "event", *["run"] * 3, "event"]
+    assert read() == 1.0  # of three calls, one's share
+    assert common.SLEEP_CYCLES / 2e9 >= 0.5e-3  # at 2 GHz
+    card.queue.clear()
+    common.cuda_timer(CPU, flush=False)(run_once)
+    assert card.queue == [("sleep", common.SLEEP_CYCLES), "event", "run", "event"]
+
+
+@pytest.mark.parametrize("ms, launches", [(0.001, 10), (0.019, 10), (0.021, 1), (5.0, 1)])
+def test_short_calls_share_a_pair_of_events(monkeypatch, ms, launches):
+    times = {"torch": 3 * ms, "triton": ms}
+    monkeypatch.setattr(common, "cuda_timer", lambda device, flush: lambda name, calls=1: lambda: times[name()])
+    providers = {name: lambda name=name: name for name in times}
+    monkeypatch.setattr(common, "cuda_timer", lambda *_, **__: lambda fn: lambda: times[fn()])
+    assert common.launches_a_run(providers, torch.device("cuda")) == launches
+    assert common.launches_a_run(providers, CPU) == 1
+
+
+def test_the_clock_is_sampled_while_the_block_runs(monkeypatch):
+    readings, sampled = iter(["1980", "1200", "[N/A]"]), threading.Event()
+
+    def nvidia_smi(query):
+        reading = next(readings, None)
+        if reading is None:
+            sampled.set()
+        return reading or ""
+
+    monkeypatch.setattr(machine, "nvidia_smi", nvidia_smi)
+    monkeypatch.setattr(machine, "CLOCK_SECONDS", 0)
+    with machine.Clock(torch.device("cuda")) as clock:
+        assert sampled.wait(60)
+    assert clock.samples == [1980, 1200] and clock.median() == "1590" and clock.lowest() == "1200"
+    with machine.Clock(CPU) as none:
+        pass
+    assert none.median() == none.lowest() == ""
+
+
+def test_the_reference_is_no_rival(monkeypatch):
+    """Attention's holds a `.tolist()`: a ratio to it would flatter."""
+    milliseconds = {"torch": [1.0], "triton": [2.0], "SDPA": [4.0]}
+    monkeypatch.setattr(common, "time_interleaved", lambda *_, **__: milliseconds)
+    session = common.Session(CPU)
+    session.run([case(torch=off_by(0), triton=off_by(0), SDPA=off_by(0))])
+    ratios = {r.provider: r.ratio for r in session.finish()}
+    assert ratios == {"reference": 2.0, "triton": 2.0, "SDPA": 0.5}
+    rows = [{"provider": name, "ms": ms} for name, (ms,) in {**milliseconds, "reference": [1.0]}.items()]
+    assert report.best_baseline([r for r in rows if r["provider"] != "torch"])["provider"] == "SDPA"
+    assert report.best_baseline(rows[-1:])["provider"] == "reference"

@@ -61,10 +61,14 @@ def test_cases_run_without_a_gpu(monkeypatch, capsys):
     with torch.no_grad():
         session.run(bench_model.cases(CPU))
     timed = {(r.kernel, r.case, r.provider) for r in session.finish()}
-    assert {p for k, c, p in timed if (k, c) == ("model", "d")} == {"torch", "transformers eager", "transformers sdpa"}
-    assert {p for k, c, p in timed if k == "model_prefixes"} == {"torch", "shared", "not shared"}
-    assert {p for k, c, p in timed if k == "model_fp8"} == {"torch", "fp8", "bf16"}
-    assert {p for k, c, p in timed if k == "model_graphs"} == {"torch", "padded"}
+    assert {p for k, c, p in timed if (k, c) == ("model", "d")} == {
+        "reference",
+        "transformers eager",
+        "transformers sdpa",
+    }
+    assert {p for k, c, p in timed if k == "model_prefixes"} == {"reference", "shared", "not shared"}
+    assert {p for k, c, p in timed if k == "model_fp8"} == {"reference", "fp8", "bf16"}
+    assert {p for k, c, p in timed if k == "model_graphs"} == {"reference", "padded"}
     assert all(r.tokens_s or r.crops_s for r in session.rows)
     out = capsys.readouterr().out
     assert "cosine of fp8 to bf16" in out and "not timed" not in out

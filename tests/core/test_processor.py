@@ -102,6 +102,19 @@ def test_tags_that_do_not_match_the_images(processor, text, images):
         processor.plan({"text": text, "images": [picture()] * images})
 
 
+@pytest.mark.parametrize("digits", ["9" * 19, "0" * 4999 + "1", "9" * 5000, "٣" * 5000])
+def test_a_number_too_long_for_a_tag(processor, digits):
+    with pytest.raises(InputError, match=rf"has {len(digits)} digits, but 1 image.* at most 18"):
+        processor.plan({"text": f"<|image_{digits}|> x", "image": picture()})
+
+
+def test_a_message_names_some_of_very_many_tags(processor):
+    text = "".join(f"<|image_{n}|>" for n in range(10_000))
+    with pytest.raises(InputError, match="and 9992 more but 1 image") as e:
+        processor.plan({"text": text, "image": picture()})
+    assert len(str(e.value)) < 400
+
+
 def test_leading_zeros_in_a_tag(processor):
     """Quirk 6: <|image_01|> is tag 1."""
     one = {"text": "<|image_1|> x", "image": picture()}

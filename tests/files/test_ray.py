@@ -1,5 +1,6 @@
 """`minivlm2vec.files.ray.EmbedBatch`, by itself and on a local Ray with two workers and its own reader of images."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -172,3 +173,7 @@ def test_two_workers_one_of_which_is_killed(checkpoint, tmp_path):
         assert [error for _, error in rows] == [""] * 12
         assert np.abs(np.array([vector for vector, _ in rows], np.float32) - expected).max() < TOLERANCE
     assert [error for _, error in resized] == [""] * 12 and np.isfinite([vector for vector, _ in resized]).all()
+
+
+def test_the_name_that_it_had_first():
+    assert importlib.import_module("minivlm2vec.ray").EmbedBatch is EmbedBatch

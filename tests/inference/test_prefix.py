@@ -178,6 +178,21 @@ def test_when_it_pays(tokens, rows, expected):
     assert pays(tokens, rows, 256, 1 / 16) is expected
 
 
+@pytest.mark.parametrize("kind, graphs, shared", [
+    ("cuda", object(), False), ("cuda", None, True), ("cpu", None, True),
+], ids=["replayed", "without graphs", "cpu"])  # fmt: skip
+def test_a_pack_that_is_replayed_shares_from_600_rows_on(folder, monkeypatch, kind, graphs, shared):
+    """Ten queries of 30 tokens, 12 in common, are one replay of a graph; 192 rows without one take longer."""
+    model = Embedder.from_pretrained(folder, device="cpu", show_progress=False).model
+    monkeypatch.setattr(type(model), "device", property(lambda self: torch.device(kind)))
+    monkeypatch.setitem(model.__dict__, "graphs", graphs)
+    few, many = (pack([[*range(12), *(100 + i,) * 18] for i in range(n)]) for n in (10, 64))
+    common = pack([[*range(200), *(250 + i,) * 40] for i in range(3)])  # 720 tokens in 320 rows
+    assert isinstance(model.prepare(common), SharedBatch) is shared
+    assert isinstance(model.prepare(many), SharedBatch)
+    assert isinstance(model.prepare(few), SharedBatch) is shared
+
+
 def test_what_does_not_pay_stays_as_it_is():
     batch = pack([[1, 2, 3, 4]] * 8)
     assert share_prefixes(batch, 512) is batch

@@ -69,6 +69,7 @@ def of_rows(make: Maker, capability: tuple[int, int] | None) -> Iterator[Launch]
     yield "quick_gelu with bias", lambda: ops.quick_gelu(x, bias, **options)
     if capability is None or capability >= (8, 9):
         yield "quantize_rows", lambda: ops.quantize_rows(x, **options)
+        yield "rms_norm_quantize", lambda: ops.rms_norm_quantize(x, weight, 1e-5, **options)
     cu_seqlens = make.sequences([1, 11, 5])
     for normalize in (True, False):
         pool = {"normalize": normalize, **options}

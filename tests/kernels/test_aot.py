@@ -79,10 +79,32 @@ def test_a_tile_that_does_not_fit_is_named():
     """The tile that sm_75 would get from the table of larger cards."""
     code = (
         "from tests.kernels.aot import every_card as e; from minivlm2vec_kernels.attention_triton import Tile\n"
-        "spec = e._in(e.attention._spec(96, True, Tile(128, 64, 8, 2)), 'fp16')\n"
+        "spec = e._in(e.attention._spec(96, True, Tile(128, 64, 8, 2), one_block=False), 'fp16')\n"
         "print(e.problem(spec, e.CARDS['sm_75']))"
     )
     command = [sys.executable, "-c", code]
     out = subprocess.run(command, cwd=ROOT, env=compiling_environment(), capture_output=True, text=True)
     said = out.stdout + out.stderr
     assert re.search(r"attention_kernel\[fp16 H96 .*\] sm_75: 98304 bytes of 65536", said), said
+
+
+def instructions(*arguments: str) -> list[dict[str, int]]:
+    """Of each configuration, as tests/kernels/aot/instructions.py counts them."""
+    command = [sys.executable, "-m", "tests.kernels.aot.instructions", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=compiling_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_sigmoid_is_two_special_functions_and_no_division():
+    """In products' epilogues, which nothing hides: division would bring a reciprocal and its care for denormals."""
+    (found,) = instructions("linear_quick_gelu", "--config", "pointer 64x64x32", "--arch", "90")
+    elements = 64 * 64 // 128  # a thread
+    assert found["MUFU.EX2"] == found["MUFU.RSQ"] == elements
+    assert found.get("MUFU.RCP", 0) < elements and found.get("FSETP", 0) < elements and "FCHK" not in found
+
+
+def test_rows_are_quantised_by_one_division_a_row():
+    (found,) = instructions("quantize_rows", "--config", "K3072", "--arch", "90")
+    elements = 4096 // 128  # a thread; a program takes one row
+    assert found["FCHK"] <= 2 and found["FMUL"] >= elements  # its scale, and what that is the reciprocal of

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minivlm2vec_kernels import attention, attention_backward_triton, attention_triton, reference
+from minivlm2vec_kernels import attention, attention_triton, reference
 from minivlm2vec_kernels.attention_triton import FP32_TILE, TILES, Tile
 from tests.kernels.kernel_cases import cumulated
 
@@ -92,6 +92,21 @@ def test_rests_beside_whole_blocks(rest, causal, tma, generator, assert_error_at
     """Both sides of each choice: a block of TAIL or a whole one, a masked block or an unmasked one."""
     inputs = packed([128 + rest], 1, 1, 64, torch.float16, generator)
     check(assert_error_at_most, *inputs, causal, LOOPS._replace(tma=tma))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("k_length", [63, 64, 65, 127, 129, 200])
+def test_last_block_of_a_descriptor_ends_with_its_sequence(k_length, causal, generator, assert_error_at_most):
+    """Between neighbours of NaN, fewer queries than keys and as many: no key is seen twice, and no other sequence's."""
+    tile = Tile(32, 64, 4, 2, True)
+    for queries in (k_length, 40, 3):
+        lengths, q_lengths = [70, k_length, 90], [1, queries, 2]
+        q, k, v, cu_q, cu_k = packed(lengths, 2, 1, 96, torch.float16, generator, q_lengths)
+        exact = torch_reference(q, k, v, cu_q, cu_k, causal, torch.float32)[1 : 1 + queries]
+        same = torch_reference(q, k, v, cu_q, cu_k, causal, q.dtype)[1 : 1 + queries]
+        for x in (k, v):
+            x[:70], x[70 + k_length :] = float("nan"), float("nan")
+        assert_error_at_most(kernel(q, k, v, cu_q, cu_k, causal, tile)[1 : 1 + queries], same, exact)
 
 
 @pytest.mark.parametrize("N, Nkv", [(4, 1), (4, 2), (3, 3)])
@@ -330,15 +345,23 @@ class OnCard:
         self.shape, self.dtype = shape, torch.bfloat16
 
 
-@pytest.mark.parametrize(("sequences", "tma"), [(2047, True), (2048, True), (2049, False), (10_000, False)])
-@pytest.mark.parametrize("module", [attention_triton, attention_backward_triton], ids=["forward", "with lse"])
-def test_descriptors_are_left_where_their_memory_would_be_addressed_beyond_2_to_the_31(
-    monkeypatch, sequences, tma, module
-):
-    """Triton computes a program's place in it in 32 bits: 512 bytes each."""
+@pytest.mark.parametrize("sequences", [2047, 2049, 10_000])
+def test_descriptors_are_made_by_the_host_however_many_programs_there_are(sequences, monkeypatch):
+    """Made by each program they lay in memory that Triton addresses in 32 bits, 512 bytes each."""
+    launched = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.update(grid=grid, descriptors=args[3:7], TMA=options["TMA"])
+
+    def allocate(allocator):
+        raise AssertionError("a launch wants memory for descriptors")
+
+    monkeypatch.setattr(attention_triton, "attention_kernel", Kernel())
+    monkeypatch.setattr(attention_triton.triton, "set_allocator", allocate)
     monkeypatch.setattr(attention_triton, "supports_tma", lambda *tensors: True)
-    x = OnCard(sequences * 8192, 32, 96)
-    tile = module.tile_for(x, x, x, sequences, 8192, 8192, True)
-    assert tile.tma is tma
-    programs = sequences * 32 * (8192 // tile.BM)
-    assert not tile.tma or programs * 512 <= 2**31
+    x = torch.empty(1, 1, 96, dtype=torch.bfloat16).expand(8, 32, 96)
+    cu = torch.zeros(sequences + 1, dtype=torch.int32)
+    attention_triton.attention(x, x, x, cu, 8192, True, None, None, None)
+    assert launched["TMA"] and launched["grid"][0] == sequences * 32 * 64
+    assert [d.block_shape for d in launched["descriptors"]] == [[1, 64, 64], [1, 64, 32]] * 2

@@ -153,6 +153,6 @@ def test_small_cards_get_small_tiles(on, kind, H):
     small = {t for rows in attention_triton.SMALL_TILES.values() for t in rows.values()}
     x = OnCard(torch.float16, H)
     for queries, keys in [(1, 1), (30, 30), (40, 40), (1, 3000), (777, 777), (3000, 3000)]:
-        tile = attention_triton.tile_for(x, x, x, 3, keys, queries, True)
+        tile = attention_triton.tile_for(x, x, x, queries, keys, True)
         assert tile in small and not tile.tma
     assert attention_backward_triton.choose_backward_tile("dq", H, x.dtype, small=True).BM <= 32

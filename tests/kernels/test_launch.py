@@ -53,6 +53,7 @@ def ops_and_arguments(device):
         "layer_norm_shift_": (layer_norm_triton.layer_norm_shift_, x, w, w, w, 1e-5),
         "add_layer_norm": (layer_norm_triton.add_layer_norm, x, x, w, w, 1e-5),
         "rope_": (rope_triton.rope_, q, k, angles, angles),
+        "rms_norm_quantize": (rms_norm_triton.rms_norm_quantize, x, w, 1e-5),
         "quantize_rows": (quantize_rows_triton.quantize_rows, x),
         "silu_mul": (activation_triton.silu_mul, x),
         "quick_gelu": (activation_triton.quick_gelu, x, w),
@@ -68,7 +69,7 @@ def ops_and_arguments(device):
 @pytest.mark.parametrize("name", list(ops_and_arguments("cpu")))
 def test_custom_op_is_what_it_declares(name, device):
     """Schema (what is written, what aliases), shapes given to the compiler, and results under it."""
-    if name == "quantize_rows" and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+    if "quantize" in name and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("Triton's e4m3 needs capability 8.9")
     launcher, *args = ops_and_arguments(device)[name]
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")

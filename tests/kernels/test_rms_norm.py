@@ -24,6 +24,10 @@ ATOL = {
     torch.bfloat16: 0.0,
 }  # the reference's statistic is float32 too
 
+gpu_with_e4m3 = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="e4m3 exists from sm_89 on"
+)
+
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
 
@@ -42,6 +46,43 @@ def test_add_rms_norm(rows, width, dtype, device, generator, assert_error_at_mos
     out, total = ops.add_rms_norm(x, residual, weight, EPS, backend="triton")
     assert torch.equal(total, residual + x)
     assert_error_at_most(out, *references(reference.rms_norm, total, weight), atol=ATOL[dtype])
+
+
+@gpu_with_e4m3
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [*((r, 64) for r in (0, 1, 17, 63)), *((5, w) for w in WIDTHS)])
+def test_rms_norm_quantize(rows, width, dtype, device, generator):
+    """What the two kernels give after one another, to the last bit; `quantize_rows` is held to its reference."""
+    x, _, weight = inputs(rows, width, dtype, device, generator)
+    q, scale = ops.rms_norm_quantize(x, weight, EPS, backend="triton")
+    norm = ops.rms_norm(x, weight, EPS, backend="triton")
+    expected_q, expected_scale = ops.quantize_rows(norm, backend="triton")
+    assert q.dtype == torch.float8_e4m3fn and q.is_contiguous() and scale.dtype == torch.float32
+    torch.testing.assert_close(scale, expected_scale, rtol=2**-7 if dtype != torch.float32 else 1e-6, atol=0)
+    back, expected = q.float() * scale[:, None], expected_q.float() * expected_scale[:, None]
+    # sums may be taken in another order, and one rounding of the norm may fall on the other side
+    assert ((back - expected).abs() <= 2**-3 * expected.abs() + 2**-9 * scale[:, None]).all()
+    assert (back != expected).float().mean() <= 0.01 if back.numel() else True
+
+
+@gpu_with_e4m3
+def test_rms_norm_quantize_of_views_and_other_dtypes(device, generator):
+    wide, _, weight = inputs(17, 192, torch.float16, device, generator)
+    x = wide[:, 64:128].unflatten(0, (1, 17))
+    for w in (weight[:64], weight[:64].float()):
+        q, scale = ops.rms_norm_quantize(x, w, EPS, backend="triton")
+        assert q.shape == x.shape and scale.shape == (1, 17)
+        expected = ops.quantize_rows(ops.rms_norm(x, w, EPS, backend="triton"), backend="triton")
+        assert torch.equal(scale, expected[1]) and torch.equal(q.float(), expected[0].float())
+
+
+@gpu_with_e4m3
+def test_errors_of_rms_norm_quantize(device):
+    x = torch.zeros(4, 64, device=device)
+    with pytest.raises(ValueError, match=r"weight must have shape \(64,\), got \(32,\)"):
+        ops.rms_norm_quantize(x, x[0, :32], EPS, backend="triton")
+    with pytest.raises(ValueError, match="stride 1"):
+        ops.rms_norm_quantize(x.t(), x[:, 0], EPS, backend="triton")
 
 
 def test_strided_rows(device, generator):

@@ -34,7 +34,7 @@ class Model:
         self.gate.set()
 
     def __call__(self, items):
-        assert self.gate.wait(10)
+        assert self.gate.wait(60)
         time.sleep(self.seconds)
         self.packs.append([x.number for x in items])
         self.tokens.append(sum(map(len, items)))
@@ -51,9 +51,9 @@ def run(test, launch, **options):
         batcher = Batcher(launch, **options)
         batcher.start()
         try:
-            await asyncio.wait_for(test(batcher), 20)
+            await asyncio.wait_for(test(batcher), 60)
         finally:
-            await asyncio.wait_for(batcher.stop(), 10)
+            await asyncio.wait_for(batcher.stop(), 60)
         assert batcher.waiting == (0, 0)
         assert (batcher._in_flight, batcher._preparing, batcher._requests_waiting) == (0, 0, 0)
 
@@ -63,6 +63,21 @@ def run(test, launch, **options):
 async def embed(batcher, items):
     with batcher.request() as turn:
         return await asyncio.gather(*turn.submit(items))
+
+
+def test_an_answer_comes_after_its_batch_was_counted():
+    counted = []
+
+    class Slow:
+        def batch(self, inputs, tokens, waits, seconds):
+            time.sleep(0.05)
+            counted.append((inputs, tokens, len(waits)))
+
+    async def test(batcher):
+        await embed(batcher, [Item(0, 3), Item(1, 4)])
+        assert counted == [(2, 7, 2)]
+
+    run(test, Model(), observer=Slow())
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -276,7 +291,7 @@ def test_stop_finishes_what_waits():
         await asyncio.sleep(0.02)
         stopped = asyncio.ensure_future(batcher.stop())
         model.gate.set()
-        await asyncio.wait_for(asyncio.gather(stopped, *jobs), 10)
+        await asyncio.wait_for(asyncio.gather(stopped, *jobs), 60)
 
     asyncio.run(body())
     assert sorted(n for pack in model.packs for n in pack) == list(range(20))

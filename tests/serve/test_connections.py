@@ -255,7 +255,7 @@ def test_who_reads_no_answer_is_left(embedder):
             s.connect((urlsplit(server.url).hostname, urlsplit(server.url).port))
             s.sendall((head(length=len(body)) + body) * 30)
             wait_for(lambda: server.server.server_state.total_requests)  # some are answered
-            wait_for(lambda: not server.server.server_state.connections, 20)
+            wait_for(lambda: not server.server.server_state.connections, 60)
         assert call(server.url, body=BODY).status == 200
 
 
@@ -285,7 +285,7 @@ def test_a_stop_does_not_wait_for_who_stalls(embedder, monkeypatch, stall):
             s.sendall(head(length=1000 if stall == "body" else 1 << 30) + b"{")
             wait_for(lambda: server.server.server_state.tasks)
         server.server.should_exit = True
-        wait_for(lambda: not server.server.server_state.connections, 20)
+        wait_for(lambda: not server.server.server_state.connections, 60)
 
 
 def test_a_stop_waits_for_who_reads(embedder, monkeypatch):

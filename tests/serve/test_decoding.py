@@ -192,8 +192,8 @@ def test_a_decoder_that_takes_too_long_is_killed(embedder, stalls, want):
     data = stalling(30, 30, want)
 
     async def body():
-        async with pool(embedder, decode_timeout=0.7) as decoders:
-            with pytest.raises(InputError, match=r"^here: the image was not decoded within 0\.7 s"):
+        async with pool(embedder, decode_timeout=3.0) as decoders:
+            with pytest.raises(InputError, match=r"^here: the image was not decoded within 3 s"):
                 await (decoders.size(data, "here") if want == "size" else decoders.crops(data, "here", 4, 900))
             assert not decoders._all
             assert await decoders.size(webp(20), "here") == (20, 20)
@@ -244,12 +244,12 @@ def test_a_caller_that_goes_away_leaves_the_pool_working(embedder, stalls):
     slow, quick = stalling(2000, 2000), webp(20)
 
     async def body():
-        async with pool(embedder, workers=1, decode_timeout=2) as decoders:
+        async with pool(embedder, workers=1, decode_timeout=5) as decoders:
             calls = [asyncio.ensure_future(decoders.crops(slow, "here", 4, 4_000_000)) for _ in range(20)]
             await asyncio.sleep(0.3)
             for gone in calls:
                 gone.cancel()
-            assert await asyncio.wait_for(decoders.size(quick, "here"), 20) == (20, 20)
+            assert await asyncio.wait_for(decoders.size(quick, "here"), 60) == (20, 20)
             assert decoders._pixels._left == 2 * 64_000_000 and not decoders._pixels._waiting
 
     asyncio.run(body())

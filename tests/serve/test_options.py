@@ -113,7 +113,7 @@ def test_the_example_of_the_documentation(tmp_path):
         assert call(url, body={"input": ["a"] * 257}, headers=key).status == 400
     finally:
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
     assert "Traceback" not in errors
 
 

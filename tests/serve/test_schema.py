@@ -86,3 +86,11 @@ def test_the_event_loop_answers_while_bodies_are_read(tmp_path):
             slowest = max(slowest, time.monotonic() - start)
         assert {a.result().status for a in answers} == {400}
     assert slowest < 20, slowest  # it was 50 s
+
+
+@pytest.mark.parametrize("kind", ["input_text", "x" * 500, "\x1b[31m"])
+def test_a_part_of_another_type_is_named(kind):
+    body = {"messages": [{"role": "user", "content": [{"type": kind, "text": "a"}]}]}
+    with pytest.raises(APIError, match=r"content\[0\]\.type is '.*'; it is one of 'text', 'image_url'") as e:
+        schema.parse(json.dumps(body).encode())
+    assert e.value.param == "messages[0].content[0]" and "\x1b" not in e.value.message and len(e.value.message) < 300

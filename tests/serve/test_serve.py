@@ -251,8 +251,8 @@ def test_metrics(url):
     grown = {name: after[name] - before.get(name, 0) for name in after}
     assert grown["minivlm2vec_inputs_total"] == 2
     assert grown["minivlm2vec_tokens_total"] == 5 + 3  # bytes, "▁" and BOS
-    assert grown['minivlm2vec_requests_total{status="200"}'] == 1
-    assert grown['minivlm2vec_requests_total{status="400"}'] == 1
+    assert grown['minivlm2vec_requests_total{path="/v1/embeddings",status="200"}'] == 1
+    assert grown['minivlm2vec_requests_total{path="/v1/embeddings",status="400"}'] == 1
     assert grown["minivlm2vec_request_seconds_count"] == grown["minivlm2vec_batch_seconds_count"] == 1
     assert grown["minivlm2vec_queue_seconds_count"] == 2
     assert after["minivlm2vec_queue_inputs"] == after["minivlm2vec_queue_tokens"] == 0
@@ -353,6 +353,8 @@ def test_a_system_message_is_the_instruction_in_front(url, embedder):
     many = post(url, messages=[SYSTEM + messages for messages, _ in cases])
     close(many.vectors, embedder.encode([item for _, item in cases]))
     close(post(url, messages=SYSTEM).vectors, embedder.encode(["Be brief."]))  # alone it is the text
+    picture_of_the_assistant = [{"role": "assistant", "content": user(a)[0]["content"]}]  # is never dropped
+    refused(post(url, messages=user("t") + picture_of_the_assistant), 400, "messages", "invalid_value")
     silent = [{"role": "system", "content": ""}]
     close(post(url, messages=silent + user(a, "t")).vectors, post(url, messages=user(a, "t")).vectors)
 
@@ -699,6 +701,16 @@ def mixed_item(rng: random.Random):
     return {"messages": [user(text), user(image)]}, [text, {"text": "<|image_1|>", "image": image}]
 
 
+def post_until_taken(url: str, **body) -> Answer:
+    """As clients do: again after a second where a full queue sends them away, as a slow machine's is."""
+    for _ in range(60):
+        answer = post(url, **body)
+        if answer.status != 429:
+            break
+        time.sleep(float(answer.headers["retry-after"]))
+    return answer
+
+
 def test_64_concurrent_mixed_requests_equal_encode(url, embedder):
     rng = random.Random(0)
     pairs = [mixed_item(rng) for _ in range(128)]
@@ -706,7 +718,7 @@ def test_64_concurrent_mixed_requests_equal_encode(url, embedder):
            {"input": "word " * 2000}]  # fmt: skip
     expected = [embedder.encode(items) for _, items in pairs]
     with ThreadPoolExecutor(64) as pool:
-        answers = [pool.submit(post, url, **body) for body, _ in pairs]
+        answers = [pool.submit(post_until_taken, url, **body) for body, _ in pairs]
         wrong = [pool.submit(post, url, **bad[i % 3]) for i in range(30)]
         errors = [np.abs(a.result().vectors - e).max() for a, e in zip(answers, expected, strict=True)]
         assert {w.result().status for w in wrong} == {400}

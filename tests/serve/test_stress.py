@@ -67,7 +67,7 @@ class Slow:
 
     def __call__(self, items):
         self.before()
-        assert self.gate.wait(20)
+        assert self.gate.wait(120)
         time.sleep(self.seconds)
         self.packs.append(len(items))
         return self.embedder.embed(items).numpy()
@@ -106,14 +106,14 @@ def test_overload_gets_429_and_loses_nothing(embedder):
 
 def test_what_could_not_be_finished_in_time_is_refused_at_once(embedder):
     slow = Slow(embedder)
-    service = EmbeddingService(embedder, ServeOptions(limits=Limits(request_timeout=5)), launch=slow)
+    service = EmbeddingService(embedder, ServeOptions(limits=Limits(request_timeout=60)), launch=slow)
     with running(app_of(service)) as server, ThreadPoolExecutor(2) as pool:
         slow.gate.clear()
         first = pool.submit(call, server.url, body={"input": "a" * 100})
         wait_for(lambda: service.limiter.tokens == 102)
-        service.batcher.rate = 10  # tokens per second: 10 s for what is there
+        service.batcher.rate = 1  # token per second: 102 s for what is there
         answer = call(server.url, body={"input": "b"})
-        assert (answer.status, answer.headers["retry-after"]) == (429, "10")
+        assert (answer.status, answer.headers["retry-after"]) == (429, "60")
         slow.gate.set()
         assert first.result().status == 200
 
@@ -215,7 +215,7 @@ def test_timeout_is_504_and_takes_the_work_back(embedder):
         wait_for(lambda: service.batcher.waiting == (0, 0))
         slow.gate.set()
         wait_for(lambda: sum(slow.packs) == 5)  # the warm-up's four, and the one that was being computed
-        assert call(server.url, body={"input": "a"}).status == 200
+        wait_for(lambda: call(server.url, body={"input": "a"}).status == 200)  # 0.3 s are little on a busy machine
 
 
 def test_a_body_that_does_not_come_is_408(embedder):
@@ -239,7 +239,7 @@ def test_a_client_that_leaves_takes_its_work_back(embedder):
             s.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
             wait_for(lambda: service.batcher.waiting[0] == 3)
         wait_for(lambda: service.batcher.waiting == (0, 0))
-        assert "minivlm2vec_disconnects_total 1.0" in call(server.url, "/metrics").body.decode()
+        wait_for(lambda: "minivlm2vec_disconnects_total 1.0" in call(server.url, "/metrics").body.decode())
         slow.gate.set()
         assert busy.result().status == 200
         assert sum(slow.packs) == 5  # the warm-up's four and x
@@ -302,7 +302,7 @@ def in_flight(url: str) -> float:
 def test_curl(process, embedder, tmp_path):
     def curl(*arguments: str) -> str:
         command = ["curl", "--silent", "--show-error", "--max-time", "20", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
     answer = curl(f"{process.url}/v1/embeddings", "-d", '{"model": "tiny", "input": "A cat"}')  # with curl's own type
     expected = embedder.encode(["A cat"])[0]
@@ -415,7 +415,7 @@ def test_schemathesis(process):
             if case.body.get("input") or not case.body.get("messages"):
                 case.body.pop("messages", None)
                 case.body["input"] = case.body.get("input") or "a"
-        response = case.call_and_validate(checks=checks, timeout=20)
+        response = case.call_and_validate(checks=checks, timeout=60)
         seen.add((case.operation.path, response.status_code))
 
     for result in schema.get_all_operations():

@@ -109,7 +109,7 @@ def floats(embedding: list[float] | str) -> np.ndarray:
 
 
 def call(url: str, path: str = "/v1/embeddings", body: Any = None, *, method: str | None = None,
-         headers: dict[str, str] | None = None, timeout: float = 30) -> Answer:  # fmt: skip
+         headers: dict[str, str] | None = None, timeout: float = 120) -> Answer:  # fmt: skip
     """One request on a connection of its own. body: bytes as they are, everything else as JSON."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout)
@@ -125,7 +125,7 @@ def call(url: str, path: str = "/v1/embeddings", body: Any = None, *, method: st
 
 def connect(url: str) -> socket.socket:
     parts = urlsplit(url)
-    return socket.create_connection((parts.hostname, parts.port), timeout=10)
+    return socket.create_connection((parts.hostname, parts.port), timeout=60)
 
 
 def read_answer(s: socket.socket) -> Answer:
@@ -156,7 +156,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def wait_for(condition, seconds: float = 10) -> None:
+def wait_for(condition, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"not within {seconds} s"

@@ -51,7 +51,9 @@ def _attention(card: Card, causal: bool, H: int, dtype: str) -> list[Spec]:
         else:
             tmas = (False, True) if card.name == "sm_90" else (False,)
             tiles = [attention_triton.choose_tile(queries, keys, causal, tma, DTYPES[dtype]) for tma in tmas]
-        found += [_in(attention._spec(H, causal, tile, dtype=_other(dtype)), dtype) for tile in tiles]
+        for t in tiles:
+            spec = attention._spec(H, causal, t, one_block=keys <= t.BN, dtype=_other(dtype))
+            found.append(_in(spec, dtype))
     for pass_ in ("dq", "dkv"):
         tile = attention_backward_triton.choose_backward_tile(pass_, H, DTYPES[dtype], card.small)
         found.append(_in(attention_backward._spec(pass_, H, causal, dtype=_other(dtype), tile=tile), dtype))
@@ -59,9 +61,13 @@ def _attention(card: Card, causal: bool, H: int, dtype: str) -> list[Spec]:
 
 
 def _linear(card: Card, dtype: str) -> list[Spec]:
-    paths = (False, True) if card.tma and dtype != "fp32" else (False,)
-    tiles = [(k, linear_triton.settings(k, DTYPES[dtype], tma), tma) for k in linear.KERNELS for tma in paths]
-    return [_in(linear._spec(k, t, tma, in_use=True), dtype) for k, t, tma in tiles]
+    paths = ("pointer", "tma") if card.tma and dtype != "fp32" else ("pointer",)
+    found = []
+    for kernel in linear.KERNELS:
+        for path in paths:
+            tiles = linear_triton.settings(kernel, DTYPES[dtype], path == "tma")
+            found.append(_in(linear._spec(kernel, path, tiles, True, bias_first=card.name != "sm_100"), dtype))
+    return found
 
 
 def _other(dtype: str) -> str:

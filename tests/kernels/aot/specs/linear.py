@@ -7,29 +7,33 @@ KERNELS = {"quick_gelu": "linear_quick_gelu_kernel", "silu_mul": "linear_silu_mu
 
 
 def specs() -> list[Spec]:
-    return [
-        _spec(kernel, tiles, path == "tma", in_use=i == 0)
-        for (kernel, path), candidates in CANDIDATES.items()
-        for i, tiles in enumerate(candidates)
-    ]
+    found = [_spec(*key, tiles, i == 0) for key, candidates in CANDIDATES.items() for i, tiles in enumerate(candidates)]
+    return [*found, _spec("quick_gelu", "tma", CANDIDATES["quick_gelu", "tma"][0], True, bias_first=False)]
 
 
-def _spec(kernel: str, tiles: Tiles, tma: bool, in_use: bool) -> Spec:
+def _spec(kernel: str, path: str, tiles: Tiles, in_use: bool, bias_first: bool = True) -> Spec:
+    """TMA tiles are tuned for sm_90. On sm_100, where the bias comes last, the one in use is compiled too."""
+    tma = path == "tma"
     t = tiles
     blocks = {"x": (t.BM, t.BK), "weight": (t.BN, t.BK), "out": (t.BM, t.BN)}
     types = {name: f"tensordesc<bf16[{r}, {c}]>" if tma else "*bf16" for name, (r, c) in blocks.items()}
     types |= {"bias": "*bf16", "N": "i32"} if kernel == "quick_gelu" else {"F": "i32"}
     types |= dict.fromkeys(("M", "K", "stride_x", "stride_weight"), "i32")
     constants = {"BM": t.BM, "BN": t.BN, "BK": t.BK, "GROUP": t.GROUP, "TMA": tma, "PRECISION": "ieee"}
+    if kernel == "quick_gelu":
+        constants["BIAS_FIRST"] = bias_first
+    archs = (90,) if tma else (80, 90)
+    if tma and in_use:
+        archs = (100,) if not bias_first else (90,) if kernel == "quick_gelu" else (90, 100)
     return Spec(
         f"linear_triton.{KERNELS[kernel]}",
-        f"{'tma' if tma else 'pointer'} {t.BM}x{t.BN}x{t.BK} w{t.warps} s{t.stages} r{t.resident}",
+        f"{path} {t.BM}x{t.BN}x{t.BK} w{t.warps} s{t.stages} r{t.resident}{'' if bias_first else ' bias last'}",
         types,
         constants,
         t.warps,
         t.stages,
         unaligned=frozenset({"M"}),
-        archs=((90, 100) if in_use else (90,)) if tma else (80, 90),  # TMA tiles are tuned for sm_90
+        archs=archs,
         wgmma=True,
         quick=in_use,
     )

@@ -11,7 +11,13 @@ TYPES = dict.fromkeys(("x", "weight", "out"), "*bf16") | {
 
 def specs() -> list[Spec]:
     forward = [_spec(D, add) for D in (64, 1024, 3072, 8192) for add in (False, True)]
-    return [*forward, _backward(3072, True), _backward(3072, False), _backward(8192, True)]
+    return [
+        *forward,
+        *(_quantize(D) for D in (1024, 3072, 8192)),
+        _backward(3072, True),
+        _backward(3072, False),
+        _backward(8192, True),
+    ]
 
 
 def _spec(D: int, add: bool) -> Spec:
@@ -23,6 +29,17 @@ def _spec(D: int, add: bool) -> Spec:
     return Spec(
         "rms_norm_triton.rms_norm_kernel", name, types, constants, warps, unaligned=frozenset({"R"}),
         quick=D == 3072 and add,
+    )  # fmt: skip
+
+
+def _quantize(D: int) -> Spec:
+    """e4m3 exists from sm_89 on."""
+    BD, BM, warps = whole_rows(D)
+    types = TYPES | {"out": "*fp8e4nv", "scale": "*fp32"}
+    types.pop("stride_residual")
+    return Spec(
+        "rms_norm_triton.rms_norm_quantize_kernel", f"D{D}", types, {"BM": BM, "BD": BD}, warps,
+        unaligned=frozenset({"R"}), archs=(90, 100), quick=D == 3072,
     )  # fmt: skip
 
 

@@ -1,0 +1,87 @@
+"""Whether this package is right on this machine, and how fast: the first thing to run on a new one.
+
+    report = examine()
+    print(report.text())            # 0 user names, 0 paths: to be pasted into an issue
+    report.passed, report.failed    # checks that are wrong, each with a way round it
+
+report.py    what comes out            machine.py   versions, processor, card, clocks
+kernels.py   every kernel              model.py     the bundled checkpoint in every form, against recorded.py's vectors
+speed.py     peaks, times              isolated.py, worker.py, task.py   a process that may crash without a loss
+"""
+
+import time
+
+import torch
+
+from .. import __version__
+from ..embedder import default_device
+from ..errors import Option, OptionError
+from . import isolated, worker
+from .isolated import Progress
+from .report import Check, Fact, Report, Timing
+from .task import TIMED, Options
+
+SECONDS = 180.0  # that one row may take, compiling included
+
+
+def examine(
+    *,
+    quick: bool = False,
+    device: torch.device | str | None = None,
+    interpret: bool = False,
+    seconds: float = SECONDS,
+    isolate: bool = True,
+    progress: Progress | None = None,
+) -> Report:
+    """Examines every kernel, the whole model and the machine's speed on one device, and never raises for what it finds.
+
+    Args:
+        quick: no times of kernels; the machine's peaks are measured all the same.
+        device: default CUDA where there is one, else MPS, else the CPU, on which it examines the torch path.
+        interpret: on a CPU, the Triton kernels in Triton's interpreter, at small sizes, in float32 and float16.
+        seconds: that one row may take, compiling included; what takes longer is ended and is a failed row.
+        isolate: in a process of its own, so that what crashes or hangs is a row too. False: in this process.
+        progress: called with (rows done, rows in all, what comes now).
+
+    Raises ValueError for a device that torch has not got, and for `interpret` on another than a CPU.
+    """
+    start = time.monotonic()
+    options = Options(str(_device(device, interpret)), quick, interpret)
+    if isolate:
+        facts, rows = isolated.run(options, seconds=seconds, progress=progress)
+    else:
+        state = isolated.State(progress)
+        worker.work(options, set(), state.take)
+        facts, rows = state.facts, list(state.rows.values())
+    checks = [r for r in rows if isinstance(r, Check)]
+    timings = [r for r in rows if isinstance(r, Timing)]
+    return Report(
+        version=__version__,
+        device=options.device,
+        backend=options.backend,
+        environment=tuple(Fact(**f) for f in facts),
+        kernels=tuple(c for c in checks if c.section != "model"),
+        model=tuple(c for c in checks if c.section == "model"),
+        peaks=tuple(t for t in timings if t.section == TIMED[0]),
+        speed=tuple(t for t in timings if t.section == TIMED[1]),
+        seconds=round(time.monotonic() - start, 1),
+    )
+
+
+def _device(device: torch.device | str | None, interpret: bool) -> torch.device:
+    try:
+        found = torch.device(device) if device is not None else torch.device("cpu") if interpret else default_device()
+    except RuntimeError as e:
+        raise OptionError(Option("device"), f" is {device!r}: {str(e).splitlines()[0]}") from None
+    if interpret and found.type != "cpu":
+        raise OptionError(Option("interpret"), " is for a CPU, and ", Option("device"), f" is {found}")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(Option("device"), f" is {found}, and torch {torch.__version__} finds no such device")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise OptionError(Option("device"), f" is {found}, and there are {torch.cuda.device_count()}")
+    if found.type not in ("cuda", "cpu", "mps"):
+        raise OptionError(Option("device"), f" is {found}; cuda, mps and cpu can be examined")
+    return found
+
+
+__all__ = ["Check", "Fact", "Report", "Timing", "examine"]

@@ -1,0 +1,173 @@
+"""Runs the worker in processes of its own: a crash, or a compiler that hangs, costs one row and not the report."""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import minivlm2vec_kernels
+
+from .privacy import anonymous
+from .report import Check, Timing
+from .task import TIMED, Options, failure
+from .worker import DEVICE, Key, Message, row_of
+
+COMMAND = [sys.executable, "-m", "minivlm2vec.doctor.worker"]
+MOST_STARTS = 12  # of the worker: so many rows may crash or hang
+START_SECONDS = 300  # until the worker has imported torch and found its device
+
+Progress = Callable[[int, int, str], Any]  # rows done, rows in all, what comes now
+Messages = queue.Queue[Message | None]
+Found = tuple[list[dict[str, str]], list[Check | Timing]]  # facts, rows
+
+
+class Ended(Exception):
+    """The worker is no more; says how."""
+
+
+def run(options: Options, *, seconds: float, progress: Progress | None = None) -> Found:
+    """All facts and rows. seconds: how long one task may take."""
+    state = State(progress)
+    for _ in range(MOST_STARTS):
+        with started(options, state.rows) as (messages, how_it_ended):
+            try:
+                for message in in_time(messages, state, seconds, how_it_ended):
+                    state.take(message)
+            except Ended as e:
+                state.lost(str(e))
+        if state.complete:
+            break
+    state.give_up()
+    return state.facts, list(state.rows.values())
+
+
+class State:
+    """What is known so far."""
+
+    def __init__(self, progress: Progress | None):
+        self.facts: list[dict[str, str]] = []
+        self.plan: dict[Key, str] = {}  # what goes round each
+        self.rows: dict[Key, Check | Timing] = {}
+        self.begun: Key | None = None
+        self.progress, self.ended = progress, False
+
+    @property
+    def complete(self) -> bool:
+        return self.ended or bool(self.plan and self.plan.keys() <= self.rows.keys())
+
+    def take(self, message: Message) -> None:
+        if "facts" in message:
+            self.facts = message["facts"]
+        elif "plan" in message:
+            self.plan = {tuple(key): way for *key, way in message["plan"]}  # type: ignore[misc]
+        elif "begin" in message:
+            self.begun = section, name, case, dtype = tuple(message["begin"])
+            if self.progress:
+                self.progress(len(self.rows), len(self.plan), ", ".join(x for x in (name or section, case, dtype) if x))
+        elif "row" in message:
+            assert self.begun is not None
+            self.rows[self.begun], self.begun = row_of(message["row"]), None
+        elif "end" in message:
+            self.ended = True
+
+    def lost(self, how: str) -> None:
+        """The worker ended before its time: a row for what it was at."""
+        if self.begun is not None:
+            self.rows[self.begun] = failure(*self.begun, how, self.plan[self.begun])
+            self.begun = None
+        elif not self.plan:
+            self.rows[DEVICE] = failure(*DEVICE, f"the examination could not begin: {how}", 'device="cpu"')
+            self.ended = True
+
+    def give_up(self) -> None:
+        """Rows for what was never begun."""
+        why = f"the process of the examination ended {MOST_STARTS} times before"
+        for section, name, case, dtype in self.plan.keys() - self.rows.keys():
+            key = section, name, case, dtype
+            row = Timing(*key, reason=why) if section in TIMED else Check(*key, "not run", reason=why)
+            self.rows[key] = row
+        self.rows = {key: self.rows[key] for key in (*self.plan, *self.rows) if key in self.rows}
+
+
+def in_time(messages: Messages, state: State, seconds: float, how_it_ended: Callable[[], str]) -> Iterator[Message]:
+    """Messages until there are no more. Raises Ended where one does not come in time, or the worker ends early."""
+    while True:
+        limit = START_SECONDS if not state.begun else seconds
+        try:
+            message = messages.get(timeout=limit)
+        except queue.Empty:
+            raise Ended(f"no answer within {limit:g} s: a compiler or the device hangs") from None
+        if message is None:
+            if not state.ended:
+                raise Ended(how_it_ended())
+            return
+        yield message
+
+
+@contextmanager
+def started(options: Options, done: dict[Key, Any]) -> Iterator[tuple[Messages, Callable[[], str]]]:
+    """A worker, its messages (None: it is no more), and how it ended. It is gone afterwards."""
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment(options),
+            start_new_session=True,
+        )  # fmt: skip
+        assert process.stdin and process.stdout
+        with suppress(OSError):  # it is no more: the messages will tell
+            process.stdin.write(json.dumps({"options": asdict(options), "done": list(done)}).encode() + b"\n")
+            process.stdin.close()
+        messages: Messages = queue.Queue()
+        reader = threading.Thread(target=_read, args=(process.stdout, messages), daemon=True)
+        reader.start()
+        try:
+            yield messages, lambda: _how_it_ended(process, errors)
+        finally:
+            _end(process)
+            reader.join()
+            process.stdout.close()
+
+
+def _read(lines: IO[bytes], messages: Messages) -> None:
+    with suppress(ValueError):  # a line that the worker could not finish
+        for line in lines:
+            messages.put(json.loads(line))
+    messages.put(None)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """With what it started: compilers too."""
+    if os.name == "posix":
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
+
+
+def _how_it_ended(process: subprocess.Popen, errors: IO[bytes]) -> str:
+    code = process.wait()
+    errors.seek(0)
+    said = [line.strip() for line in errors.read().decode(errors="replace").splitlines() if line.strip()]
+    how = f"exit code {code}"
+    if code < 0:
+        with suppress(ValueError):
+            how = signal.Signals(-code).name
+    last = anonymous(said[-1], 200) if said else ""
+    return f"the process crashed ({how})" + (f"; its last line: {last}" if last else "")
+
+
+def environment(options: Options) -> dict[str, str]:
+    """Of the worker: this package's folders, and Triton's interpreter where it is asked for and nowhere else."""
+    folders = [str(Path(__file__).parents[2]), str(Path(minivlm2vec_kernels.__file__).parents[1])]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [env.get("PYTHONPATH")])])
+    return env | ({"TRITON_INTERPRET": "1"} if options.interpret else {})

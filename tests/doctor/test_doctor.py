@@ -1,0 +1,373 @@
+"""`minivlm2vec doctor` on a CPU, with what is wrong on purpose, and on a pretended card of every capability."""
+
+import getpass
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import minivlm2vec_kernels
+from minivlm2vec import cli, doctor
+from minivlm2vec.doctor import isolated, kernels, machine, model, recorded, speed, task, worker
+from minivlm2vec.doctor.privacy import anonymous
+from minivlm2vec.doctor.report import Check, Fact, Report, Timing
+from minivlm2vec.doctor.task import Options, Task
+from minivlm2vec.inference.graphs import PaddedModel
+from minivlm2vec_kernels import ops, torch_ops
+from tests.support.helpers import ROOT, compiling_environment
+
+CPU = Options("cpu", quick=True)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def torch_path(monkeypatch):
+    """The other tests run Triton's interpreter in this process."""
+    monkeypatch.setattr(kernels, "_backend", lambda x: "torch")
+
+
+def rows(tasks) -> list[Check]:
+    with torch.no_grad():
+        return [task.outcome(t) for t in tasks]
+
+
+def few(name: str, *dtypes: torch.dtype) -> list[Check]:
+    """The awkward sizes of a kernel, which are small."""
+    return rows(t for t in kernels.tasks(CPU, dtypes or DTYPES, None) if t.name == name and "3 x " in t.case)
+
+
+# ---------------------------------------------------------------------------------------------------- kernels
+
+
+def test_every_op_is_examined():
+    """By its name, at the model's shapes and at awkward ones, in every dtype."""
+    found = list(kernels.tasks(Options("cuda"), DTYPES, (9, 0)))
+    names = {t.name for t in found}
+    assert names >= set(minivlm2vec_kernels.__all__) - {"choose_backend"}
+    for name in names:
+        assert {t.dtype for t in found if t.name == name} == {"float32", "float16", "bfloat16"}, name
+        assert all(t.way_round for t in found)
+    assert {"attention backward", "rms_norm backward", "rope backward", "silu_mul backward"} <= names
+
+
+def test_rows_of_torch_are_right_on_a_cpu(torch_path):
+    names = ("rms_norm", "add_layer_norm", "layer_norm_shift_", "quantize_rows", "rope", "silu_mul")
+    for row in [row for name in names for row in few(name)]:
+        assert row.verdict == "passed" and 0 <= row.error <= row.tolerance, row
+
+
+def test_attention_is_first_where_triton_has_a_known_fault():
+    """Two products into one accumulator in a loop: Triton issue 10821."""
+    first = list(kernels.tasks(Options("cuda"), DTYPES, (10, 0)))
+    attention = [t for t in first if t.name.startswith("attention")]
+    assert first[: len(attention)] == attention and all("10821" in t.case for t in attention)
+    assert {t.name for t in attention} == {"attention", "attention backward"}
+    others = list(kernels.tasks(Options("cuda"), DTYPES, (9, 0)))
+    assert not others[0].name.startswith("attention") and not any("10821" in t.case for t in others)
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (lambda x, *_: x * 0.99, ""),
+        (lambda x, *_: torch.full_like(x, float("nan")), "300 of 300 numbers are NaN or infinite"),
+        (lambda x, *_: x[:2], "the output is [2, 100], it should be [3, 100]"),
+        (lambda x, *_: 1 / 0, "ZeroDivisionError: division by zero"),
+    ],
+    ids=["wrong", "NaN", "shape", "crash"],
+)
+def test_a_broken_kernel_is_named(torch_path, monkeypatch, broken, words):
+    """Of the kernels only it fails, in a row with its name."""
+    monkeypatch.setattr(torch_ops, "rms_norm", broken)
+    for row in few("rms_norm"):
+        assert (row.verdict, row.name, row.reason) == ("failed", "rms_norm", words)
+        if not words:
+            assert row.error > row.tolerance
+    assert all(row.verdict == "passed" for row in few("silu_mul"))
+
+
+def test_a_broken_triton_kernel_is_named_with_the_way_round(monkeypatch):
+    """In the interpreter: a wrong scale in the launcher of rms_norm."""
+    from minivlm2vec_kernels import rms_norm_triton
+
+    plain = rms_norm_triton.rms_norm
+    monkeypatch.setattr(rms_norm_triton, "rms_norm", lambda x, weight, eps: plain(x, weight, eps) * 1.01)
+    options = Options("cpu", interpret=True)
+    found = rows(t for t in kernels.tasks(options, [torch.float32], None) if t.name in ("rms_norm", "pool_last_token"))
+    assert {(r.name, r.verdict) for r in found} == {("rms_norm", "failed"), ("pool_last_token", "passed")}
+    assert all(r.way_round == "MINIVLM2VEC_BACKEND=torch" for r in found if r.verdict == "failed")
+
+
+def test_what_the_interpreter_cannot_tell_is_not_run():
+    tasks = list(kernels.tasks(Options("cpu", interpret=True), DTYPES, None))
+    found = rows(t for t in tasks if t.dtype == "bfloat16" or t.name == "quantize_rows")
+    assert found and all(r.verdict == "not run" and "interpreter" in r.reason for r in found)
+
+
+# ------------------------------------------------------------------------------------------------------ model
+
+
+def forms(*names: str) -> list[Check]:
+    return rows(t for t in model.tasks(CPU, [torch.float32]) if t.name in names)
+
+
+def test_the_recorded_vectors_are_what_the_plain_model_gives(tmp_path):
+    recorded.record(tmp_path / "again.safetensors")
+    assert recorded.PATH.stat().st_size < 20_000
+    again = recorded.compute().numpy()
+    assert model.relative_error(again, recorded.vectors().numpy()) < 2e-5
+    assert (tmp_path / "again.safetensors").stat().st_size == recorded.PATH.stat().st_size
+
+
+def test_every_form_of_the_model_is_right():
+    found = rows(model.tasks(CPU, [torch.float32, torch.bfloat16]))
+    assert all(r.verdict == "passed" or "packs no" in r.reason for r in found), [r for r in found if r.reason]
+    assert {"plain, torch alone", "optimised", "shared prefixes", "fp8", "as it comes"} <= {r.name for r in found}
+
+
+def test_a_graph_that_is_captured_wrong_is_dropped_and_named(monkeypatch):
+    """The model drops it; the report says so, and which shape it was of."""
+    monkeypatch.setattr(PaddedModel, "_make", lambda self, run: lambda: run() + 1)
+    (row,) = forms("padded as for CUDA graphs")
+    assert row.verdict == "failed" and ("Bucket(tokens=" in row.reason or "is dropped" in row.reason), row
+
+
+def test_a_graph_that_replays_wrong_numbers_later_is_named(monkeypatch):
+    """Right when it is captured, so that the model keeps it; wrong afterwards."""
+
+    def make(self, run):
+        calls = iter(range(10**6))
+        return lambda: run() if next(calls) == 0 else run().roll(1, dims=1)
+
+    monkeypatch.setattr(PaddedModel, "_make", make)
+    (row,) = forms("padded as for CUDA graphs")
+    assert row.verdict == "failed" and row.error > row.tolerance and row.name == "padded as for CUDA graphs"
+    assert forms("optimised")[0].verdict == "passed"
+
+
+def test_a_model_that_is_wrong_is_named_with_the_way_round(monkeypatch):
+    monkeypatch.setattr(recorded, "vectors", lambda: torch.ones(len(recorded.inputs()), 192))
+    (row,) = forms("optimised")
+    assert row.verdict == "failed" and row.way_round == "optimize=False" and row.error > row.tolerance
+
+
+def test_texts_that_share_nothing_are_noticed(monkeypatch):
+    monkeypatch.setattr(model, "share_prefixes", lambda batch, *_, **__: batch)
+    (row,) = forms("shared prefixes")
+    assert row.verdict == "failed" and "share nothing" in row.reason and row.way_round == "share_prefixes=False"
+
+
+# ---------------------------------------------------------------------------------------- a process of its own
+
+STUB = """
+import os, sys, time, signal
+import torch
+from minivlm2vec.doctor import worker, task, report
+from minivlm2vec.doctor.task import Task
+
+def good(name): return Task("kernels", name, "3 x 4", "float32",
+    lambda: report.Check("kernels", name, "3 x 4", "float32", "passed", 0.0, 1.0), "way of " + name)
+def bad(name, run): return Task("kernels", name, "3 x 4", "float32", run, "way of " + name)
+def crash(): print("ptxas died", flush=True); os.kill(os.getpid(), signal.SIGSEGV)
+def poison(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+worker.planned = lambda options: [good("one"), bad("crashes", crash), good("two"),
+    bad("hangs", lambda: time.sleep(600)), bad("poisons", poison), good("three")]
+worker.main()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_what_crashes_or_hangs_is_one_row(monkeypatch):
+    """A segmentation fault, a compiler that never returns and an error that poisons the device: the rest goes on."""
+    monkeypatch.setattr(isolated, "COMMAND", [sys.executable, "-c", STUB])
+    seen = []
+    report = doctor.examine(device="cpu", seconds=8, progress=lambda *a: seen.append(a))
+    by_name = {c.name: c for c in report.kernels}
+    assert [c.name for c in report.kernels] == ["one", "crashes", "two", "hangs", "poisons", "three"]
+    assert all(by_name[name].verdict == "passed" for name in ("one", "two", "three"))
+    assert by_name["crashes"].reason == "the process crashed (SIGSEGV); its last line: ptxas died"
+    assert by_name["hangs"].reason == "no answer within 8 s: a compiler or the device hangs"
+    assert "illegal memory access" in by_name["poisons"].reason
+    assert all(c.verdict == "failed" and c.way_round == f"way of {c.name}" for c in report.failed)
+    assert not report.passed and report.verdict.startswith("FAILED: 3 of 6 checks wrong") and len(seen) == 6
+
+
+def test_a_process_that_cannot_begin_is_a_row_too(monkeypatch):
+    monkeypatch.setattr(isolated, "COMMAND", [sys.executable, "-c", "raise SystemExit('no torch here')"])
+    report = doctor.examine(device="cpu")
+    (row,) = report.failed
+    assert "could not begin" in row.reason and "no torch here" in row.reason and not report.passed
+
+
+def test_a_process_that_always_ends_is_given_up(monkeypatch):
+    monkeypatch.setattr(isolated, "MOST_STARTS", 2)
+    monkeypatch.setattr(isolated, "COMMAND", [sys.executable, "-c", STUB.replace("worker.main()", "") + """
+worker.planned = lambda options: [bad(str(n), crash) for n in range(4)]
+worker.main()
+"""])  # fmt: skip
+    verdicts = [c.verdict for c in doctor.examine(device="cpu").kernels]
+    assert verdicts == ["failed", "failed", "not run", "not run"]
+
+
+# ------------------------------------------------------------------------------------------------ pretended cards
+
+
+@pytest.fixture(scope="module", params=["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"])
+def on_card(request) -> tuple[str, str]:
+    """A few kernels that compile quickly."""
+    command = [sys.executable, "-m", "tests.doctor.on_pretended_card", request.param, "rms_norm,quantize_rows"]
+    done = subprocess.run(command, cwd=ROOT, env=compiling_environment(), capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr[-3000:]
+    return request.param, " ".join(done.stdout.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_on_a_pretended_card_it_says_what_it_could_not_run(on_card):
+    """Nothing computes there, which is the one failure: all kernels compile, and none is called right."""
+    capability, text = on_card
+    assert f"compute capability {capability}" in text and "FAILED: 1 of 1 check wrong" in text
+    assert "torch alone: sums and products: 1 + 2 + … + 64 is 0 on cuda, it should be 2080" in text
+    assert "torch is wrong on this device; compiled and launched: rms_norm float32, rms_norm float16" in text
+    no_bf16 = "this device has no bfloat16 (compute capability 7.5, it begins with 8.0)"
+    assert (no_bf16 in text) == (capability == "7.5")
+    no_fp8 = f"8-bit floats need capability 8.9, this device has {capability}: quantize_rows"
+    assert (no_fp8 in text) == (capability in ("7.5", "8.0", "8.6"))
+
+
+# ------------------------------------------------------------------------------------------------------- the report
+
+
+def a_report(**changes) -> Report:
+    check = Check("kernels", "attention", "causal, 32 heads of 96", "float16", "failed", 0.5, 0.002, "", "A=torch")
+    good = Check("kernels", "rms_norm", "3 x 4", "float32", "passed", 1e-7, 1e-6)
+    left = Check("kernels", "quantize_rows", "3 x 4", "bfloat16", "not run", reason="no 8-bit floats here")
+    fields = {
+        "version": "1.0", "device": "cuda", "backend": "triton", "environment": (Fact("torch", "2.13 " * 40),),
+        "kernels": (check, good, left),
+        "model": (Check("model", "CUDA graphs", "", "bfloat16", "passed", 0.01, 0.08),),
+        "peaks": (Timing("peaks", "matmul", "8192 x 8192 x 8192", "bfloat16", 1.4, rate=780.0, unit="TFLOP/s"),),
+        "speed": (Timing("speed", "attention", "causal 32 x 777", "bfloat16", 0.35, 0.42, "SDPA", 345, "TFLOP/s", 0.44),
+                  Timing("speed", "rope", "8192 x 64 x 96", "bfloat16", reason="crashed")),
+        "seconds": 12.0,
+    }  # fmt: skip
+    return Report(**(fields | changes))
+
+
+@pytest.mark.parametrize("width", [20, 80, 100, 120, 300])
+def test_no_line_of_the_text_is_wider_than_the_terminal(width):
+    text = a_report().text(width)
+    assert max(map(len, text.splitlines())) <= max(60, min(width, 120))
+    assert "A=torch" in text and "not timed" in text and text.splitlines()[-1]
+
+
+def test_the_verdict():
+    wrong, right = a_report(), a_report(kernels=a_report().kernels[1:])
+    assert wrong.verdict == (
+        "FAILED: 1 of 3 checks wrong, 1 not run. minivlm2vec 1.0 with triton kernels on cuda, 12 s"
+    )
+    assert right.passed and right.verdict.startswith("PASSED: 2 checks right, 1 not run.")
+    nothing = a_report(kernels=a_report().kernels[2:], model=())
+    assert not nothing.passed and nothing.verdict.startswith("FAILED: nothing could be compared, 1 not run.")
+    data = json.loads(wrong.as_json())
+    assert data["passed"] is False and data["kernels"][0]["way_round"] == "A=torch" and data["verdict"] == wrong.verdict
+
+
+def test_reports_name_nobody():
+    user, host = getpass.getuser(), platform.node()
+    said = anonymous(
+        f"\x1b[31merror\x1b[0m in {Path.home()}/secret/cache/x.cubin, /home/alice/work/kernel.py:3 "
+        f"and C:\\Users\\bob\\a.dll on {host or 'nowhere'}: 1/2 of and/or, 3 / 4"
+    )
+    assert not any(word in said for word in ("alice", "bob", "secret", "\x1b", str(Path.home()) + "/"))
+    assert "kernel.py" in said and "x.cubin" in said and "1/2 of and/or, 3 / 4" in said
+    for name in (user, host):
+        if len(name) > 2 and name not in ("root", "localhost"):
+            assert name not in said
+    assert len(anonymous("x" * 999)) == 400
+
+
+def test_facts_of_this_machine():
+    facts = {f.name: f.value for f in machine.facts(torch.device("cpu"))}
+    assert torch.__version__ in facts["torch"] and {"triton", "numpy", "processor", "its features"} <= facts.keys()
+    assert not any(str(Path.home()) + "/" in value for value in facts.values())
+
+
+def test_clocks_are_not_read_where_nothing_reads_them(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no NVML")
+
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "clock_rate", broken)
+    assert machine.clocks(torch.device("cuda")) == "not read"
+
+
+# ---------------------------------------------------------------------------------------------------------- times
+
+
+def test_times_stand_beside_torchs(monkeypatch):
+    monkeypatch.setattr(speed, "HOST", speed.Size(4, 577, 1, 2, 4, 64, 1 << 20))
+    monkeypatch.setattr(speed, "RUNS", 2)
+    found = rows(t for t in speed.tasks(Options("cpu")) if not t.name.startswith(("linear", "attention", "image")))
+    peaks = [t for t in found if t.section == "peaks"]
+    assert [t.name for t in peaks] == ["matmul", "copy", "read"] and all(t.rate > 0 for t in peaks)
+    for t in found:
+        assert t.ms is not None and t.ms > 0, t
+        assert t.section == "peaks" or (t.torch_ms > 0 and t.torch_name and t.share > 0), t
+    assert all(t.section == "peaks" for t in speed.tasks(CPU)), "quick"
+    assert not list(speed.tasks(Options("cpu", interpret=True)))
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+def small_plan(options: Options) -> list[Task]:
+    check = Check("kernels", "rms_norm", "3 x 4", "float32", "passed", 0.0, 1e-6)
+    return [Task("kernels", "rms_norm", "3 x 4", "float32", lambda: check)]
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    def run(options, *, seconds, progress):
+        state = isolated.State(progress)
+        worker.work(options, set(), state.take)
+        return state.facts, list(state.rows.values())
+
+    monkeypatch.setattr(worker, "planned", small_plan)
+    monkeypatch.setattr(isolated, "run", run)
+
+
+def test_the_command(quickly, capsys, monkeypatch):
+    assert cli.main(["doctor", "--device", "cpu", "--quick"]) == 0
+    said = capsys.readouterr().out
+    assert "ENVIRONMENT" in said and said.splitlines()[-1].strip() and "PASSED: 1 check right" in said
+    assert cli.main(["doctor", "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"] is True
+    wrong = Check("kernels", "rms_norm", "3 x 4", "float32", "failed", 1.0, 1e-6, way_round="MINIVLM2VEC_BACKEND=torch")
+    monkeypatch.setattr(worker, "planned", lambda o: [Task("kernels", "rms_norm", "3 x 4", "float32", lambda: wrong)])
+    assert cli.main(["doctor", "--device", "cpu"]) == 1
+    assert "until it is mended: MINIVLM2VEC_BACKEND=torch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "toaster"], "--device is 'toaster'"),
+        (["--device", "meta"], "--device is meta; cuda, mps and cpu can be examined"),
+        (["--seconds", "0"], "--seconds is 0; more than 0 is needed"),
+        (["--interpret", "--device", "meta"], "--interpret is for a CPU, and --device is meta"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, words, capsys):
+    assert cli.main(["doctor", *arguments]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_ops_that_are_examined_are_the_public_ones(torch_path, monkeypatch):
+    """A wrong public op is seen, so none is reached around."""
+    monkeypatch.setattr(ops, "silu_mul", lambda x, backend=None: x[..., : x.shape[-1] // 2])
+    assert {r.verdict for r in few("silu_mul")} == {"failed"}
