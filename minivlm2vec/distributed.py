@@ -68,7 +68,8 @@ class Ranks:
         """The device of this process.
 
         An explicit device wins. "cuda" is this rank's GPU on its machine. None is the same where there are several
-        processes and a GPU; else it stays None, the caller's default.
+        processes and a GPU; else it stays None, the caller's default. A GPU becomes the current device of this
+        process: what is queued without naming a device goes to it.
 
         exclusive: no two ranks may have the same GPU, which is so where CUDA tensors are exchanged (NCCL). Raises
         ValueError where several processes of this machine were given one.
@@ -81,6 +82,8 @@ class Ranks:
                 f"device {wanted} is one GPU for the {self.local_world} processes that torchrun started on this "
                 'machine; say "cuda", or leave the device out, and each process takes its own'
             )
+        if cuda and str(wanted).startswith("cuda"):
+            torch.cuda.set_device(torch.device(str(wanted)))
         return None if wanted is None else str(wanted)
 
     def barrier(self) -> None:

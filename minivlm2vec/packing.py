@@ -3,7 +3,10 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from .errors import InputError
 from .processor import Loaded, Planned
@@ -28,21 +31,31 @@ def pack_by_length(lengths: Sequence[int], batch_tokens: int, batch_size: int | 
 def load_ahead(
     plans: list[Planned], batches: list[list[int]], load: Callable, pool: ThreadPoolExecutor, ahead: int
 ) -> Iterator[tuple[list[int], list[Loaded]]]:
-    """Yields (indices, loaded inputs) batch after batch; always has the next batch and `ahead` inputs in work."""
+    """Yields (indices, loaded inputs) batch after batch; always has the next batch and `ahead` inputs in work. Inputs
+    of the same images are loaded once, as long as the first is not computed, and hold the same arrays."""
     order = deque(i for batch in batches for i in batch)
     futures: dict[int, Future] = {}
+    loading: WeakValueDictionary[Any, Future] = WeakValueDictionary()
     for number, batch in enumerate(batches):
         coming = sum(map(len, batches[number : number + 2]))
         while order and len(futures) < max(coming, len(batch) + ahead):
             i = order.popleft()
-            futures[i] = pool.submit(load, plans[i])
+            key = _images_key(plans[i]) if plans[i].sources else i
+            future = loading.get(key)
+            futures[i] = loading[key] = pool.submit(load, plans[i]) if future is None else future
         items = []
         for i in batch:
             try:
-                items.append(futures.pop(i).result())
+                items.append(replace(futures.pop(i).result(), planned=plans[i]))
             except InputError as e:
                 raise e.at(i) from None
         yield batch, items
+
+
+def _images_key(plan: Planned) -> Any:
+    """What is equal where two inputs show the same images: paths and bytes by value, other images by identity."""
+    sources = (x if isinstance(x, str | bytes | Path) else id(x) for x in plan.sources)
+    return plan.num_crops, plan.grids, *sources
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:

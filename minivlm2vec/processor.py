@@ -206,12 +206,13 @@ class Processor:
         return Loaded(planned, crops)
 
     def pack(self, items: Sequence[Loaded]) -> PackedBatch:
-        """Lays inputs end to end. Images of one batch share one numbering, in the order of the items."""
+        """Lays inputs end to end. Images of one batch share one numbering, in the order of the items. Items that hold
+        the very same arrays of crops have them there once, so the image tower computes them once."""
         plans = [x.planned for x in items]
         lengths = [len(p) for p in plans]
         starts = np.cumsum([0, *lengths])
-        image_starts = np.cumsum([0, *(self._num_image_tokens(p.grids) for p in plans)])
-        crops = [torch.from_numpy(c) for x in items for c in x.crops]
+        different, image_starts = self._images_of(items)
+        crops = [torch.from_numpy(c) for x in different for c in x.crops]
         S = self.crop_size
         return PackedBatch(
             input_ids=torch.tensor([t for p in plans for t in p.input_ids], dtype=torch.int64),
@@ -219,10 +220,22 @@ class Processor:
             cu_seqlens=cumulative(lengths),
             lengths=tuple(lengths),
             crops=torch.cat(crops) if crops else torch.empty(0, S, S, 3, dtype=torch.uint8),
-            grids=tuple(g for p in plans for g in p.grids),
+            grids=tuple(g for x in different for g in x.planned.grids),
             image_index=_concatenate(p.image_index + s for p, s in zip(plans, starts, strict=False)),
             image_source=_concatenate(p.image_source + s for p, s in zip(plans, image_starts, strict=False)),
         )
+
+    def _images_of(self, items: Sequence[Loaded]) -> tuple[list[Loaded], list[int]]:
+        """The items with different images, and where in these images' tokens those of each item begin."""
+        first: dict[tuple[int, ...], int] = {}
+        different, starts, end = [], [], 0
+        for item in items:
+            start = first.setdefault(tuple(map(id, item.crops)), end) if item.crops else end
+            starts.append(start)
+            if item.crops and start == end:
+                different.append(item)
+                end += self._num_image_tokens(item.planned.grids)
+        return different, starts
 
     @property
     def crop_size(self) -> int:

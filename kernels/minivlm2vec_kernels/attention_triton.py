@@ -18,7 +18,7 @@ What fits it to this model's shapes:
   - Keys up to the diagonal (or the last whole block) take a loop without masks, the rest a loop with them.
     Sequences that fit in one block of keys take no loop at all.
   - 577 = 9 * 64 + 1: up to TAIL queries or keys left over by whole tiles take one of TAIL, not a whole one.
-  - On sm_90 keys and values come through descriptors that the host makes once a launch, two or three blocks ahead.
+  - On sm_90 keys and values come through descriptors that the host makes once a launch, two blocks ahead.
 
 Where gradients are needed m + log2(l) is kept, from which attention_backward_triton.py computes every p again.
 """
@@ -81,7 +81,7 @@ def attention_kernel(
         _attend(q, k, v, k0, k1, v0, v1, head_kv, out, lse, row, Lq, k_start, k_end, scale_log2,
                 stride_qt, stride_kt, stride_vt, stride_ot,
                 H0, H1, BM, BN, TAIL, CAUSAL, True, TMA)  # fmt: skip
-    elif not CAUSAL and BM > TAIL and Lq - row <= TAIL:
+    elif not CAUSAL and not ONE_BLOCK and BM > TAIL and Lq - row <= TAIL:
         _attend(q, k, v, k0, k1, v0, v1, head_kv, out, lse, row, Lq, k_start, k_end, scale_log2,
                 stride_qt, stride_kt, stride_vt, stride_ot,
                 H0, H1, TAIL, BN, TAIL, CAUSAL, ONE_BLOCK, TMA)  # fmt: skip

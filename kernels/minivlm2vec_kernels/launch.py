@@ -2,12 +2,22 @@
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import triton
 from torch import Tensor
 
-on_device_of = torch.cuda.device_of  # Triton launches on the current device, which need not be the tensor's
+_HERE: AbstractContextManager[None] = nullcontext()
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's. Where there is one, nothing is asked."""
+    return torch.cuda.device_of(x) if _several_devices() else _HERE
+
+
+@functools.cache
+def _several_devices() -> bool:
+    return torch.cuda.device_count() > 1
 
 
 def as_rows(x: Tensor, name: str) -> Tensor:
@@ -26,7 +36,8 @@ def dense_rows(gradient: Tensor) -> Tensor:
 
 
 def check_shape(x: Tensor, shape: Sequence[int], name: str) -> None:
-    if tuple(x.shape) != tuple(shape):
+    """shape: a tuple or a torch.Size, which compare equal to each other."""
+    if x.shape != shape and tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
 
 
@@ -53,7 +64,7 @@ ROW_SETTINGS = {
 
 def whole_rows(D: int, settings: dict[int, tuple[int, int]] = ROW_SETTINGS) -> tuple[int, int, int]:
     """(BD, BM, warps) for rows of D elements. Raises ValueError where they are wider than the table."""
-    BD = max(triton.next_power_of_2(D), min(settings))
+    BD = max(1 << (D - 1).bit_length() if D > 1 else 1, 64)  # the next power of two; 64 is the narrowest of each table
     if BD not in settings:
         raise ValueError(f"rows of {D} elements are wider than the {max(settings)} that fit in one program")
     return BD, *settings[BD]

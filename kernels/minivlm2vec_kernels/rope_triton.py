@@ -7,6 +7,8 @@ Shapes: T packed tokens, N query heads, Nkv key-value heads, H head dim. A progr
         query and key heads, so that its cos and sin are read once.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -129,6 +131,7 @@ def _launch(q: Tensor, k: Tensor, out_q: Tensor, out_k: Tensor, cos: Tensor, sin
         )  # fmt: skip
 
 
+@functools.cache
 def settings(N: int, Nkv: int, H: int) -> tuple[int, int, int, int]:
     """(BN, BNKV, BH, warps) for a token of N + Nkv heads. Either may be 0: a block holds at least one, masked."""
     BN, BNKV, BH = (triton.next_power_of_2(max(n, 1)) for n in (N, Nkv, H // 2))

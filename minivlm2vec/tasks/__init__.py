@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .answering import Answer, answer, answered
     from .classification import Classification, Classifier, classified, classify, label_texts, label_vectors
     from .common import TEMPERATURE, Encoder, Scored
+    from .grounding import Grounding, ScoredBox, ground
     from .ranking import Hit, Ranking, rank, ranked
 
 __all__ = [
@@ -34,13 +35,16 @@ __all__ = [
     "Classification",
     "Classifier",
     "Encoder",
+    "Grounding",
     "Hit",
     "Ranking",
     "Scored",
+    "ScoredBox",
     "answer",
     "answered",
     "classified",
     "classify",
+    "ground",
     "label_texts",
     "label_vectors",
     "rank",
@@ -59,6 +63,9 @@ _HOMES = {
     "TEMPERATURE": "common",
     "Encoder": "common",
     "Scored": "common",
+    "Grounding": "grounding",
+    "ScoredBox": "grounding",
+    "ground": "grounding",
     "Hit": "ranking",
     "Ranking": "ranking",
     "rank": "ranking",

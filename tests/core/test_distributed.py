@@ -17,6 +17,7 @@ def ranks(monkeypatch, rank: int = 0, world: int = 1, local_world: int | None = 
     """As one of `world` processes, without starting any."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr("minivlm2vec.distributed._new_group", lambda: None)
     local_world = local_world or world
     settings = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank % local_world, "LOCAL_WORLD_SIZE": local_world}
@@ -61,6 +62,15 @@ def test_shares_are_runs_that_make_up_the_whole(monkeypatch, n):
 )
 def test_an_explicit_device_wins(monkeypatch, wanted, world, gpus, expected):
     assert ranks(monkeypatch, world - 1, world, gpus=gpus).device(wanted) == expected
+
+
+@pytest.mark.parametrize("wanted, current", [(None, "cuda:1"), ("cuda", "cuda:1"), ("cuda:3", "cuda:3"), ("cpu", None)])
+def test_a_ranks_gpu_is_its_current_device(monkeypatch, wanted, current):
+    """Else events and copies that name no device are those of the first GPU, in every process."""
+    made, chosen = ranks(monkeypatch, 1, 2, gpus=4), []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    made.device(wanted)
+    assert chosen == ([current] if current else [])
 
 
 def test_one_gpu_for_two_exclusive_ranks_is_refused(monkeypatch):

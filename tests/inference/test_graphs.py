@@ -1,5 +1,6 @@
 """Padded buckets against the model as it is, on any device; CUDA graphs against both on a card."""
 
+import contextlib
 import itertools
 import threading
 import warnings
@@ -350,3 +351,52 @@ def test_gpu_embedder(e, tmp_path):
         a, b = (x.encode(texts, batch_tokens=batch_tokens) for x in (plain, graphed))
         assert (a * b).sum(1).min() > 0.999
     assert graphed.model.graphs.programs
+
+
+class Work:
+    """Streams of a card that is not there, as lists of what was queued. Waiting is having what came before
+    it first."""
+
+    def __init__(self, monkeypatch, model):
+        self.queues, self.current = {"first": [], "second": []}, "first"
+        work = self
+
+        class Event:
+            def __init__(self, **_):
+                self.after = ()
+
+            def record(self, stream=None):
+                self.after = tuple(work.queues[work.current])
+
+        class Stream:
+            def wait_event(self, event):
+                work.queues[work.current] += event.after
+
+        for name, value in {"Event": Event, "current_stream": lambda device=None: Stream(), "Stream": Stream}.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+        monkeypatch.setattr("minivlm2vec.inference.graphs.can_graph", lambda model: True)
+
+
+def test_a_second_stream_waits_for_what_a_replay_still_reads(e, monkeypatch):
+    """Each call queues its fill, its replay and its copy; the buffers are one for all streams."""
+    work = Work(monkeypatch, e.model)
+
+    class Queued(GraphedModel):
+        def _make(self, run):
+            return run
+
+        def _run(self, program, batch, bucket):
+            return super()._run(lambda: work.queues[work.current].append("replay") or program(), batch, bucket)
+
+    plain = PaddedModel._fill
+    monkeypatch.setattr(PaddedModel, "_fill", lambda *a: plain(*a) or work.queues[work.current].append("fill"))
+    graphed, batch = Queued(e.model, make_at=1), batch_of([5])
+    graphed(batch)
+    work.queues["first"].clear()
+    graphed(batch)
+    work.current = "second"
+    graphed(batch)
+    assert work.queues["first"][-2:] == ["fill", "replay"]
+    assert work.queues["second"] == [*work.queues["first"], "fill", "replay"], "its fill comes after the first's replay"

@@ -1,4 +1,4 @@
-"""Kernels compile for sm_80, sm_90 and sm_100: no spill, wgmma where promised, no drift from the table."""
+"""Kernels compile for every capability of aot/cards.py: no spill, wgmma where promised, no fewer blocks than before."""
 
 import json
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernels import aot
+from tests.kernels.aot import ahead, cards
 from tests.support.helpers import compiling_environment
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ def test_table_covers_every_spec_of_this_triton(output):
     version = aot.triton_version()
     if version not in table:
         pytest.skip(f"no table for Triton {version}; have {', '.join(table)}")
-    missing = [s.key(arch) for s in aot.all_specs() for arch in s.archs if s.key(arch) not in table[version]]
+    missing = [s.key(arch) for s in aot.all_specs(quick=True) for arch in s.archs if s.key(arch) not in table[version]]
     assert not missing, "run python -m tests.kernels.aot --write"
 
 
@@ -43,25 +44,29 @@ def test_table_is_what_write_table_writes(tmp_path, monkeypatch):
     assert json.loads(copy.read_text()) == before | {aot.triton_version(): before.get(aot.triton_version(), {})}
 
 
-SPEC = aot.Spec("x.y", "c", {}, {}, archs=(90,), wgmma=True)
-GOOD = {"registers": 100, "shared": 1024, "spills": 0, "wgmma": 8}
+SPEC = aot.Spec("x.y", "c", {}, {}, num_warps=8, archs=(90, 100), wgmma=True, blocks=2, ahead=1)
+GOOD = {"registers": 120, "shared": 1024, "spills": 0, "wgmma": 8, "blocks": 2, "built": 0, "ahead": 1, "chained": 0}
 
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
         ({}, None),
-        ({"registers": 100 + aot.REGISTER_SLACK}, None),
-        ({"registers": 101 + aot.REGISTER_SLACK}, "registers grew from 100"),
-        ({"shared": 2048}, "shared memory grew from 1024 to 2048"),
+        ({"registers": 128}, None),
+        ({"blocks": 1}, "1 blocks a multiprocessor, 2 promised"),
+        ({"blocks": 1}, "blocks a multiprocessor fell from 2 to 1"),
+        ({"blocks": 0}, "does not fit"),
+        ({"ahead": 0}, "loads are 0 iterations ahead of their waits, 1 promised"),
+        ({"built": 4}, "descriptors are made in every program: 4"),
+        ({"chained": 1}, "sm_100: dots are chained"),
         ({"spills": 3}, "3 spill instructions"),
         ({"wgmma": 4}, "wgmma fell from 8 to 4"),
         ({"wgmma": 0}, "no wgmma"),
     ],
 )
 def test_problems_are_named(change, complaint):
-    key = SPEC.key(90)
-    found = aot.problems([SPEC], {key: GOOD | change}, {key: GOOD})
+    keys = [SPEC.key(arch) for arch in SPEC.archs]
+    found = aot.problems([SPEC], dict.fromkeys(keys, GOOD | change), dict.fromkeys(keys, GOOD))
     assert bool(found) == (complaint is not None)
     assert complaint is None or any(complaint in f for f in found)
 
@@ -108,3 +113,39 @@ def test_rows_are_quantised_by_one_division_a_row():
     (found,) = instructions("quantize_rows", "--config", "K3072", "--arch", "90")
     elements = 4096 // 128  # a thread; a program takes one row
     assert found["FCHK"] <= 2 and found["FMUL"] >= elements  # its scale, and what that is the reciprocal of
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "blocks"),
+    [
+        (128, 99_328, 8, 2),
+        (129, 99_328, 8, 1),
+        (127, 116_000, 8, 1),
+        (96, 7_168, 2, 10),
+        (32, 0, 1, 32),
+        (64, 240_000, 4, 0),
+    ],
+)
+def test_blocks_of_sm_90(registers, shared, warps, blocks):
+    assert cards.LIMITS[90].blocks(registers, shared, warps) == blocks
+
+
+LOADS, WAITS = (
+    "  cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier [%r1];",
+    "  mbarrier.try_wait.parity.shared.b64 %p1;",
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "body", "expected"),
+    [(1, [WAITS, LOADS], 0), (2, [WAITS, LOADS], 1), (1, [LOADS, WAITS], 1), (0, [LOADS, WAITS], 0)],
+)
+def test_how_far_loads_are_ahead_of_their_waits(before, body, expected):
+    ptx = [*before * [LOADS], "$L__BB0_1:", *body, "  @%p2 bra $L__BB0_1;"]
+    assert ahead.least("\n".join(ptx)) == expected
+
+
+def test_dots_chained_through_a_loop_carried_accumulator_are_found():
+    command = [sys.executable, "-m", "tests.kernels.aot.chained_example"]
+    done = subprocess.run(command, cwd=ROOT, env=compiling_environment(), capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "0"], done.stderr

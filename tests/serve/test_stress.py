@@ -411,10 +411,13 @@ def test_schemathesis(process):
     @settings(max_examples=40, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     def test(case):
         if case.meta.generation.mode.is_positive and isinstance(case.body, dict):  # what no schema can tell
-            case.body |= {"model": "tiny", "dimensions": None, "truncate_prompt_tokens": None}
-            if case.body.get("input") or not case.body.get("messages"):
+            case.body |= {"model": "tiny", "truncate_prompt_tokens": None}
+            if case.operation.path != "/v1/embeddings":
+                case.body["instruction"] = "none"
+            elif case.body.get("input") or not case.body.get("messages"):
                 case.body.pop("messages", None)
                 case.body["input"] = case.body.get("input") or "a"
+            case.body |= {"dimensions": None} if "dimensions" in case.body else {}
         response = case.call_and_validate(checks=checks, timeout=60)
         seen.add((case.operation.path, response.status_code))
 
@@ -424,6 +427,7 @@ def test_schemathesis(process):
         for mode in list(schemathesis.GenerationMode) if has_input else [schemathesis.GenerationMode.POSITIVE]:
             given(case=operation.as_strategy(generation_mode=mode))(test)()
     assert ("/v1/embeddings", 200) in seen and ("/v1/embeddings", 400) in seen, seen
+    assert {(f"/v1/{path}", 400) for path in ("classify", "rerank", "score")} <= seen, seen
     assert call(process.url, "/health").status == 200
 
 
