@@ -74,7 +74,7 @@ class InferenceOnly(nn.Module):
 
 class FusedLinear(InferenceOnly, Linear):
     """y = x W^T + b, and the forms in which fused layers need it. What stores or multiplies a matrix otherwise
-    (prepack.py, fp8.py) has these methods too."""
+    (prepack.py, fp8.py) has these methods too. x is a Tensor, or QuantizedRows for a layer that takes them."""
 
     backend: str | None
 
@@ -88,7 +88,7 @@ class FusedLinear(InferenceOnly, Linear):
         where there is none to add, and where the product adds it for nothing."""
         return self.bias
 
-    def silu_mul(self, x: Tensor) -> Tensor:
+    def silu_mul(self, x: Any) -> Tensor:
         """silu(gate) * up, where gate is the first half of the outputs (no bias)."""
         return ops.linear_silu_mul(x, self.weight, backend=self.backend)
 
@@ -96,7 +96,7 @@ class FusedLinear(InferenceOnly, Linear):
         """quick_gelu(x W^T + b)."""
         return ops.linear_quick_gelu(x, self.weight, self.bias, backend=self.backend)
 
-    def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
+    def rows(self, x: Any, start: int, stop: int | None) -> Tensor:
         """Outputs start to stop alone: x W[start:stop]^T (+ b)."""
         return F.linear(x, self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
 
