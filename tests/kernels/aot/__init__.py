@@ -102,7 +102,7 @@ def compile_kernel(spec: Spec, arch: int | str):
     if isinstance(arch, str):
         target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
     else:
-        target = GPUTarget("cuda", arch, cards.LIMITS[arch].warp)
+        target = GPUTarget("cuda", arch, 32)
 
     module, name = spec.kernel.split(".")
     kernel = getattr(importlib.import_module(f"minivlm2vec_kernels.{module}"), name)

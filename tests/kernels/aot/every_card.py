@@ -37,7 +37,7 @@ def specs(card: Card, quick: bool) -> list[Spec]:
         for spec in [s for c, H in head_dims for s in _attention(card, c, H, dtype)] + _linear(card, dtype):
             found[spec.key(0)] = spec
     for spec in aot.all_specs(quick=True):  # rows and pixels: the same settings on every card
-        if spec.kernel.split(".")[0] not in OWN and (card.e4m3 or "quantize_rows" not in spec.kernel):
+        if spec.kernel.split(".")[0] not in OWN and (card.e4m3 or "quantize" not in spec.kernel):
             for dtype in dtypes:
                 found[f"{spec.key(0)}{dtype}"] = _in(spec, dtype)
     return list(found.values())
