@@ -46,6 +46,8 @@ class InferenceOnly(nn.Module):
     )
     _apply = _refuse("be moved or cast")
     compile = _refuse("be compiled")
+    if torch.__version__ >= "2.14":  # torch.compile asks for these at the first call, and for nothing of its own before
+        _initialize_hook = _infer_parameters = _refuse("be compiled")
     _replace = add_module = register_module = __delattr__ = _refuse("have a part replaced")
 
     def train(self, mode: bool = True) -> Any:
@@ -59,7 +61,7 @@ class InferenceOnly(nn.Module):
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_torchdynamo_orig_callable":  # what torch.compile asks a module for, before anything else
+        if name == "_torchdynamo_orig_callable":  # what torch.compile before 2.14 asks a module for, first of all
             self.compile()
         try:
             return super().__getattr__(name)
