@@ -1,4 +1,4 @@
-"""Compile every kernel ahead of time for sm_80, sm_90 and sm_100 and read what came out. Needs no GPU.
+"""Compile every kernel ahead of time for each capability of `cards.py` and read what came out. Needs no GPU.
 
     python -m tests.kernels.aot                    compare all specs with tests/kernels/aot/table.json
     python -m tests.kernels.aot --write            compile all specs and write the table for this Triton version
@@ -11,6 +11,10 @@ What is read per (Triton version, kernel, config, arch):
     registers   per thread (cuobjdump --dump-resource-usage)
     shared      bytes per block (Triton's metadata)
     spills      local-memory instructions in the SASS (LDL, STL); must be 0
+    blocks      that fit on a multiprocessor at a time; must not fall, nor below what a spec promises on sm_90
+    built       instructions of the PTX that write descriptors; must be 0
+    chained     products chained through a loop-carried accumulator; must be 0 on sm_100 (see `chained.py`)
+    ahead       whole iterations between a descriptor's load and its wait, the least of all loops; see `ahead.py`
     wgmma       HGMMA instructions in the SASS; where a spec promises them, their count on sm_90 must not fall
 """
 
@@ -25,9 +29,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.kernels.aot import ahead, cards
+from tests.kernels.aot.chained import chained_dots
+
 TABLE = Path(__file__).with_name("table.json")
-ARCHS = (80, 90, 100)
-REGISTER_SLACK = 8  # registers per thread a kernel may grow before the table has to be written again
+ARCHS = tuple(cards.LIMITS)
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,13 @@ class Spec:
     unaligned: frozenset[str] = frozenset()
     archs: tuple[int, ...] = ARCHS
     wgmma: bool = False  # must use wgmma on sm_90
+    blocks: int = 1  # that must fit on a multiprocessor of sm_90
+    ahead: int = 0  # iterations that loads through descriptors must be ahead of their waits on sm_90
     quick: bool = False  # part of the default tests; the others only of this command
     options: dict[str, object] = field(default_factory=dict)  # further compiler options, such as maxnreg
 
-    def key(self, arch: int) -> str:
-        return f"{self.kernel}[{self.config}] sm_{arch}"
+    def key(self, arch: int | str) -> str:
+        return f"{self.kernel}[{self.config}] {arch if isinstance(arch, str) else f'sm_{arch}'}"
 
 
 Measured = dict[str, int]
@@ -68,21 +76,33 @@ def all_specs(only: str = "", quick: bool = False) -> list[Spec]:
 def measure(spec: Spec, arch: int) -> Measured:
     """Compiles `spec` for `arch` and reads the cubin."""
     compiled = compile_kernel(spec, arch)
+    ptx = compiled.asm["ptx"]
     usage, sass = (
         dump(compiled.asm["cubin"], "--dump-resource-usage"),
         dump(compiled.asm["cubin"], "--dump-sass"),
     )
+    registers, shared = int(re.search(r"\bREG:(\d+)", usage).group(1)), compiled.metadata.shared
     return {
-        "registers": int(re.search(r"\bREG:(\d+)", usage).group(1)),
-        "shared": compiled.metadata.shared,
+        "registers": registers,
+        "shared": shared,
+        "blocks": cards.LIMITS[arch].blocks(registers, shared, spec.num_warps),
+        "built": len(re.findall(r"^\s*(?:@\S+\s+)?tensormap\.", ptx, re.M)),
+        "ahead": ahead.least(ptx),
+        "chained": len(chained_dots(compiled.asm["ttir"])),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "wgmma": len(re.findall(r"\bHGMMA\b", sass)),
     }
 
 
-def compile_kernel(spec: Spec, arch: int):
+def compile_kernel(spec: Spec, arch: int | str):
+    """arch: of NVIDIA 90, of AMD "gfx942"."""
     import triton
     from triton.backends.compiler import GPUTarget
+
+    if isinstance(arch, str):
+        target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    else:
+        target = GPUTarget("cuda", arch, 32)
 
     module, name = spec.kernel.split(".")
     kernel = getattr(importlib.import_module(f"minivlm2vec_kernels.{module}"), name)
@@ -98,7 +118,7 @@ def compile_kernel(spec: Spec, arch: int):
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=target, options=options)
 
 
 def _may_align(type_name: str | tuple[str, ...]) -> bool:
@@ -124,7 +144,8 @@ def measure_all(specs: list[Spec]) -> dict[str, Measured]:
 
 
 def problems(specs: list[Spec], measured: dict[str, Measured], table: dict[str, Measured]) -> list[str]:
-    """What is wrong with `measured`: spills, missing wgmma, growth beyond the table. Empty if all is well."""
+    """What is wrong with `measured`: spills, missing wgmma, fewer blocks a multiprocessor than in the table.
+    Empty if all is well."""
     found = []
     for spec in specs:
         for arch in spec.archs:
@@ -139,14 +160,25 @@ def _problems(spec: Spec, arch: int, now: Measured, before: Measured | None) -> 
         found.append(f"{now['spills']} spill instructions")
     if spec.wgmma and arch == 90 and not now["wgmma"]:
         found.append("no wgmma")
+    if arch == 90 and now["blocks"] < spec.blocks:
+        found.append(f"{now['blocks']} blocks a multiprocessor, {spec.blocks} promised")
+    if arch == 90 and now["ahead"] < spec.ahead:
+        found.append(f"loads are {now['ahead']} iterations ahead of their waits, {spec.ahead} promised")
+    if now["built"]:
+        found.append(f"descriptors are made in every program: {now['built']} instructions")
+    if arch // 10 == 10 and now["chained"]:
+        found.append("dots are chained through a loop-carried accumulator (Triton #10821)")
+    if now["blocks"] < 1:
+        found.append(f"does not fit: {now['shared']} bytes of shared memory")
     if before is None:
         return found
     if now["wgmma"] < before["wgmma"]:
         found.append(f"wgmma fell from {before['wgmma']} to {now['wgmma']}")
-    if now["registers"] > before["registers"] + REGISTER_SLACK:
-        found.append(f"registers grew from {before['registers']} to {now['registers']}")
-    if now["shared"] > before["shared"]:
-        found.append(f"shared memory grew from {before['shared']} to {now['shared']}")
+    blocks = cards.LIMITS[arch].blocks(before["registers"], before["shared"], spec.num_warps)
+    if now["blocks"] < blocks:
+        found.append(f"blocks a multiprocessor fell from {blocks} to {now['blocks']}")
+    if now["ahead"] < before.get("ahead", 0):
+        found.append(f"loads came closer to their waits, from {before['ahead']} iterations to {now['ahead']}")
     return found
 
 

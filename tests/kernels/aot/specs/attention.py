@@ -1,47 +1,81 @@
-"""Attention as the model launches it: causal with head dim 96 (decoder), full with 64 (image tower), both
-also through pointers; the other head dims and float32 once each."""
+"""Attention as a launch can reach it: every tile of the tables with every head dim, causal and not, grouped heads, with
+lse for a gradient; the published model's are part of the default tests."""
+
+import torch
 
 from minivlm2vec_kernels import attention_triton as attention
 from minivlm2vec_kernels.attention_triton import FP32_TILE, TILES, Tile
-from tests.kernels.aot import Spec
+from tests.kernels.aot import ARCHS, Spec
+
+HEAD_DIMS = (16, 32, 48, 64, 80, 96, 128)
+PUBLISHED = ((True, 96), (False, 64))  # decoder, tower
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def specs() -> list[Spec]:
-    decoder = dict.fromkeys([*TILES[True, True].values(), *TILES[True, False].values()])
-    tower = dict.fromkeys([*TILES[False, True].values(), *TILES[False, False].values()])
-    return [
-        *(_spec(96, True, tile, quick=tile.tma or tile.stages == 1) for tile in decoder),
-        *(_spec(64, False, tile, quick=tile.tma) for tile in tower),
-        _spec(96, True, Tile(64, 64, 4, 2, True), group=4),
-        *(_spec(H, True, Tile(64, 64, 4, 2, True)) for H in (32, 48, 80, 128)),
-        *(_spec(H, True, FP32_TILE, dtype="fp32") for H in (64, 96, 128)),
-    ]
+    found = {}
+    for (causal, _), table in TILES.items():
+        for tile in table.values():
+            for H in HEAD_DIMS:
+                found[causal, tile, H] = [
+                    _spec(H, causal, tile, one_block=one) for one in ((True,) if tile.stages == 1 else _sizes(tile))
+                ]
+    for causal, H in PUBLISHED:  # what changes no more than an argument
+        for tile in dict.fromkeys((*TILES[causal, True].values(), *TILES[causal, False].values())):
+            one = tile.stages == 1
+            found[causal, tile, H, "other"] = [
+                _spec(H, causal, tile, one_block=one, group=4),
+                _spec(H, causal, tile, one_block=one, lse=True),
+            ]
+    for H in HEAD_DIMS:
+        for causal in (True, False):
+            found[causal, FP32_TILE, H] = [
+                _spec(H, causal, FP32_TILE, dtype="fp32", one_block=o) for o in (False, True)
+            ]
+    return [spec for specs in found.values() for spec in specs]
 
 
-def _spec(H: int, causal: bool, tile: Tile, group: int = 1, dtype: str = "bf16", quick: bool = False) -> Spec:
+def _sizes(tile: Tile) -> tuple[bool, ...]:
+    """Whether a tile meets keys of one block: few queries do, where their row of the table is for few queries alone."""
+    return (False, True) if tile.BM <= 16 else (False,)
+
+
+def _spec(
+    H: int, causal: bool, tile: Tile, *, one_block: bool, group: int = 1, dtype: str = "bf16", lse: bool = False
+) -> Spec:
     H0, H1 = attention.split_head_dim(H)
-    one_block = tile.stages == 1 and dtype == "bf16"
+    tma = tile.tma and not one_block
     strides = [f"stride_{x}{dim}" for x in "qkvo" for dim in "tn"]
     types = dict.fromkeys(["q", "k", "v", "out"], f"*{dtype}")
     types |= dict.fromkeys(["cu_seqlens_q", "cu_seqlens_k"], "*i32")
     types |= dict.fromkeys(["heads", "tiles", "stride_lse", *strides], "i32") | {"scale_log2": "fp32"}
     constants = {"H0": H0, "H1": H1, "BM": tile.BM, "BN": tile.BN, "TAIL": attention.TAIL}
-    constants |= {"CAUSAL": causal, "ONE_BLOCK": one_block, "TMA": tile.tma, "lse": None}
+    constants |= {"CAUSAL": causal, "ONE_BLOCK": one_block, "TMA": tma}
+    for name, width in (("k0", H0), ("v0", H0), ("k1", H1), ("v1", H1)):
+        described = {name: f"tensordesc<{dtype}[1, {tile.BN}, {width}]>"} if tma and width else {}
+        types |= described
+        constants |= {} if described else {name: None}
+    types |= {"lse": "*fp32"} if lse else {}
+    constants |= {} if lse else {"lse": None}
     if group == 1:  # Triton makes an integer argument of 1 a constant
         constants["group"] = 1
     else:
         types["group"] = "i32"
+    registers = attention.most_registers(tile, H)
     return Spec(
         kernel="attention_triton.attention_kernel",
         config=f"{dtype} H{H} {'causal' if causal else 'full'} group{group} {tile.BM}x{tile.BN} "
-        f"warps{tile.warps} stages{tile.stages} {'tma' if tile.tma else 'pointers'}",
+        f"warps{tile.warps} stages{tile.stages} {'tma' if tma else 'pointers'}"
+        f"{' one block' if one_block else ''}{' lse' if lse else ''}",
         types=types,
         constants=constants,
         num_warps=tile.warps,
         num_stages=tile.stages,
         unaligned=frozenset({"tiles", "group", "stride_lse"}),
-        archs=(90,) if tile.tma else (80, 90, 100),
+        archs=(90,) if tma else ARCHS,
         wgmma=tile.BM >= 64 and dtype == "bf16",
-        quick=quick,
-        options={"enable_fp_fusion": True},
+        blocks=2 if tma and H in (64, 96) else 1,
+        ahead=1 if tma else 0,
+        quick=(causal, H) in PUBLISHED and group == 1 and not lse and dtype == "bf16" and (tma or tile.stages == 1),
+        options={"enable_fp_fusion": True} | ({} if registers is None else {"maxnreg": registers}),
     )
