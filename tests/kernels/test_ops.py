@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import minivlm2vec_kernels
-from minivlm2vec_kernels import ops, reference
+from minivlm2vec_kernels import cards, ops, reference
 from tests.kernels.kernel_cases import gradients
 
 # -------------------------------------------------------------------------------------------------------- the dispatch
@@ -15,11 +15,25 @@ from tests.kernels.kernel_cases import gradients
 
 def tensor(cuda=True, requires_grad=False):
     """All that the choice looks at: CPU tests cannot make a CUDA tensor."""
-    return SimpleNamespace(is_cuda=cuda, requires_grad=requires_grad, device="cuda" if cuda else "cpu")
+    return SimpleNamespace(
+        is_cuda=cuda,
+        requires_grad=requires_grad,
+        dtype=torch.float16,
+        device="cuda" if cuda else "cpu",
+        get_device=lambda: 0 if cuda else -1,
+    )
+
+
+@pytest.fixture
+def an_h100(monkeypatch):
+    monkeypatch.setattr(cards.torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cards.card.cache_clear()
+    yield
+    cards.card.cache_clear()
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_auto_takes_triton_on_cuda_unless_a_gradient_is_needed(backward, monkeypatch):
+def test_auto_takes_triton_on_cuda_unless_a_gradient_is_needed(backward, an_h100, monkeypatch):
     monkeypatch.setattr(ops, "BACKEND", "auto")
     for argument in (None, "auto"):
         choose = functools.partial(ops.choose_backend, argument, backward=backward)
@@ -30,7 +44,7 @@ def test_auto_takes_triton_on_cuda_unless_a_gradient_is_needed(backward, monkeyp
             assert choose(tensor(), tensor(requires_grad=True)) == "triton"
 
 
-def test_triton_on_request_carries_gradients_or_raises():
+def test_triton_on_request_carries_gradients_or_raises(an_h100):
     assert ops.choose_backend("triton", tensor(requires_grad=True), backward=True) == "triton"
     with pytest.raises(RuntimeError, match=r"no backward pass; use torch\.no_grad"):
         ops.choose_backend("triton", tensor(requires_grad=True))
@@ -38,7 +52,7 @@ def test_triton_on_request_carries_gradients_or_raises():
         assert ops.choose_backend("triton", tensor(requires_grad=True)) == "triton"
 
 
-def test_the_argument_beats_the_environment(monkeypatch):
+def test_the_argument_beats_the_environment(an_h100, monkeypatch):
     monkeypatch.setattr(ops, "BACKEND", "triton")
     assert ops.choose_backend(None, tensor(requires_grad=True), backward=True) == "triton"
     assert ops.choose_backend("torch", tensor()) == "torch"

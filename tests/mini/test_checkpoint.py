@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import random
+import shutil
 import tarfile
 
 import numpy as np
@@ -337,10 +338,12 @@ def test_its_size(mini):
     assert mini.encode(["a cat"]).dtype == np.float32
 
 
-def test_its_card_is_made_from_its_scores():
+def test_its_card_is_made_from_its_scores(tmp_path):
     """And so no number in it was typed by hand."""
-    scores = json.loads((CHECKPOINT / "scores.json").read_text(encoding="utf-8"))
-    assert card.card("mini", scores, *card.read_training(CHECKPOINT)) == (CHECKPOINT / "README.md").read_text(
+    for name in ("scores.json", "grounding.json"):
+        shutil.copy(CHECKPOINT / name, tmp_path)
+    card.write_card(CHECKPOINT, tmp_path, name="mini")
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == (CHECKPOINT / "README.md").read_text(
         encoding="utf-8"
     )
 
