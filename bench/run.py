@@ -30,11 +30,14 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=float("inf"), help="start no case after so many seconds")
     parser.add_argument("--case", default="", help="only cases whose kernel and name hold this, e.g. 'model b'")
     parser.add_argument("--sweep", action="store_true", help="time all candidate launch settings")
+    parser.add_argument("--results", type=Path, help="the folder of the csv files, instead of bench/results")
     parser.add_argument("--save", action="store_true", help="without a GPU: append to bench/results/cpu.csv")
     args = parser.parse_args()
     if args.all == bool(args.only):
         parser.error("give either --all or --only")
     chosen = names if args.all else args.only
+    if args.results is not None:
+        common.RESULTS = args.results
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -67,7 +70,7 @@ def run_all(names: list[str], device: torch.device, args: argparse.Namespace) ->
         if rows and (device.type == "cuda" or args.save):
             path = common.csv_path(rows[0].gpu, "-sweep" if args.sweep else "")
             common.append_rows(rows, path)
-            print(f"{len(rows)} rows appended to {path.relative_to(ROOT)}")
+            print(f"{len(rows)} rows appended to {path.parent.name}/{path.name}")
 
 
 if __name__ == "__main__":

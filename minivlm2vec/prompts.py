@@ -10,6 +10,7 @@ from dataclasses import dataclass
 TEXT = "{text}"
 IMAGE = "Represent the given image.\n"
 CROP = "Represent the given cropped image of the object"
+MATCH = 'Select the portion of the image that follows the language expressions: "{text}"\n'
 WIKIPEDIA = "Represent the given Wikipedia image with related text information: {text}\n"
 
 
@@ -53,15 +54,49 @@ TASKS = {
         WIKIPEDIA,
     ),
     "document": Task("Find the document image that can answer the given query: {text}\n", IMAGE),
+    "news": Task(
+        "Find a news image that matches the provided caption: {text}\n",
+        "Represent the given image with related text information: {text}\n",
+    ),
     # grounding: an image and a description, against crops
     "ground": Task('Select the portion of the image that isolates the object labeled as "{text}"\n', CROP),
     "refer": Task("Select the portion of the image that follows the language expressions. {text}\n", CROP),
     "point": Task("Select the portion of the image that answers the question {text}\n", CROP),
+    "match": Task(MATCH, MATCH),
 }  # fmt: skip
 
 
+_DATASETS = {
+    "classify": "ImageNet-1K ImageNet-A ImageNet-R CIFAR-100",
+    "classify_object": "VOC2007 ObjectNet",
+    "classify_scene": "SUN397 Place365",
+    "classify_country": "Country211",
+    "classify_news": "N24News",
+    "classify_hateful": "HatefulMemes",
+    "vqa": "OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W ScienceQA VizWiz GQA TextVQA",
+    "t2i": "MSCOCO_t2i",
+    "i2t": "MSCOCO_i2t",
+    "i2i": "NIGHTS",
+    "news_t2i": "VisualNews_t2i",
+    "news_i2t": "VisualNews_i2t",
+    "dialogue": "VisDial",
+    "change": "CIRR",
+    "fashion": "FashionIQ",
+    "wikipedia": "WebQA",
+    "wikipedia_pair": "OVEN",
+    "document": "Wiki-SS-NQ",
+    "news": "EDIS",
+    "ground": "MSCOCO",
+    "refer": "RefCOCO",
+    "point": "Visual7W-Pointing",
+    "match": "RefCOCO-Matching",
+}
+DATASETS = {dataset: name for name, datasets in _DATASETS.items() for dataset in datasets.split()}  # of MMEB -> TASKS
+
+
 def task(name: str) -> Task:
-    """The task of that name. Raises ValueError with all names."""
+    """The task of that name, or of that dataset of MMEB. Raises ValueError with all names."""
+    name = DATASETS.get(name, name)
     if name not in TASKS:
         raise ValueError(f"no task is named {name!r}; there are {', '.join(TASKS)}")
     return TASKS[name]

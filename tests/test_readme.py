@@ -77,7 +77,7 @@ def test_a_different_projector(names):
 
 
 def test_the_first_example_uses_the_real_names():
-    (first,) = [b for b in BLOCKS if "from_pretrained" in b]
+    (first,) = [b for b in BLOCKS if "encode_query" in b]
     compile(first, "README", "exec")
     for name in re.findall(r"\be\.(\w+)", first):
         assert hasattr(Embedder, name), name

@@ -21,17 +21,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import cards
 from .attention_triton import (
     LOG2_E,
     Tile,
     check_inputs,
-    choose_tile,
     launch,
     load_rows,
     sequence_at,
     split_head_dim,
     store_rows,
-    supports_tma,
+    tile_for,
 )
 from .custom_op import compiled_as_op
 from .launch import on_device_of
@@ -233,10 +233,14 @@ TILES = {
 FP32_TILE = Tile(16, 16, 8, 1)  # dots without tensor cores
 
 
-def choose_backward_tile(pass_: str, H: int, dtype: torch.dtype) -> Tile:
+SMALL_TILES = {96: Tile(32, 32, 4, 1), 192: Tile(16, 32, 4, 1)}  # of both, for programs that have 64 KB
+
+
+def choose_backward_tile(pass_: str, H: int, dtype: torch.dtype, small: bool = False) -> Tile:
     if dtype == torch.float32:
         return FP32_TILE
-    return next(tile for widest, tile in TILES[pass_].items() if widest >= H)
+    tiles = SMALL_TILES if small else TILES[pass_]
+    return next(tile for widest, tile in tiles.items() if widest >= H)
 
 
 # ---------------------------------------------------------------------------------------------------- their launchers
@@ -257,7 +261,7 @@ def attention_with_lse(
     """`attention_triton.attention`, and lse [N, Tq]."""
     if cu_seqlens_q is None or max_seqlen_q is None:
         cu_seqlens_q, max_seqlen_q = cu_seqlens, max_seqlen
-    tile = choose_tile(max_seqlen_q, max_seqlen, causal, supports_tma(q, k, v), q.dtype)
+    tile = tile_for(q, k, v, max_seqlen_q, max_seqlen, causal)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     return launch(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q, causal, scale, tile, lse), lse
 
@@ -280,7 +284,8 @@ def attention_backward(
     """
     if cu_seqlens_q is None or max_seqlen_q is None:
         cu_seqlens_q, max_seqlen_q = cu_seqlens, max_seqlen
-    tiles = [choose_backward_tile(pass_, q.shape[2], q.dtype) for pass_ in ("dq", "dkv")]
+    small = q.is_cuda and cards.card(q.get_device()).small
+    tiles = [choose_backward_tile(pass_, q.shape[2], q.dtype, small) for pass_ in ("dq", "dkv")]
     return launch_backward(dout, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q,
                            causal, scale, *tiles)  # fmt: skip
 

@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import cards
 from .custom_op import compiled_as_op
 from .launch import on_device_of
 
@@ -258,10 +259,25 @@ def choose_tile(max_seqlen_q: int, max_seqlen_k: int, causal: bool, tma: bool, d
     return next(tile for (q, k), tile in rows if max_seqlen_q <= q and max_seqlen_k <= k)
 
 
+# The widest head dim, and as TILES: for programs that have 64 KB, of which sm_75 takes both operands of every product.
+SMALL_TILES = {
+    128: {(32, 32): Tile(32, 32, 2, 1), (16, ANY): Tile(16, 64, 4, 2), (ANY, ANY): Tile(64, 32, 4, 2)},
+    192: {(32, 32): Tile(32, 32, 2, 1), (16, ANY): Tile(16, 64, 4, 2), (ANY, ANY): Tile(32, 32, 4, 2)},
+}
+
+
+def choose_small_tile(H: int, max_seqlen_q: int, max_seqlen_k: int, dtype: torch.dtype) -> Tile:
+    if dtype == torch.float32:
+        return FP32_TILE
+    rows = next(rows for widest, rows in SMALL_TILES.items() if widest >= H)
+    return next(tile for (q, k), tile in rows.items() if max_seqlen_q <= q and max_seqlen_k <= k)
+
+
 def most_registers(tile: Tile, H: int, causal: bool) -> int | None:
     """Registers a thread that ptxas may take, None: as it likes. 128 at 256 threads let two programs share a
-    multiprocessor's 65536; wider heads than 96 would spill, and full attention of a head in two parts. Left alone, ptxas stops some loops over pointers at 96 and
-    spills two values, where 126 to 134 hold them all: they may have the most that there are."""
+    multiprocessor's 65536; wider heads than 96 would spill, and full attention of a head in two parts. Left alone,
+    ptxas stops some loops over pointers at 96 and spills two values, where 126 to 134 hold them all: they may have the
+    most that there are."""
     if tile.tma:
         return 128 if tile.warps == 8 and H <= 96 and (causal or split_head_dim(H)[1] == 0) else None
     return 255 if tile.stages > 1 else None
@@ -294,7 +310,7 @@ def attention(
     """See `ops.attention`. Never waits for the device; `max_seqlen` too small leaves rows unwritten."""
     if cu_seqlens_q is None or max_seqlen_q is None:
         cu_seqlens_q, max_seqlen_q = cu_seqlens, max_seqlen
-    tile = choose_tile(max_seqlen_q, max_seqlen, causal, supports_tma(q, k, v), q.dtype)
+    tile = tile_for(q, k, v, max_seqlen_q, max_seqlen, causal)
     return launch(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q, causal, scale, tile)
 
 
@@ -328,6 +344,13 @@ def launch(
     return out
 
 
+def tile_for(q: Tensor, k: Tensor, v: Tensor, max_seqlen_q: int, max_seqlen_k: int, causal: bool) -> Tile:
+    """The tile of a call, on the card that its tensors are on."""
+    if q.is_cuda and cards.card(q.get_device()).small:
+        return choose_small_tile(q.shape[2], max_seqlen_q, max_seqlen_k, q.dtype)
+    return choose_tile(max_seqlen_q, max_seqlen_k, causal, supports_tma(q, k, v), q.dtype)
+
+
 def describe_keys(k: Tensor, v: Tensor, BN: int, H0: int, H1: int) -> tuple[TensorDescriptor | None, ...]:
     """k0, k1, v0, v1 of the kernel: keys and values [Nkv, T, H] in blocks of BN rows of one head. They travel with the
     launch, so that a program loads at once, and a CUDA graph keeps them."""
@@ -342,11 +365,8 @@ def describe_keys(k: Tensor, v: Tensor, BN: int, H0: int, H1: int) -> tuple[Tens
 
 
 def supports_tma(*tensors: Tensor) -> bool:
-    """Descriptors are used on NVIDIA's sm_90 (AMD's capabilities are other numbers, an MI300's 9.4), for 16-bit tensors
-    whose every row of every head is 16-byte aligned."""
-    if not tensors[0].is_cuda or torch.version.hip is not None:
-        return False
-    if torch.cuda.get_device_capability(tensors[0].device)[0] != 9:
+    """Descriptors are used on NVIDIA's sm_90, for 16-bit tensors whose every row of every head is 16-byte aligned."""
+    if not tensors[0].is_cuda or cards.card(tensors[0].get_device()).name != "sm_90":
         return False
     return all(is_aligned(t) for t in tensors)
 

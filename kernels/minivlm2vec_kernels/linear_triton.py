@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import cards
 from .custom_op import compiled_as_op
 from .launch import as_rows, check_shape, multiprocessors, on_device_of
 
@@ -243,9 +244,7 @@ def fuses_quick_gelu(x: Tensor) -> bool:
 def can_use_tma(*matrices: Tensor) -> bool:
     """TMA wants NVIDIA's sm_90 or sm_100 (and our tiles their shared memory), and rows on multiples of 16 bytes."""
     x = matrices[0]
-    if torch.version.hip is not None:
-        return False
-    if not x.is_cuda or x.element_size() != 2 or torch.cuda.get_device_capability(x.device)[0] not in (9, 10):
+    if not x.is_cuda or x.element_size() != 2 or not cards.card(x.get_device()).tma:
         return False
     return all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in matrices)
 
@@ -272,8 +271,7 @@ def _matrix(x: Tensor, rows: int, cols: int, tma: bool) -> Tensor | TensorDescri
 
 
 def _constants(x: Tensor, tiles: Tiles, tma: bool) -> dict:
-    precision = "ieee" if x.dtype == torch.float32 else "tf32"  # of float32 operands; no others are affected
     return {
         "BM": tiles.BM, "BN": tiles.BN, "BK": tiles.BK, "GROUP": tiles.GROUP, "TMA": tma,
-        "PRECISION": precision, "num_warps": tiles.warps, "num_stages": tiles.stages,
+        "PRECISION": "ieee", "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip

@@ -21,35 +21,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import torch_ops
+from . import cards, torch_ops
 from .image_grids import Grid, flatten
 
 BACKENDS = ("auto", "triton", "torch")
 BACKEND = os.environ.get("MINIVLM2VEC_BACKEND", "auto")
 
 
-def choose_backend(backend: str | None, *tensors: Tensor, backward: bool = False) -> Literal["triton", "torch"]:
-    """Returns "triton" or "torch" for an op on `tensors`; `backward`: whether its kernels carry gradients.
+def choose_backend(
+    backend: str | None, *tensors: Tensor, backward: bool = False, dtype: torch.dtype | None = None
+) -> Literal["triton", "torch"]:
+    """Returns "triton" or "torch" for an op on `tensors`; `backward`: whether its kernels carry gradients; `dtype`: of
+    what it returns, where the tensors do not tell.
 
     The argument beats the variable MINIVLM2VEC_BACKEND, which beats auto. Auto takes Triton on a CUDA device
-    when no gradient is needed and torch otherwise: no backward kernel has been timed against torch's yet. An
+    when no gradient is needed and torch otherwise: no backward kernel has been timed against torch's yet. It takes
+    torch, with one warning, on AMD's cards and for bfloat16 where the card has none (`cards.takes_triton`). An
     explicit "triton" that cannot run raises.
     """
     choice = BACKEND if backend is None else backend
     if choice not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {choice!r}")
-    if choice == "auto":
-        return "triton" if tensors[0].is_cuda and not needs_grad(*tensors) else "torch"
-    if choice == "torch":
+    x = tensors[0]
+    if choice == "torch" or (choice == "auto" and (not x.is_cuda or needs_grad(*tensors))):
         return "torch"
+    dtypes = torch.bfloat16 in (dtype, *(t.dtype for t in tensors)), dtype == torch.float8_e4m3fn
+    if choice == "auto":
+        return "triton" if cards.takes_triton(x.get_device(), *dtypes) else "torch"
     if not backward and needs_grad(*tensors):
         raise RuntimeError(
             "backend='triton': this op's kernels have no backward pass; use torch.no_grad(), or backend='torch'"
         )
-    if not tensors[0].is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError(
-            f"backend='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got one on {tensors[0].device}"
-        )
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(f"backend='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got one on {x.device}")
+    if x.is_cuda and (why := cards.refusal(x.get_device(), *dtypes)):
+        raise RuntimeError(f"backend='triton': {why}; or take backend='torch'")
     return "triton"
 
 
@@ -245,7 +251,7 @@ def quantize_rows(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Ten
     scale = max(max |x|, 1e-12) / 448 of each row; 448 is the greatest e4m3 number. x [..., K].
     Returns (q [..., K] float8_e4m3fn, scale [...] float32), contiguous. Triton needs capability 8.9 for it.
     """
-    if choose_backend(backend, x) == "torch":
+    if choose_backend(backend, x, dtype=torch.float8_e4m3fn) == "torch":
         return torch_ops.quantize_rows(x)
     from . import quantize_rows_triton
 
@@ -257,7 +263,7 @@ def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, *, backend: str | N
 
     x [..., D], weight [D]. Returns (q [..., D] float8_e4m3fn, scale [...] float32), contiguous.
     """
-    if choose_backend(backend, x, weight) == "torch":
+    if choose_backend(backend, x, weight, dtype=torch.float8_e4m3fn) == "torch":
         return torch_ops.rms_norm_quantize(x, weight, eps)
     from . import rms_norm_triton
 
@@ -313,7 +319,7 @@ def image_patches(
     Returns [C, P * P, 3 * p * p] in `dtype`, C = sum (1 + h * w): the global view, then the crops, image after
     image; pixels of a patch in the order channel, row, column (that of the convolution's weight).
     """
-    if choose_backend(backend, crops) == "torch":
+    if choose_backend(backend, crops, dtype=dtype) == "torch":
         return torch_ops.image_patches(crops, grids, mean, std, patch_size, dtype)
     from . import image_patches_triton
 

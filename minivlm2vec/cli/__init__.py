@@ -10,13 +10,32 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import Option, OptionError
-from . import demo, doctor, embed, info, mmeb, new_checkpoint, search, serve, similarity, train
+from . import (
+    answer,
+    classify,
+    demo,
+    doctor,
+    embed,
+    ground,
+    info,
+    mmeb,
+    new_checkpoint,
+    rank,
+    search,
+    serve,
+    similarity,
+    train,
+)  # fmt: skip
 from .messages import say
 
 COMMANDS = {
     "demo": (demo, "see what it does, with the bundled model and pictures"),
     "doctor": (doctor, "examine this machine: is everything right, and how fast"),
-    "similarity": (similarity, "score targets against queries"),
+    "classify": (classify, "the nearest labels of images"),
+    "answer": (answer, "the choice that answers a question about an image"),
+    "rank": (rank, "targets by their nearness to a query"),
+    "ground": (ground, "the part of an image that a text describes"),
+    "similarity": (similarity, "rank without an instruction"),
     "embed": (embed, "folders and tables to files of vectors"),
     "search": (search, "find rows by text, image or likeness"),
     "serve": (serve, "answer OpenAI's embeddings API"),

@@ -34,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
     print(found.text())
     print(f"With pictures: {args.out} ({args.out.stat().st_size / 1e6:.1f} MB). All of it took "
           f"{time.perf_counter() - start:.1f} s on {embedder.device}.")  # fmt: skip
+    if embedder.device.type == "cuda":
+        print("On a GPU that is new to it, see whether all is right: minivlm2vec doctor")
     print(f"Next: {_next(args)}")
     return 0
 

@@ -37,6 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     package.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     package.add_argument("folder", type=Path, metavar="DIR")
     package.set_defaults(run=_package)
+    ground = commands.add_parser("grounding", help="how often it finds what is named in a canvas, for the model card")
+    ground.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    ground.add_argument("-o", "--out", type=Path, metavar="DIR", help="for grounding.json (CHECKPOINT)")
+    ground.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each set")
+    ground.set_defaults(run=_grounding)
     card = commands.add_parser("card", help="score a checkpoint on mini-MMEB and write its model card")
     _add_card_arguments(card)
     card.set_defaults(run=_card)
@@ -76,6 +81,19 @@ def _package(args: argparse.Namespace) -> None:
 
     package(args.checkpoint, args.folder)
     print(f"written to {args.folder}")
+
+
+def _grounding(args: argparse.Namespace) -> None:
+    from ..embedder import Embedder
+    from ..mini import bundled
+    from ..mini.grounding import GROUNDING, measure_grounding, write_grounding
+    from ..mmeb.dataset import Dataset
+
+    embedder = Embedder.from_pretrained(args.checkpoint, show_progress=False)
+    measured = measure_grounding(embedder, Dataset(bundled() / "MMEB-eval"), limit=args.limit)
+    path = (args.out or args.checkpoint) / GROUNDING
+    write_grounding(path, measured)
+    print(f"written to {path}; `card` puts it into the model card")
 
 
 def _card(args: argparse.Namespace) -> None:

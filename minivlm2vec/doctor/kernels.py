@@ -26,6 +26,7 @@ FLOOR = 4e-6  # of the largest value
 ALLOWED = {"triton": 2, "torch": 8}  # times the error of the specification in the same dtype
 TORCH_INSTEAD = "MINIVLM2VEC_BACKEND=torch"
 GRADIENTS_INSTEAD = 'backend="auto": gradients are then torch\'s'
+EIGHT_BITS = ("quantize_rows", "rms_norm_quantize")
 SM_100 = "two products into one accumulator in a loop, Triton issue 10821"
 
 Outputs = Tensor | tuple[Tensor, ...]
@@ -129,13 +130,13 @@ def compared(
 def _refuse(case: Case, dtype: torch.dtype, options: Options) -> None:
     if options.interpret and dtype == torch.bfloat16:
         raise NotRun("Triton's interpreter rounds bfloat16 towards zero")
-    if case.name == "quantize_rows" and options.triton and not options.interpret:
+    if case.name in EIGHT_BITS and options.triton and not options.interpret:
         capability = torch.cuda.get_device_capability(options.device)
         if torch.version.hip is None and capability < (8, 9):
             raise NotRun(f"8-bit floats need capability 8.9, this device has {capability[0]}.{capability[1]}")
         if torch.version.hip is not None:
             raise NotRun("e4m3 is NVIDIA's; AMD's 8-bit floats are another format")
-    if case.name == "quantize_rows" and options.interpret:
+    if case.name in EIGHT_BITS and options.interpret:
         raise NotRun("Triton's interpreter rounds 8-bit floats otherwise")
 
 
@@ -262,6 +263,7 @@ def row_cases(options: Options) -> Iterator[Case]:
     yield _rows("silu_mul", R, 2 * F, "x", eps=False, gradient=True)
     for rows, width in ((R, D), (3, 112)):
         yield _quantize_rows(rows, width)
+        yield _rms_norm_quantize(rows, width)
     N = 2 if options.interpret else 32
     yield _rope("rope", R, N, N, 96)
     yield _rope("rope", 3, 4, 2, 48)
@@ -300,6 +302,18 @@ def _quantize_rows(rows: int, width: int) -> Case:
     return Case(
         "quantize_rows", f"{rows} x {width}", lambda make: (make(rows, width),), call,
         lambda x: ops.quantize_rows(x, backend=_backend(x)), reference.quantize_rows, truth=lambda x: x,
+    )  # fmt: skip
+
+
+def _rms_norm_quantize(rows: int, width: int) -> Case:
+    def call(op: Callable, x: Tensor, weight: Tensor) -> Tensor:
+        numbers, scale = op(x, weight, EPS)
+        return numbers.double() * scale.double()[:, None]
+
+    return Case(
+        "rms_norm_quantize", f"{rows} x {width}", lambda make: (make(rows, width), make(width)), call,
+        lambda x, *rest: ops.rms_norm_quantize(x, *rest, backend=_backend(x)), reference.rms_norm_quantize,
+        truth=lambda x, weight: reference.rms_norm(x, weight, EPS),
     )  # fmt: skip
 
 

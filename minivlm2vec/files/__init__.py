@@ -11,6 +11,7 @@ job.py         what one run has to do
 embedding.py   plan, compute, assemble, publish: all of the above in a row
 vectors.py     reads back what was written
 retrieval.py   exact search, and Lance's index
+classification.py  the labels of a folder's or table's images, through `embed`
 page.py        hits and galleries as a web page
 ray.py         the same in a Ray Data pipeline
 """
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .classification import classify
     from .embedding import Summary, assemble, compute, embed, plan, publish
     from .job import Job
     from .options import EmbedOptions, ModelSpec, Query, SearchOptions
@@ -46,6 +48,7 @@ __all__ = [
     "VectorFile",
     "assemble",
     "build_index",
+    "classify",
     "compute",
     "embed",
     "open_vectors",
@@ -56,6 +59,7 @@ __all__ = [
     "write_hits",
 ]
 _NAMES = {
+    "classification": ("classify",),
     "embedding": ("Summary", "assemble", "compute", "embed", "plan", "publish"),
     "job": ("Job",),
     "options": ("EmbedOptions", "ModelSpec", "Query", "SearchOptions"),

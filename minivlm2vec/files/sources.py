@@ -455,6 +455,14 @@ def spool_folder(folder: Path, target: Path) -> Listing:
     return Listing(images, dict(others), tables, unreadable)
 
 
+def images_below(folder: Path) -> Iterator[Path]:
+    """The images of a folder and of all below it, as `spool_folder` finds them. Raises OSError where it cannot be
+    listed."""
+    for path in _walk(folder, []):
+        if os.path.splitext(path)[1].lower()[1:] in IMAGE_SUFFIXES:
+            yield folder / path
+
+
 def table_of_folder(folder: Path, listing: Listing) -> Parquet | None:
     """The Parquet files of a folder without images, as one table; None where it holds no file at all. Raises ValueError
     for other files."""

@@ -46,6 +46,8 @@ class InferenceOnly(nn.Module):
     )
     _apply = _refuse("be moved or cast")
     compile = _refuse("be compiled")
+    if torch.__version__ >= "2.14":  # torch.compile asks for these at the first call, and for nothing of its own before
+        _initialize_hook = _infer_parameters = _refuse("be compiled")
     _replace = add_module = register_module = __delattr__ = _refuse("have a part replaced")
 
     def train(self, mode: bool = True) -> Any:
@@ -59,7 +61,7 @@ class InferenceOnly(nn.Module):
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_torchdynamo_orig_callable":  # what torch.compile asks a module for, before anything else
+        if name == "_torchdynamo_orig_callable":  # what torch.compile before 2.14 asks a module for, first of all
             self.compile()
         try:
             return super().__getattr__(name)
@@ -72,7 +74,7 @@ class InferenceOnly(nn.Module):
 
 class FusedLinear(InferenceOnly, Linear):
     """y = x W^T + b, and the forms in which fused layers need it. What stores or multiplies a matrix otherwise
-    (prepack.py, fp8.py) has these methods too."""
+    (prepack.py, fp8.py) has these methods too. x is a Tensor, or QuantizedRows for a layer that takes them."""
 
     backend: str | None
 
@@ -86,7 +88,7 @@ class FusedLinear(InferenceOnly, Linear):
         where there is none to add, and where the product adds it for nothing."""
         return self.bias
 
-    def silu_mul(self, x: Tensor) -> Tensor:
+    def silu_mul(self, x: Any) -> Tensor:
         """silu(gate) * up, where gate is the first half of the outputs (no bias)."""
         return ops.linear_silu_mul(x, self.weight, backend=self.backend)
 
@@ -94,7 +96,7 @@ class FusedLinear(InferenceOnly, Linear):
         """quick_gelu(x W^T + b)."""
         return ops.linear_quick_gelu(x, self.weight, self.bias, backend=self.backend)
 
-    def rows(self, x: Tensor, start: int, stop: int | None) -> Tensor:
+    def rows(self, x: Any, start: int, stop: int | None) -> Tensor:
         """Outputs start to stop alone: x W[start:stop]^T (+ b)."""
         return F.linear(x, self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
 
@@ -169,8 +171,8 @@ class FusedAttention(InferenceOnly, Attention):
         """x, h [R, D] -> [B, D]: queries of the last tokens, keys and values of all."""
         last, (N, Nkv, _) = _ends(p)[1:] - 1, self.heads
         of_last = h.at(last) if isinstance(h, QuantizedRows) else h[last]
-        q = self.qkv_proj.rows(of_last, 0, N * self.head_dim)
-        kv = self.qkv_proj.rows(h, N * self.head_dim, None)
+        q = self.qkv_proj.rows(_taken(of_last), 0, N * self.head_dim)
+        kv = self.qkv_proj.rows(_taken(h), N * self.head_dim, None)
         (q,), (k, v) = self._split(q, (N,)), self._split(kv, (Nkv, Nkv))
         q, _ = ops.rope_(q, q[:, :0], p.cos[last], p.sin[last], backend=self.backend)
         k, _ = ops.rope_(k, k[:, :0], p.cos, p.sin, backend=self.backend)
@@ -197,7 +199,12 @@ class FusedMLP(InferenceOnly, MLP):
 
     def add_to(self, x: Tensor, h: Rows) -> Tensor:
         """x [R, D] residual stream, h [R, D] its norm -> x + down(silu(gate h) * up h)."""
-        return self.down_proj.add_(x, self.gate_up_proj.silu_mul(h))
+        return self.down_proj.add_(x, self.gate_up_proj.silu_mul(_taken(h)))
+
+
+def _taken(x: Rows) -> Tensor:
+    """For mypy: `ahead_of` makes QuantizedRows only for a layer that takes them, an Fp8Linear."""
+    return cast(Tensor, x)
 
 
 def _ends(p: Packing) -> Tensor:

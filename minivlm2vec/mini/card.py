@@ -25,6 +25,7 @@ from typing import Any
 
 from ..mmeb.report import TITLES
 from ..mmeb.subsets import META_TASKS
+from . import grounding
 from .scores import GROUPS, measure
 from .world import sources
 
@@ -177,6 +178,8 @@ def _results(scores: dict[str, Any], training: dict[str, Any] | None) -> str:
     parts = [_LEGEND, _aims(scores["sets"], trained), _summary(scores["averages"])]
     parts += [_table(one, scores["sets"], trained) for one in GROUPS]
     measured = scores["measured"]
+    if "grounding" in scores:
+        parts.append(_grounding(scores["grounding"]))
     parts.append(
         f"Scored in {measured['seconds']} s on {measured['device']} ({measured['threads']} threads, torch "
         f"{measured['torch']}).\n" + "".join(f"\n- {note}" for note in scores["notes"])
@@ -196,6 +199,19 @@ has no answer (n/a) without a picture in the query, or where training has none o
 training a single emoji of a seen concept is itself a training picture: there the baseline looks the name or class up,
 and the model was trained on that very drawing. † marks tasks that training has not seen.
 """
+
+
+def _grounding(measured: dict[str, Any]) -> str:
+    sets, about = measured["sets"].values(), measured["measured"]
+    low, high = min(one["crops"][0] for one in sets), max(one["crops"][1] for one in sets)
+    text = f"""\
+`tasks.ground` without boxes, in percent of the first rows of the sets *-Isolate: **found** is that the best box has an
+IoU of at least 0.5 with the named object's, **chance** that a window drawn at random from those laid over the picture
+first has, **reachable** that any of these has (refining moves windows, and may pass it). It embeds {low} to {high}
+crops of a picture. Measured on the {about["device"]} (torch {about["torch"]}) by
+`python -m minivlm2vec.mini grounding CHECKPOINT`.
+"""
+    return f"### Grounding without boxes\n\n{text}\n{grounding.table(measured, TITLE)}"
 
 
 def _aims(sets: dict[str, dict], trained: set[str] | None) -> str:
@@ -341,6 +357,8 @@ def write_card(checkpoint: Path, out: Path, *, name: str) -> str:
     if not (out / SCORES).exists():
         raise ValueError(f"without DATA the card is written from {out / SCORES}, which does not exist")
     scores = json.loads((out / SCORES).read_text(encoding="utf-8"))
+    if (out / grounding.GROUNDING).exists():
+        scores["grounding"] = json.loads((out / grounding.GROUNDING).read_text(encoding="utf-8"))
     (out / "README.md").write_text(card(name, scores, training, configs), encoding="utf-8")
     trained = set(training["sets"]) if training else None
     return _aims(scores["sets"], trained) + "\n" + _summary(scores["averages"])

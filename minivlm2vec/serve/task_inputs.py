@@ -78,7 +78,8 @@ class TaskReader:
                 raise bad_request(f'{item.name} has no image, and the instruction is for one; instruction "none" '
                                   "classifies texts", item.name)  # fmt: skip
             _check_text(item, task.query)
-        labels = [Named("labels", [text]).input(task.document) for text in texts]
+        names = [f"labels[{i % len(request.labels)}]" for i in range(len(texts))]
+        labels = [Named(name, [text]).input(task.document) for name, text in zip(names, texts, strict=True)]
         return [item.input(task.query) for item in items], labels, top
 
     def _label_texts(self, request: ClassifyRequest) -> list[str]:

@@ -63,6 +63,10 @@ class Classification:
         is not among `labels`, or a tie may be beyond them."""
         return rank_among(label, self.labels, self.of, "labels")
 
+    def row(self) -> tuple[str, str, str]:
+        """The nearest label, its cosine and its probability, as a table of many images has them."""
+        return self.label, f"{self.score:.6f}", f"{self.probability:.6f}"
+
     def as_dict(self) -> dict[str, Any]:
         return {"image": self.image, "labels": [one.as_dict() for one in self.labels], "of": self.of}
 

@@ -121,15 +121,16 @@ def checked_top(top: int | None, number: int, what: str, *, allowed: int = 0) ->
 
 
 def as_task(instruction: str | Task | None) -> Task:
-    """The instructions by a name of `prompts.TASKS`, given as a Task, or none (None). Raises OptionError."""
+    """The instructions by a name of `prompts.TASKS` or of a dataset of MMEB, given as a Task, or none
+    (None). Raises OptionError."""
     if isinstance(instruction, Task):
         return instruction
     if instruction is None:
         return Task(TEXT, TEXT)
-    if not isinstance(instruction, str) or instruction not in prompts.TASKS:
+    if not isinstance(instruction, str) or prompts.DATASETS.get(instruction, instruction) not in prompts.TASKS:
         raise OptionError(Option("instruction"), f" is {instruction!r}; there are {', '.join(prompts.TASKS)}, and Task("
                           "query, document) for one's own")  # fmt: skip
-    return prompts.TASKS[instruction]
+    return prompts.task(instruction)
 
 
 def as_image_input(image: Any, index: int | None = None) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def rank(
     """
     task, items = as_task(instruction), checked_candidates(candidates)
     checked_top(top, len(items), "candidates")
-    right = _checked_right(right, len(items))
+    right = checked_right(right, len(items))
     check_input(query, "query")
     check_has_text(query, task.query, "query")
     keys = [_key(item) for item in items]
@@ -159,7 +159,7 @@ def check_input(item: Any, name: str) -> None:
         raise InputError(f"is empty: {text_of(item)!r}", name=name)
 
 
-def _checked_right(right: int | None, number: int) -> int | None:
+def checked_right(right: int | None, number: int) -> int | None:
     if right is None:
         return None
     if isinstance(right, bool) or not hasattr(right, "__index__"):

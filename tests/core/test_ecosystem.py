@@ -233,7 +233,7 @@ def test_a_fast_model_says_that_it_is_not_to_be_compiled(folder, options):
     fast = Embedder.from_pretrained(folder, device="cpu", show_progress=False)
     for part in (fast.model, fast.model.decoder.layers[0]):
         with pytest.raises(RuntimeError, match="cannot be compiled: load the model with optimize=False"):
-            torch.compile(part, **options)
+            torch.compile(part, **options)()  # torch 2.14 asks when it is called, earlier ones before
     assert fast.encode(["a"]).shape == (1, fast.dimension)
 
 

@@ -17,12 +17,8 @@ from minivlm2vec.doctor import kernels, model
 from minivlm2vec.inference import fused
 from tests.kernels.pretended import card
 
-SHARED_MEMORY = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-
 
 def main(capability: str, only: str = "") -> int:
-    for arch, size in SHARED_MEMORY.items():
-        card.SHARED_MEMORY.setdefault(arch, size)
     major, minor = map(int, capability.split("."))
     with card.pretend_card((major, minor)):
         fused.type = lambda x: torch.nn.Parameter if isinstance(x, FakeTensor) and _is_parameter(x) else type(x)

@@ -56,7 +56,15 @@ def test_every_op_is_examined():
 
 
 def test_rows_of_torch_are_right_on_a_cpu(torch_path):
-    names = ("rms_norm", "add_layer_norm", "layer_norm_shift_", "quantize_rows", "rope", "silu_mul")
+    names = (
+        "rms_norm",
+        "add_layer_norm",
+        "layer_norm_shift_",
+        "quantize_rows",
+        "rms_norm_quantize",
+        "rope",
+        "silu_mul",
+    )
     for row in [row for name in names for row in few(name)]:
         assert row.verdict == "passed" and 0 <= row.error <= row.tolerance, row
 
@@ -105,7 +113,7 @@ def test_a_broken_triton_kernel_is_named_with_the_way_round(monkeypatch):
 
 def test_what_the_interpreter_cannot_tell_is_not_run():
     tasks = list(kernels.tasks(Options("cpu", interpret=True), DTYPES, None))
-    found = rows(t for t in tasks if t.dtype == "bfloat16" or t.name == "quantize_rows")
+    found = rows(t for t in tasks if t.dtype == "bfloat16" or t.name in kernels.EIGHT_BITS)
     assert found and all(r.verdict == "not run" and "interpreter" in r.reason for r in found)
 
 

@@ -1,6 +1,7 @@
 """Kernels compile for every capability of aot/cards.py: no spill, wgmma where promised, no fewer blocks than before."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,28 @@ def test_problems_are_named(change, complaint):
     found = aot.problems([SPEC], dict.fromkeys(keys, GOOD | change), dict.fromkeys(keys, GOOD))
     assert bool(found) == (complaint is not None)
     assert complaint is None or any(complaint in f for f in found)
+
+
+@pytest.mark.parametrize("card", ["sm_75", "sm_120", "gfx90a"])
+def test_what_a_card_gets_fits_there(card):
+    """The model's own shapes; `python -m tests.kernels.aot.every_card` compiles for all cards, head dims and dtypes."""
+    command = [sys.executable, "-m", "tests.kernels.aot.every_card", "--quick", "--cards", card]
+    out = subprocess.run(command, cwd=ROOT, env=compiling_environment(), capture_output=True, text=True)
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert int(re.search(r"(\d+) compiled, 0 cannot", out.stdout)[1]) > 15
+
+
+def test_a_tile_that_does_not_fit_is_named():
+    """The tile that sm_75 would get from the table of larger cards."""
+    code = (
+        "from tests.kernels.aot import every_card as e; from minivlm2vec_kernels.attention_triton import Tile\n"
+        "spec = e._in(e.attention._spec(96, True, Tile(128, 64, 8, 2), one_block=False), 'fp16')\n"
+        "print(e.problem(spec, e.CARDS['sm_75']))"
+    )
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, cwd=ROOT, env=compiling_environment(), capture_output=True, text=True)
+    said = out.stdout + out.stderr
+    assert re.search(r"attention_kernel\[fp16 H96 .*\] sm_75: 98304 bytes of 65536", said), said
 
 
 @pytest.mark.parametrize(

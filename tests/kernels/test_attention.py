@@ -365,26 +365,3 @@ def test_descriptors_are_made_by_the_host_however_many_programs_there_are(sequen
     attention_triton.attention(x, x, x, cu, 8192, True, None, None, None)
     assert launched["TMA"] and launched["grid"][0] == sequences * 32 * 64
     assert [d.block_shape for d in launched["descriptors"]] == [[1, 64, 64], [1, 64, 32]] * 2
-
-
-def test_amds_cards_get_no_descriptors(monkeypatch):
-    """An MI300 says that its capability is 9.4."""
-    from minivlm2vec_kernels import linear_triton
-
-    class OnMI300(OnCard):
-        is_cuda, device = True, torch.device("cuda")
-
-        def data_ptr(self):
-            return 0
-
-        def stride(self, *dim):
-            return 64 if dim else (64, 64)
-
-        def element_size(self):
-            return 2
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 4))
-    x = OnMI300(64, 2, 64)
-    assert attention_triton.supports_tma(x) and linear_triton.can_use_tma(x)
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert not attention_triton.supports_tma(x) and not linear_triton.can_use_tma(x)

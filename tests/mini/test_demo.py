@@ -348,3 +348,15 @@ def test_an_incomplete_installation_is_named(mini, tmp_path, monkeypatch, capsys
         Embedder.from_pretrained("mini")
     assert main(["demo"]) == 1
     assert f"has no {lost}" in capsys.readouterr().err and not Path("demo.html").exists()
+
+
+def test_the_page_shows_a_grounded_picture(demo):
+    """Its box, drawn, and what was looked for."""
+    _, _, path = demo
+    text = path.read_text(encoding="utf-8")
+    (figure,) = re.findall(r'<figure class="grounded">.*?</figure>', text, re.DOTALL)
+    uri = re.search(r'src="data:image/webp;base64,([^"]+)"', figure)
+    assert uri and "windows over the picture" in figure
+    image = Image.open(io.BytesIO(b64decode(uri[1]))).convert("RGB")
+    red = (np.abs(np.asarray(image, dtype=int) - (0xE6, 0x19, 0x4B)).max(axis=2) < 40).sum()
+    assert image.size == (384, 384) and red > 200, "the box"

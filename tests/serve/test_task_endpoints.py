@@ -155,6 +155,7 @@ def test_classify_takes_an_image_with_a_text(url, embedder, images):
     ({"template": ["{}"] * 64, "labels": [str(i) for i in range(100)]}, "template", "6400 labels times templates"),
     ({"template": "{}" * 1000, "labels": ["a" * 5000, "b"]}, "template", "characters; this server takes"),
     ({"template": "a" * 3_000_000 + "{}"}, "template", "characters; this server takes"),
+    ({"labels": ["a", "b" * 100_000]}, "labels[1]", "characters are more than the"),
     ({"top_n": -1}, "top_n", "greater than or equal to 0"), ({"top_n": 1.5}, "top_n", "valid integer"),
     ({"top_n": True}, "top_n", "valid integer"), ({"top_n": "5"}, "top_n", "valid integer"),
     ({"instruction": "clasify"}, "instruction", "instruction is no task; there are classify,"),

@@ -6,6 +6,7 @@
 questions.py   what is asked, read from the bundled mini-MMEB
 answers.py     the model's answers, scores and times
 tables.py      the answers as text
+grounded.py    a thing looked for in a picture, for the page
 page.py        the answers as a web page
 
 Needs the core's dependencies alone, and no network.
@@ -19,6 +20,7 @@ from ...mmeb.dataset import Dataset
 from .. import bundled
 from . import page, tables
 from .answers import Result, Times, answer_all
+from .grounded import ground_first
 from .questions import DemoData, read_data
 
 
@@ -52,10 +54,11 @@ def run(
     """
     dataset = Dataset(bundled() / "MMEB-eval")
     data = read_data(dataset)
+    grounded = ground_first(embedder, data, dataset.images) if out is not None else None
     results, times = answer_all(embedder, data, dataset.images, load_seconds=load_seconds, show_progress=show_progress)
     if out is not None:
         page.write(
             Path(out), results, times, data, dataset.images,
-            model=name or embedder.name, device=str(embedder.device),
+            model=name or embedder.name, device=str(embedder.device), grounded=grounded,
         )  # fmt: skip
     return Demonstration(data, results, times)

@@ -1,5 +1,6 @@
 """The answers as one self-contained web page, in the style of `minivlm2vec search --html`."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from ... import __version__
 from ...atomic import open_replacing
 from ...html import asset, data_uri, escape, head
 from ...rows import Images, Pair
+from ...tasks import Grounding
 from ..world.sources import PACKAGES
 from .answers import Answer, Result, Times
 from .questions import DemoData, Kind, shown
@@ -25,6 +27,7 @@ def write(
     *,
     model: str,
     device: str,
+    grounded: Grounding | None = None,
 ) -> None:
     """Writes the page; it takes the place of an older one when it is complete."""
     with open_replacing(path, "w") as f:
@@ -32,6 +35,7 @@ def write(
         f.write(_intro(results, times, data, images, model))
         for kind in dict.fromkeys(result.question_set.kind for result in results):
             f.write(_section(kind, [r for r in results if r.question_set.kind is kind], data, images))
+        f.write(_grounded(grounded) if grounded else "")
         f.write(_footer(model, device))
 
 
@@ -103,6 +107,19 @@ def _card(answer: Answer, i: int, data: DemoData, images: Images) -> str:
     return (
         f'<li class="card{" right" if right else ""}"><div class="well">{inner}</div><div class="about">'
         f'<div class="score"><span>{i + 1}</span><b>{answer.scores[i]:.2f}</b>{mark}</div>{caption}</div></li>'
+    )
+
+
+def _grounded(found: Grounding) -> str:
+    """What was looked for without boxes, in the picture with the box that was found."""
+    buffer = io.BytesIO()
+    found.draw().save(buffer, "WEBP", quality=90)
+    picture = f'<img src="{data_uri(buffer.getvalue(), "image/webp")}" alt="{escape(found.text)}" decoding="async">'
+    told = f"the nearest of {found.crops} windows over the picture, score {found.score:.2f}"
+    figure = f'<figure class="grounded">{picture}<figcaption><b>{escape(found.text)}</b> {told}</figcaption></figure>'
+    return (
+        "<section><h2>Image + name → box</h2><p>Without boxes: windows of several sizes and shapes are embedded, and "
+        f"the best ones refined (<code>minivlm2vec ground</code>).</p>\n{figure}</section>\n"
     )
 
 

@@ -8,8 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from PIL import Image
+
+from ...images import open_image, to_rgb
 from ...mmeb.dataset import Dataset
-from ...rows import Pair, read_jsonl
+from ...rows import Images, Pair, read_jsonl
 from ..world.concepts import HELD_OUT_STYLE
 from ..world.tasks import INSTRUCTIONS, PICTURE, own_part
 
@@ -116,6 +119,11 @@ def read_data(dataset: Dataset) -> DemoData:
     for one in sets:
         names |= _crops_named_by(one)
     return DemoData(sets, collection, names)
+
+
+def read_picture(images: Images, pair: Pair) -> Image.Image:
+    """The picture of a query or a candidate, RGB."""
+    return to_rgb(open_image(images.source(pair.image), name=pair.image), name=pair.image)
 
 
 def shown(question_set: QuestionSet, number: int = 2) -> list[int]:

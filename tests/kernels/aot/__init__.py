@@ -58,8 +58,8 @@ class Spec:
     quick: bool = False  # part of the default tests; the others only of this command
     options: dict[str, object] = field(default_factory=dict)  # further compiler options, such as maxnreg
 
-    def key(self, arch: int) -> str:
-        return f"{self.kernel}[{self.config}] sm_{arch}"
+    def key(self, arch: int | str) -> str:
+        return f"{self.kernel}[{self.config}] {arch if isinstance(arch, str) else f'sm_{arch}'}"
 
 
 Measured = dict[str, int]
@@ -94,9 +94,15 @@ def measure(spec: Spec, arch: int) -> Measured:
     }
 
 
-def compile_kernel(spec: Spec, arch: int):
+def compile_kernel(spec: Spec, arch: int | str):
+    """arch: of NVIDIA 90, of AMD "gfx942"."""
     import triton
     from triton.backends.compiler import GPUTarget
+
+    if isinstance(arch, str):
+        target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    else:
+        target = GPUTarget("cuda", arch, 32)
 
     module, name = spec.kernel.split(".")
     kernel = getattr(importlib.import_module(f"minivlm2vec_kernels.{module}"), name)
@@ -112,7 +118,7 @@ def compile_kernel(spec: Spec, arch: int):
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
-    return triton.compile(source, target=GPUTarget("cuda", arch, cards.LIMITS[arch].warp), options=options)
+    return triton.compile(source, target=target, options=options)
 
 
 def _may_align(type_name: str | tuple[str, ...]) -> bool:

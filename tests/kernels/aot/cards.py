@@ -5,6 +5,8 @@ CUDA C Programming Guide, "Technical Specifications per Compute Capability" and 
 
 from dataclasses import dataclass
 
+from minivlm2vec_kernels.cards import CARDS
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -31,7 +33,7 @@ class Limits:
 
 
 LIMITS = {  # by capability, as Triton names it: 90 is sm_90
-    80: Limits(shared=167_936, shared_block=166_912, warps=64, most_blocks=32),
-    90: Limits(shared=233_472, shared_block=232_448, warps=64, most_blocks=32),
-    100: Limits(shared=233_472, shared_block=232_448, warps=64, most_blocks=32),
+    80: Limits(shared=167_936, shared_block=CARDS["sm_80"].shared, warps=64, most_blocks=32),
+    90: Limits(shared=233_472, shared_block=CARDS["sm_90"].shared, warps=64, most_blocks=32),
+    100: Limits(shared=233_472, shared_block=CARDS["sm_100"].shared, warps=64, most_blocks=32),
 }

@@ -1,6 +1,6 @@
 """A card that is not there: everything that this project does on one, up to the point where it would compute.
 
-    with pretend_card() as card:                   # torch and Triton find an H100
+    with pretend_card() as card:                   # torch and Triton find an H100; pretend_card("gfx942"), an MI300
         vectors = model.to("cuda")(batch.to("cuda"))
     card.launches, card.waits, card.uploads        # what happened
 
@@ -35,12 +35,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import _allocation
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tests.kernels.aot.cards import LIMITS
+from minivlm2vec_kernels import cards
 
 aten = torch.ops.aten
 
 H100 = {"name": "NVIDIA H100 (pretended)", "multi_processor_count": 132, "total_memory": 80 << 30}
-SHARED_MEMORY = {arch: limits.shared_block for arch, limits in LIMITS.items()}  # bytes of a program, by capability
+AMD_CAPABILITIES = {"gfx90a": (9, 0), "gfx942": (9, 4), "gfx1100": (11, 0)}  # what torch says that they are
 RANDOM = {getattr(aten, name).default for name in ("uniform_", "normal_", "random_")}
 LARGEST_GRID = (2**31 - 1, 65_535, 65_535)
 
@@ -62,6 +62,7 @@ class Card:
     """What happened on it."""
 
     capability: tuple[int, int]
+    gfx: str = ""  # AMD's name of it; "" for one of NVIDIA's
     launches: list[Launch] = field(default_factory=list)
     waits: Counter[str] = field(default_factory=Counter)  # the host waited for the card: by operator or function
     uploads: Counter[str] = field(default_factory=Counter)  # copies to the card: "pinned" or "pageable"
@@ -72,6 +73,21 @@ class Card:
     @property
     def arch(self) -> int:
         return 10 * self.capability[0] + self.capability[1]
+
+    @property
+    def target(self) -> GPUTarget:
+        if self.gfx:
+            return GPUTarget("hip", self.gfx, 64 if self.gfx.startswith("gfx9") else 32)
+        return GPUTarget("cuda", self.arch, 32)
+
+    @property
+    def kind(self) -> cards.Card:
+        return cards.of_amd(self.gfx) if self.gfx else cards.of_nvidia(self.capability)
+
+    def become(self, kind: tuple[int, int] | str) -> None:
+        self.gfx = kind if isinstance(kind, str) else ""
+        self.capability = AMD_CAPABILITIES[kind] if isinstance(kind, str) else kind
+        torch.version.hip = "6.4" if self.gfx else None
 
     def kernels(self) -> Counter[str]:
         return Counter(launch.kernel for launch in self.launches)
@@ -91,9 +107,9 @@ class Card:
 
 
 @contextmanager
-def pretend_card(capability: tuple[int, int] = (9, 0)) -> Iterator[Card]:
-    """Everything inside, in this thread, finds one card of this compute capability."""
-    card = Card(capability)
+def pretend_card(kind: tuple[int, int] | str = (9, 0)) -> Iterator[Card]:
+    """Everything inside, in this thread, finds one card: NVIDIA's of a compute capability, or AMD's of a name."""
+    card = Card((9, 0))
     _device_constructors()  # remembers torch's functions, so not ours
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)  # made here, where torch has no CUDA: it avoids asking it
     with ExitStack() as stack:
@@ -101,6 +117,7 @@ def pretend_card(capability: tuple[int, int] = (9, 0)) -> Iterator[Card]:
             stack.enter_context(patch)
         stack.enter_context(fake_mode)
         stack.enter_context(_TwoMemories(card))
+        card.become(kind)
         yield card
 
 
@@ -230,7 +247,7 @@ class _Graph:
 def _torch_patches(card: Card) -> Iterator[mock._patch]:
     def properties(device=None):
         major, minor = card.capability
-        return SimpleNamespace(**H100, major=major, minor=minor)
+        return SimpleNamespace(**H100, major=major, minor=minor, gcnArchName=f"{card.gfx}:sramecc+:xnack-")
 
     @contextmanager
     def same(*_, **__):
@@ -288,6 +305,9 @@ def _torch_patches(card: Card) -> Iterator[mock._patch]:
     }
     for name, value in values.items():
         yield mock.patch.object(torch.cuda, name, value)
+    yield mock.patch.object(torch.version, "hip", None)
+    yield mock.patch.object(cards, "card", lambda device: card.kind)  # a test may change what it is
+    yield mock.patch.object(cards, "_too_old", lambda device: not card.gfx and card.capability < cards.OLDEST)
     yield mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None)
     yield mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda f: f))
     yield mock.patch.object(torch.nn.Module, "compile", lambda self, **_: None)
@@ -452,16 +472,16 @@ def _driver(card: Card) -> SimpleNamespace:
 
     utils = SimpleNamespace(
         get_device_properties=lambda device: {
-            "max_shared_mem": SHARED_MEMORY[card.arch],
+            "max_shared_mem": card.kind.shared,
             "multiprocessor_count": H100["multi_processor_count"],
-            "warpSize": 32,
+            "warpSize": card.target.warp_size,
         },
         load_binary=load_binary,
     )
     return SimpleNamespace(
-        get_current_device=lambda: card.arch,  # kernels are kept by device
+        get_current_device=lambda: card.gfx or card.arch,  # kernels are kept by device
         get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", card.arch, 32),
+        get_current_target=lambda: card.target,
         get_active_torch_device=lambda: torch.device("cuda", 0),
         get_device_interface=lambda: torch.cuda,
         launcher_cls=launcher,
@@ -473,7 +493,7 @@ def _launch(card: Card, metadata, x: int, y: int, z: int, stream, function, *_) 
     grid = (x, y, z)
     if not all(0 < n <= most for n, most in zip(grid, LARGEST_GRID, strict=True)):
         raise ValueError(f"{metadata.name}: no card takes a grid of {grid}")
-    if metadata.global_scratch_size:
+    if getattr(metadata, "global_scratch_size", 0):
         allocate = _allocation._allocator.get()
         allocate(x * y * z * metadata.global_scratch_size, metadata.global_scratch_align, stream)
     card.launches.append(Launch(metadata.name, grid, metadata.shared, card.capturing))

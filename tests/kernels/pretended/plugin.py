@@ -36,7 +36,7 @@ fused.type = _type
 @pytest.fixture
 def card() -> Iterator[Card]:
     _card.forget()
-    _card.capability = (9, 0)
+    _card.become((9, 0))
     with torch.no_grad():
         yield _card
 

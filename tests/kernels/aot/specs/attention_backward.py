@@ -4,7 +4,7 @@ the widest head dim and float32 once each."""
 import torch
 
 from minivlm2vec_kernels import attention_backward_triton as backward
-from minivlm2vec_kernels.attention_triton import split_head_dim
+from minivlm2vec_kernels.attention_triton import Tile, split_head_dim
 from tests.kernels.aot import ARCHS, Spec
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -27,10 +27,10 @@ def _specs(pass_: str) -> list[Spec]:
 
 def _spec(
     pass_: str, H: int, causal: bool, group: int = 1, dtype: str = "bf16", archs: tuple[int, ...] = ARCHS,
-    quick: bool = False,
+    quick: bool = False, tile: Tile | None = None,
 ) -> Spec:  # fmt: skip
     H0, H1 = split_head_dim(H)
-    tile = backward.choose_backward_tile(pass_, H, DTYPES[dtype])
+    tile = tile or backward.choose_backward_tile(pass_, H, DTYPES[dtype])
     heads = "heads" if pass_ == "dq" else "heads_kv"
     types = dict.fromkeys(("q", "k", "v", "dout", *OWN[pass_]), f"*{dtype}")
     types |= dict.fromkeys(("lse", "delta"), "*fp32") | dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "*i32")
