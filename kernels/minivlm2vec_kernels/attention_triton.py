@@ -139,7 +139,7 @@ def _attend(
         # A block of a descriptor never reaches beyond the sequence, where another's values are: the last one begins
         # early enough to end with it, and leaves out the keys that it has in common with the one before. What the
         # compiler would compute ahead of this loop takes registers that keep a second program off the multiprocessor.
-        for col in tl.range(whole, tail, BN, disable_licm=TMA):
+        for col in tl.range(whole, tail, BN, disable_licm=True):
             at = tl.minimum(col, k_end - BN) if TMA else col
             acc0, acc1, l, m = _step(acc0, acc1, l, m, q0, q1, k, v, k0, k1, v0, v1, head_kv, at, col, k_end, last,
                                      scale_log2, stride_kt, stride_vt, H0, H1, BN, True, TMA)  # fmt: skip
@@ -273,10 +273,14 @@ def choose_small_tile(H: int, max_seqlen_q: int, max_seqlen_k: int, dtype: torch
     return next(tile for (q, k), tile in rows.items() if max_seqlen_q <= q and max_seqlen_k <= k)
 
 
-def most_registers(tile: Tile, H: int) -> int | None:
-    """Registers a thread that the compiler may take, None: as many as it likes. 128 at 256 threads let two programs
-    share a multiprocessor's 65536; wider heads than 96 would spill."""
-    return 128 if tile.tma and tile.warps == 8 and H <= 96 else None
+def most_registers(tile: Tile, H: int, causal: bool) -> int | None:
+    """Registers a thread that ptxas may take, None: as it likes. 128 at 256 threads let two programs share a
+    multiprocessor's 65536; wider heads than 96 would spill, and full attention of a head in two parts. Left alone,
+    ptxas stops some loops over pointers at 96 and spills two values, where 126 to 134 hold them all: they may have the
+    most that there are."""
+    if tile.tma:
+        return 128 if tile.warps == 8 and H <= 96 and (causal or split_head_dim(H)[1] == 0) else None
+    return 255 if tile.stages > 1 else None
 
 
 def split_head_dim(H: int) -> tuple[int, int]:
@@ -326,7 +330,7 @@ def launch(
         return out
     one_block = max_seqlen_k <= tile.BN
     described = describe_keys(k, v, tile.BN, H0, H1) if tile.tma and not one_block else (None,) * 4
-    registers = most_registers(tile, H0 + H1)
+    registers = None if torch.version.hip is not None else most_registers(tile, H0 + H1, causal)
     with on_device_of(q):
         attention_kernel[(programs,)](
             q, k, v, *described, out, lse, cu_seqlens_q, cu_seqlens_k,

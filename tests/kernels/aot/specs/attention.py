@@ -61,7 +61,7 @@ def _spec(
         constants["group"] = 1
     else:
         types["group"] = "i32"
-    registers = attention.most_registers(tile, H)
+    registers = attention.most_registers(tile, H, causal)
     return Spec(
         kernel="attention_triton.attention_kernel",
         config=f"{dtype} H{H} {'causal' if causal else 'full'} group{group} {tile.BM}x{tile.BN} "
@@ -74,7 +74,7 @@ def _spec(
         unaligned=frozenset({"tiles", "group", "stride_lse"}),
         archs=(90,) if tma else ARCHS,
         wgmma=tile.BM >= 64 and dtype == "bf16",
-        blocks=2 if tma and H in (64, 96) else 1,
+        blocks=2 if tma and (causal, H) in PUBLISHED else 1,
         ahead=1 if tma else 0,
         quick=(causal, H) in PUBLISHED and group == 1 and not lse and dtype == "bf16" and (tma or tile.stages == 1),
         options={"enable_fp_fusion": True} | ({} if registers is None else {"maxnreg": registers}),
