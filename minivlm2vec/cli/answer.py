@@ -6,7 +6,7 @@ import json
 import sys
 
 from .arguments import add_model_arguments, load_embedder
-from .pictures import texts_of
+from .pictures import check_paths, instruction_named, texts_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "decoded and seen once")  # fmt: skip
     parser.add_argument("--choices", required=True, nargs="+", metavar="FILE|A,B,C|A B C",
                         help="a file with one a line, a list, or several arguments")  # fmt: skip
-    parser.add_argument("--instruction", default="vqa", metavar="NAME", help="a task of MMEB (%(default)s)")
+    parser.add_argument("--instruction", default="vqa", metavar="NAME", help="a task of MMEB, or 'none' (%(default)s)")
     parser.add_argument("--top", type=int, metavar="K", help="choices to print (all)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object a question")
@@ -31,8 +31,10 @@ def run(args: argparse.Namespace) -> int:
 
     choices = texts_of(args.choices[0], "--choices") if len(args.choices) == 1 else args.choices
     checked_texts(choices, "choice")
+    instruction = instruction_named(args.instruction)
+    check_paths([args.image])
     embedder = load_embedder(args, show_progress=sys.stderr.isatty() and not args.json)
-    answers = answer(embedder, args.image, args.question, choices, instruction=args.instruction, top=args.top)
+    answers = answer(embedder, args.image, args.question, choices, instruction=instruction, top=args.top)
     rows = csv.writer(sys.stdout, lineterminator="\n")
     if args.csv:
         rows.writerow(("question", "choice", "score", "probability"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .arguments import add_model_arguments, load_embedder, model_spec
 from .embed import BAD_ROWS, DONE, Bar
 from .messages import say
-from .pictures import image_paths, runs, texts_of
+from .pictures import check_paths, image_paths, instruction_named, runs, texts_of
 
 if TYPE_CHECKING:
     from ..tasks import Classification, Classifier
@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", required=True, metavar="FILE|A,B,C", help="a file with one a line, or a list")
     parser.add_argument("--template", action="append", metavar="TEXT",
                         help="what is made of a label, such as 'a photo of {}'; repeatable: averaged")  # fmt: skip
-    parser.add_argument("--instruction", default="classify", metavar="NAME", help="a task of MMEB (%(default)s)")
+    parser.add_argument(
+        "--instruction", default="classify", metavar="NAME", help="a task of MMEB, or 'none' (%(default)s)"
+    )
     parser.add_argument("--top", type=int, default=5, metavar="K", help="labels of an image (%(default)s)")
     parser.add_argument("-o", "--out", metavar="OUT", help="write a .csv or .jsonl; resumable")
     parser.add_argument("--overwrite", action="store_true", help="replace an OUT that was made otherwise")
@@ -41,16 +43,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..tasks import Classifier, label_texts
-    from ..tasks.common import as_task, checked_top
+    from ..tasks.common import as_task, check_has_text, checked_top
 
     labels = texts_of(args.labels, "--labels")
     template = args.template or "{}"
-    as_task(args.instruction)
+    args.instruction = instruction_named(args.instruction)
+    _check_options(args)
     checked_top(args.top, len(label_texts(labels, template)), "labels", allowed=5)
     if args.out:
         return _into_file(args, labels, template)
+    check_has_text({}, as_task(args.instruction).query, "every image")
+    check_paths(args.images)
     embedder = load_embedder(args, show_progress=sys.stderr.isatty())
     return _print_all(args, Classifier(embedder, labels, instruction=args.instruction, template=template))
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that have no meaning beside -o, or without it."""
+    without = ("json", "csv") if args.out else ("overwrite", "quiet")
+    for name in without:
+        if getattr(args, name):
+            said = (
+                "is for what is printed; OUT's ending, .csv or .jsonl, says what -o writes" if args.out else "needs -o"
+            )
+            raise ValueError(f"--{name} {said}")
 
 
 def _into_file(args: argparse.Namespace, labels: list[str], template: Any) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .arguments import add_model_arguments, load_embedder
 from .messages import say
+from .pictures import check_paths
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMG")
     parser.add_argument("text", metavar="TEXT", help="a name, words that refer to it, or a question (--instruction)")
     parser.add_argument("-o", "--out", metavar="FILE", help="write the image with the boxes")
-    parser.add_argument("--draw", type=int, default=1, metavar="N", help="boxes to draw (%(default)s)")
+    parser.add_argument("--draw", type=int, metavar="N", help="boxes to draw with -o (1)")
     parser.add_argument("--box", action="append", metavar="L,T,R,B", help="a box to choose from; repeatable")
     parser.add_argument("--instruction", default="ground", choices=("ground", "refer", "point"),
                         help="a name, a referring expression, or a question (%(default)s)")  # fmt: skip
@@ -35,16 +36,19 @@ def run(args: argparse.Namespace) -> int:
     from ..tasks import ground
 
     at_least_one(draw=args.draw)
+    if args.draw is not None and not args.out:
+        raise ValueError(f"--draw {args.draw} needs -o, the file to draw into")
     boxes = None if args.box is None else [_box(box) for box in args.box]
     suffix = Path(args.out).suffix.lower() if args.out else ""
     if args.out and suffix not in Image.registered_extensions():
         raise ValueError(f"-o {args.out} ends in {suffix!r}, which is no image that can be written, such as .png")
+    check_paths([args.image])
     embedder = load_embedder(args, show_progress=sys.stderr.isatty() and not args.json)
     found = ground(embedder, args.image, args.text, boxes=boxes, instruction=args.instruction, top=args.top)
     print(json.dumps(found.as_dict(), indent=2) if args.json else found)
     if args.out:
         with replacing(args.out) as path:
-            found.draw(args.draw).save(path, Image.registered_extensions()[suffix])
+            found.draw(args.draw or 1).save(path, Image.registered_extensions()[suffix])
         say(f"wrote {args.out}")
     return 0
 

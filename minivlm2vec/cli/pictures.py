@@ -28,6 +28,30 @@ def image_paths(given: Iterable[str]) -> Iterator[str]:
             yield one
 
 
+def check_paths(given: Iterable[str]) -> None:
+    """Raises ValueError, before a model is loaded, for a path that is blank; and for the only one, where nothing
+    is there, or a folder without an image."""
+    paths = list(given)
+    for i, one in enumerate(paths):
+        if not one.strip():
+            raise ValueError(f"image {i} is {one!r}; a path is needed")
+    if len(paths) != 1 or paths[0] == "-" or paths[0].startswith("data:"):
+        return
+    if Path(paths[0]).is_dir():
+        next(image_paths(paths))
+    elif not Path(paths[0]).exists():
+        raise ValueError(f"{paths[0]}: no such file")
+
+
+def instruction_named(name: str) -> str | None:
+    """A task's name, or None for "none". Raises OptionError for a name that there is not."""
+    from ..tasks.common import as_task
+
+    chosen = None if name == "none" else name
+    as_task(chosen)
+    return chosen
+
+
 def texts_of(given: str, what: str) -> list[str]:
     """ "A,B,C", or the lines of a file that are not blank. what: what errors call it."""
     path = Path(given)

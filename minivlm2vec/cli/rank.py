@@ -9,7 +9,8 @@ from typing import Any
 
 from ..files.rows import printable
 from .arguments import add_model_arguments, load_embedder
-from .pictures import image_paths
+from .messages import say
+from .pictures import check_paths, image_paths
 
 AUTO, NONE = "auto", "none"
 
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     task = as_task(None if name == NONE else name)
     checked_top(args.top, len(names), "targets")
     checked_right(args.right, len(names))
+    check_paths(args.images)
     targets: list[Any] = [{"text": text} for text in args.target_text]
     targets += [{"text": args.target_prompt, "image": path} for path in pictures]
     embedder = load_embedder(args, show_progress=not args.json and sys.stderr.isatty())
@@ -67,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         table = csv.DictWriter(sys.stdout, ("score", "kind", "target"), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
+        if right:  # the table has no place for it
+            say(f"target {args.right} has rank {found.right_rank} of {found.of}")
     else:
         print("  score  kind   target")
         for row in rows:

@@ -171,6 +171,18 @@ REFUSED = [
     (["rank", "--query-text", "q", "--target-text", "a", "--right", "1"], "--right is 1; the 1 candidates have"),
     (["rank", "--query-text", "q"], "at least one --target-text or --target-image is needed"),
     (["rank", "--target-text", "q"], "--query-text or --query-image is needed"),
+    (["classify", "x.png", "--labels", "a,b", "--quiet"], "--quiet needs -o"),
+    (["classify", "x.png", "--labels", "a,b", "--overwrite"], "--overwrite needs -o"),
+    (["classify", "x", "--labels", "a,b", "-o", "x.csv", "--json"], "--json is for what is printed; OUT's ending"),
+    (["classify", "x", "--labels", "a,b", "-o", "x.csv", "--csv"], "--csv is for what is printed; OUT's ending"),
+    (["classify", "x", "--labels", "a,b", "--instruction", "t2i"], "every image: has no text, and the instruction"),
+    (["classify", "", "--labels", "a,b"], "image 0 is ''; a path is needed"),
+    (["classify", "nowhere.png", "--labels", "a,b"], "nowhere.png: no such file"),
+    (["answer", "nowhere.png", "--question", "q", "--choices", "a,b"], "nowhere.png: no such file"),
+    (["answer", "", "--question", "q", "--choices", "a,b"], "image 0 is ''; a path is needed"),
+    (["rank", "--query-text", "a", "nowhere.png"], "nowhere.png: no such file"),
+    (["ground", "nowhere.png", "a"], "nowhere.png: no such file"),
+    (["ground", "x.png", "a", "--draw", "2"], "--draw 2 needs -o"),
     (["ground", "x.png", "a", "--draw", "0"], "--draw is 0; at least 1 is needed"),
 ]
 
@@ -179,3 +191,25 @@ REFUSED = [
 def test_bad_arguments_are_named_before_a_model_is_loaded(args, said, capsys):
     assert main([*args, "--model", "no/such-model"]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_an_empty_folder_is_named_before_a_model_is_loaded(tmp_path, capsys):
+    said = run(capsys, "classify", tmp_path, "--labels", "a,b", "--model", "/nowhere", code=1).err
+    assert f"{tmp_path} holds no image" in said
+
+
+def test_no_instruction_has_the_same_name_in_every_command(mini, folder, picture, tmp_path, capsys):
+    path = folder / "0.png"
+    out = run(capsys, "classify", path, "--labels", LABELS, "--instruction", "none", "--json", *MODEL).out
+    expected = classify(mini, [path], LABELS.split(","), instruction=None)[0]
+    assert json.loads(out)["labels"][0]["score"] == pytest.approx(expected.score, abs=1e-5)
+    args = ["answer", path, "--question", "which?", "--choices", LABELS, "--instruction", "none", "--json", *MODEL]
+    chosen = answer(mini, path, "which?", LABELS.split(","), instruction=None)
+    assert json.loads(run(capsys, *args).out)["choices"][0]["score"] == pytest.approx(chosen.score, abs=1e-5)
+
+
+def test_rank_as_csv_says_the_rank_of_the_right_target(folder, capsys):
+    args = ["rank", "--query-text", "a", folder, "--right", 2, *MODEL]
+    told = run(capsys, *args).out.splitlines()[-1]
+    said = run(capsys, *args, "--csv")
+    assert told.startswith("target 2 has rank ") and told in said.err and told not in said.out
