@@ -45,8 +45,9 @@ def test_classify_prints_tables_json_and_csv(mini, folder, emoji, capsys, tmp_pa
     rows = list(csv.DictReader(io.StringIO(run(capsys, *args, "--csv").out)))
     assert [row["label"] for row in rows] == [one.label for one in expected[:2]]
     assert float(rows[0]["probability"]) == pytest.approx(expected[0].probability, abs=1e-4)
-    table = run(capsys, "classify", folder / "0.png", "--labels", LABELS, "--top", 2, *MODEL).out
-    assert table.splitlines()[0] == f"{folder / '0.png'}: {expected[0].label}" and len(table.splitlines()) == 3
+    monkeypatch.chdir(folder)  # a long path would be cut
+    table = run(capsys, "classify", "0.png", "--labels", LABELS, "--top", 2, *MODEL).out
+    assert table.splitlines()[0] == f"0.png: {expected[0].label}" and len(table.splitlines()) == 3
 
 
 def test_classify_goes_on_after_an_image_that_cannot_be_read(folder, capsys):
