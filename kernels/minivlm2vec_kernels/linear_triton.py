@@ -119,7 +119,7 @@ def linear_quick_gelu_kernel(
     x, weight, bias, out,
     M, N, K, stride_x, stride_weight,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, BIAS_FIRST: tl.constexpr,
+    TMA: tl.constexpr, BIAS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """out = y * sigmoid(1.702 y), y = x weight^T + bias, in float32 until the store.
 
@@ -133,7 +133,7 @@ def linear_quick_gelu_kernel(
         for k in range(0, K, BK):
             a = _load(x, m * BM, k, M, K, stride_x, BM, BK, TMA)  # [BM, BK]
             b = _load(weight, n * BN, k, N, K, stride_weight, BN, BK, TMA)  # [BN, BK]
-            y = tl.dot(a, b.T, y, input_precision=PRECISION)
+            y = tl.dot(a, b.T, y, input_precision="ieee")
         if not BIAS_FIRST:
             b_n = tl.load(bias + cols, mask=cols < N, other=0.0)
         y += b_n.to(tl.float32)[None, :]
@@ -146,7 +146,7 @@ def linear_silu_mul_kernel(
     x, weight, out,
     M, F, K, stride_x, stride_weight,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """out = gate * sigmoid(gate) * up, gate = x weight[:F]^T, up = x weight[F:]^T; float32 to the store."""
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(F, BN), tl.num_programs(0), flatten=TMA):
@@ -157,8 +157,8 @@ def linear_silu_mul_kernel(
             a = _load(x, m * BM, k, M, K, stride_x, BM, BK, TMA)  # [BM, BK]
             b = _load(weight, n * BN, k, 2 * F, K, stride_weight, BN, BK, TMA)  # [BN, BK]
             c = _load(weight, F + n * BN, k, 2 * F, K, stride_weight, BN, BK, TMA)  # [BN, BK]
-            gate = tl.dot(a, b.T, gate, input_precision=PRECISION)
-            up = tl.dot(a, c.T, up, input_precision=PRECISION)
+            gate = tl.dot(a, b.T, gate, input_precision="ieee")
+            up = tl.dot(a, c.T, up, input_precision="ieee")
         y = gate * _sigmoid(gate, 1.0) * up
         _store(out, y, m * BM, n * BN, M, F, F, BM, BN, TMA)
 
@@ -211,14 +211,14 @@ def run_quick_gelu(
         linear_quick_gelu_kernel[_grid(x, M, N, tiles)](
             *_operands(x, weight, tiles, tma), bias, _matrix(out, tiles.BM, tiles.BN, tma),
             M, N, K, x.stride(0), weight.stride(0),
-            **_constants(x, tiles, tma), BIAS_FIRST=_bias_first(x),
+            **_constants(tiles, tma), BIAS_FIRST=_bias_first(x),
         )  # fmt: skip
 
 
 def _bias_first(x: Tensor) -> bool:
     """Not on sm_100: a thread there has a row of the tile, hence as many numbers of the bias as of the tile, which
     takes 450 to 580 spills."""
-    return not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] != 10
+    return not x.is_cuda or not cards.card(x.get_device()).name.startswith("sm_10")
 
 
 def run_silu_mul(x: Tensor, weight: Tensor, out: Tensor, tiles: Tiles | None = None, tma: bool | None = None) -> None:
@@ -232,7 +232,7 @@ def run_silu_mul(x: Tensor, weight: Tensor, out: Tensor, tiles: Tiles | None = N
         linear_silu_mul_kernel[_grid(x, M, F, tiles)](
             *_operands(x, weight, tiles, tma), _matrix(out, tiles.BM, tiles.BN, tma),
             M, F, K, x.stride(0), weight.stride(0),
-            **_constants(x, tiles, tma),
+            **_constants(tiles, tma),
         )  # fmt: skip
 
 
@@ -270,8 +270,8 @@ def _matrix(x: Tensor, rows: int, cols: int, tma: bool) -> Tensor | TensorDescri
     return TensorDescriptor.from_tensor(x, [rows, cols]) if tma else x
 
 
-def _constants(x: Tensor, tiles: Tiles, tma: bool) -> dict:
+def _constants(tiles: Tiles, tma: bool) -> dict:
     return {
         "BM": tiles.BM, "BN": tiles.BN, "BK": tiles.BK, "GROUP": tiles.GROUP, "TMA": tma,
-        "PRECISION": "ieee", "num_warps": tiles.warps, "num_stages": tiles.stages,
+        "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip

@@ -20,7 +20,21 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class Check:
+class Case:
+    """What was examined; fields as of `Check` and `Timing`."""
+
+    section: str
+    name: str
+    case: str
+    dtype: str
+
+    @property
+    def title(self) -> str:
+        return ", ".join(part for part in (self.name, self.case, self.dtype) if part)
+
+
+@dataclass(frozen=True)
+class Check(Case):
     """One comparison, and what came of it.
 
     Fields:
@@ -36,10 +50,6 @@ class Check:
         seconds: how long it took, compiling included.
     """
 
-    section: str
-    name: str
-    case: str
-    dtype: str
     verdict: Verdict
     error: float | None = None
     tolerance: float | None = None
@@ -47,13 +57,9 @@ class Check:
     way_round: str = ""
     seconds: float = 0.0
 
-    @property
-    def title(self) -> str:
-        return ", ".join(part for part in (self.name, self.case, self.dtype) if part)
-
 
 @dataclass(frozen=True)
-class Timing:
+class Timing(Case):
     """How fast a kernel, or a peak of the machine, is.
 
     Fields:
@@ -64,10 +70,6 @@ class Timing:
         share: of the peak that limits it, 0 to 1.
     """
 
-    section: str
-    name: str
-    case: str
-    dtype: str
     ms: float | None = None
     torch_ms: float | None = None
     torch_name: str = ""
@@ -76,10 +78,6 @@ class Timing:
     share: float | None = None
     reason: str = ""
     seconds: float = 0.0
-
-    @property
-    def title(self) -> str:
-        return ", ".join(part for part in (self.name, self.case, self.dtype) if part)
 
 
 @dataclass(frozen=True)

@@ -171,8 +171,8 @@ class FusedAttention(InferenceOnly, Attention):
         """x, h [R, D] -> [B, D]: queries of the last tokens, keys and values of all."""
         last, (N, Nkv, _) = _ends(p)[1:] - 1, self.heads
         of_last = h.at(last) if isinstance(h, QuantizedRows) else h[last]
-        q = self.qkv_proj.rows(_taken(of_last), 0, N * self.head_dim)
-        kv = self.qkv_proj.rows(_taken(h), N * self.head_dim, None)
+        q = self.qkv_proj.rows(of_last, 0, N * self.head_dim)
+        kv = self.qkv_proj.rows(h, N * self.head_dim, None)
         (q,), (k, v) = self._split(q, (N,)), self._split(kv, (Nkv, Nkv))
         q, _ = ops.rope_(q, q[:, :0], p.cos[last], p.sin[last], backend=self.backend)
         k, _ = ops.rope_(k, k[:, :0], p.cos, p.sin, backend=self.backend)
@@ -199,12 +199,7 @@ class FusedMLP(InferenceOnly, MLP):
 
     def add_to(self, x: Tensor, h: Rows) -> Tensor:
         """x [R, D] residual stream, h [R, D] its norm -> x + down(silu(gate h) * up h)."""
-        return self.down_proj.add_(x, self.gate_up_proj.silu_mul(_taken(h)))
-
-
-def _taken(x: Rows) -> Tensor:
-    """For mypy: `ahead_of` makes QuantizedRows only for a layer that takes them, an Fp8Linear."""
-    return cast(Tensor, x)
+        return self.down_proj.add_(x, self.gate_up_proj.silu_mul(h))
 
 
 def _ends(p: Packing) -> Tensor:

@@ -19,7 +19,7 @@ def _spec(kernel: str, path: str, tiles: Tiles, in_use: bool, bias_first: bool =
     types = {name: f"tensordesc<bf16[{r}, {c}]>" if tma else "*bf16" for name, (r, c) in blocks.items()}
     types |= {"bias": "*bf16", "N": "i32"} if kernel == "quick_gelu" else {"F": "i32"}
     types |= dict.fromkeys(("M", "K", "stride_x", "stride_weight"), "i32")
-    constants = {"BM": t.BM, "BN": t.BN, "BK": t.BK, "GROUP": t.GROUP, "TMA": tma, "PRECISION": "ieee"}
+    constants = {"BM": t.BM, "BN": t.BN, "BK": t.BK, "GROUP": t.GROUP, "TMA": tma}
     if kernel == "quick_gelu":
         constants["BIAS_FIRST"] = bias_first
     archs = (90,) if tma else (80, 90)
