@@ -8,7 +8,7 @@ Shapes: x [M, K]; weight [N, K] (or [2F, K], gate first); out [M, N] (or [M, F])
         K in steps of BK. Tiles come and go through TMA descriptors on sm_90 and sm_100, else by pointers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -204,7 +204,7 @@ def run_quick_gelu(
     """Writes quick_gelu(x weight^T + bias) to `out`. `tiles` and `tma` are chosen here unless given."""
     (M, K), N = x.shape, weight.shape[0]
     tma = can_use_tma(x, weight, out) if tma is None else tma
-    tiles = tiles or settings("quick_gelu", x.dtype, tma)
+    tiles = tiles or settings("quick_gelu", x.dtype, tma, _is_small(x))
     if out.numel() == 0:
         return
     with on_device_of(x):
@@ -225,7 +225,7 @@ def run_silu_mul(x: Tensor, weight: Tensor, out: Tensor, tiles: Tiles | None = N
     """Writes silu(x weight[:F]^T) * (x weight[F:]^T) to `out`. `tiles`, `tma`: chosen here unless given."""
     (M, K), F = x.shape, weight.shape[0] // 2
     tma = can_use_tma(x, weight, out) if tma is None else tma
-    tiles = tiles or settings("silu_mul", x.dtype, tma)
+    tiles = tiles or settings("silu_mul", x.dtype, tma, _is_small(x))
     if out.numel() == 0:
         return
     with on_device_of(x):
@@ -249,10 +249,16 @@ def can_use_tma(*matrices: Tensor) -> bool:
     return all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in matrices)
 
 
-def settings(kernel: str, dtype: torch.dtype, tma: bool) -> Tiles:
+def settings(kernel: str, dtype: torch.dtype, tma: bool, small: bool = False) -> Tiles:
+    """small: of a card with 64 KB of shared memory, which four stages of 128 x 128 tiles fill to the last byte."""
     if dtype == torch.float32:
         return FLOAT32
-    return CANDIDATES[kernel, "tma" if tma else "pointer"][0]
+    tiles = CANDIDATES[kernel, "tma" if tma else "pointer"][0]
+    return replace(tiles, stages=min(tiles.stages, 3)) if small else tiles
+
+
+def _is_small(x: Tensor) -> bool:
+    return x.is_cuda and cards.card(x.get_device()).small
 
 
 def _grid(x: Tensor, M: int, N: int, tiles: Tiles) -> tuple[int]:

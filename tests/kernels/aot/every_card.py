@@ -65,7 +65,7 @@ def _linear(card: Card, dtype: str) -> list[Spec]:
     found = []
     for kernel in linear.KERNELS:
         for path in paths:
-            tiles = linear_triton.settings(kernel, DTYPES[dtype], path == "tma")
+            tiles = linear_triton.settings(kernel, DTYPES[dtype], path == "tma", card.small)
             found.append(_in(linear._spec(kernel, path, tiles, True, bias_first=card.name != "sm_100"), dtype))
     return found
 

@@ -67,7 +67,7 @@ def test_forward(card, name):
 
 
 # (10, 3) is not in the table of cards. What else is, is compiled by `python -m tests.kernels.aot.every_card`.
-EVERY_CARD = [(7, 5), (8, 0), (9, 0), (12, 0), "gfx942"]
+EVERY_CARD = [(7, 5), (8, 0), (9, 0), (10, 3), (12, 0), "gfx942"]
 
 
 @pytest.mark.parametrize("kind", EVERY_CARD, ids=str)
