@@ -6,7 +6,7 @@ import json
 import sys
 
 from .arguments import add_model_arguments, load_embedder
-from .pictures import check_paths, instruction_named, texts_of
+from .pictures import add_forms, check_paths, instruction_named, texts_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,9 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="a file with one a line, a list, or several arguments")  # fmt: skip
     parser.add_argument("--instruction", default="vqa", metavar="NAME", help="a task of MMEB, or 'none' (%(default)s)")
     parser.add_argument("--top", type=int, metavar="K", help="choices to print (all)")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="one JSON object a question")
-    form.add_argument("--csv", action="store_true", help="a row for each question: its nearest choice")
+    add_forms(parser, json="one JSON object a question", csv="a row for each question: its nearest choice")
     add_model_arguments(parser)
     parser.set_defaults(run=run)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .arguments import add_model_arguments, load_embedder, model_spec
 from .embed import BAD_ROWS, DONE, Bar
 from .messages import say
-from .pictures import check_paths, image_paths, instruction_named, runs, texts_of
+from .pictures import add_forms, check_paths, image_paths, instruction_named, runs, texts_of
 
 if TYPE_CHECKING:
     from ..tasks import Classification, Classifier
@@ -34,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", metavar="OUT", help="write a .csv or .jsonl; resumable")
     parser.add_argument("--overwrite", action="store_true", help="replace an OUT that was made otherwise")
     parser.add_argument("--quiet", action="store_true", help="no progress bar (with -o)")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="one JSON object a line")
-    form.add_argument("--csv", action="store_true", help="a row for each image: its nearest label")
+    add_forms(parser, json="one JSON object a line", csv="a row for each image: its nearest label")
     add_model_arguments(parser)
     parser.set_defaults(run=run)
 

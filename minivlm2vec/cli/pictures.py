@@ -1,5 +1,6 @@
 """What commands that take images share: paths, folders, "-" for paths on stdin; and lists of texts."""
 
+import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -41,6 +42,13 @@ def check_paths(given: Iterable[str]) -> None:
         next(image_paths(paths))
     elif not Path(paths[0]).exists():
         raise ValueError(f"{paths[0]}: no such file")
+
+
+def add_forms(parser: argparse.ArgumentParser, json: str, csv: str) -> None:
+    """--json and --csv, of which one may be given; json, csv: their help."""
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help=json)
+    form.add_argument("--csv", action="store_true", help=csv)
 
 
 def instruction_named(name: str) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 from ..files.rows import printable
 from .arguments import add_model_arguments, load_embedder
 from .messages import say
-from .pictures import check_paths, image_paths
+from .pictures import add_forms, check_paths, image_paths
 
 AUTO, NONE = "auto", "none"
 
@@ -32,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=int, metavar="K", help="targets to print (all)")
     parser.add_argument("--right", type=int, metavar="I", help="the target (from 0: texts, then images) that is right: "
                         "print its rank")  # fmt: skip
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="for machines")
-    form.add_argument("--csv", action="store_true", help="a row for each target")
+    add_forms(parser, json="for machines", csv="a row for each target")
     parser.set_defaults(run=run)
 
 

@@ -15,19 +15,11 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 
-from minivlm2vec import Embedder
-from minivlm2vec.new_checkpoint import new_checkpoint
 from minivlm2vec.serve import Limits, ServeOptions, create_app
 from minivlm2vec.serve.app import app_of
 from minivlm2vec.serve.server import QuietExceptionHandler, default_max_connections
 from minivlm2vec.serve.service import EmbeddingService
 from tests.support.serving import call, connect, read_all, read_answer, running, wait_for
-
-
-@pytest.fixture(scope="module")
-def embedder(tmp_path_factory):
-    folder = new_checkpoint(tmp_path_factory.mktemp("connections") / "tiny")
-    return Embedder.from_pretrained(folder, device="cpu", show_progress=False)
 
 
 @pytest.fixture(scope="module")

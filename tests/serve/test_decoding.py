@@ -19,18 +19,11 @@ pytest.importorskip("fastapi", reason="needs the extra `serve`")
 
 from PIL import Image
 
-from minivlm2vec import Embedder, InputError
+from minivlm2vec import InputError
 from minivlm2vec.images import image_crops, open_image
-from minivlm2vec.new_checkpoint import new_checkpoint
 from minivlm2vec.serve import Limits, ServeOptions, create_app, decoding
 from minivlm2vec.serve.decoding import DecodingPool, PixelBudget
 from tests.support.serving import call, data_uri, picture, running, user, wait_for
-
-
-@pytest.fixture(scope="module")
-def embedder(tmp_path_factory):
-    folder = new_checkpoint(tmp_path_factory.mktemp("decoding") / "tiny")
-    return Embedder.from_pretrained(folder, device="cpu", show_progress=False)
 
 
 def encoded(image: Image.Image, format: str, **options) -> bytes:

@@ -33,12 +33,6 @@ TOLERANCE = 2e-6  # float32; packs differ, so sums are in another order
 
 
 @pytest.fixture(scope="module")
-def embedder(tmp_path_factory):
-    folder = new_checkpoint(tmp_path_factory.mktemp("serve") / "tiny")
-    return Embedder.from_pretrained(folder, device="cpu", show_progress=False)
-
-
-@pytest.fixture(scope="module")
 def url(embedder):
     options = ServeOptions(names=("tiny", "text-embedding-3-large"), limits=Limits(max_body_bytes=4 << 20))
     with running(create_app(embedder, options)) as server:

@@ -8,8 +8,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 
-from minivlm2vec import Embedder, tasks
-from minivlm2vec.new_checkpoint import new_checkpoint
+from minivlm2vec import tasks
 from minivlm2vec.prompts import Task
 from minivlm2vec.serve import Access, Limits, RemoteImages, ServeOptions, create_app
 from minivlm2vec.serve.app import app_of
@@ -18,12 +17,6 @@ from tests.support.serving import Answer, call, data_uri, picture, running, wait
 
 TOLERANCE = 2e-6  # float32; packs differ, so sums are in another order
 LABELS = ["a cat", "a dog", "a red bicycle", "ünïcode 🐈", "x", "y", "z"]
-
-
-@pytest.fixture(scope="module")
-def embedder(tmp_path_factory):
-    folder = new_checkpoint(tmp_path_factory.mktemp("serve") / "tiny")
-    return Embedder.from_pretrained(folder, device="cpu", show_progress=False)
 
 
 @pytest.fixture(scope="module")
