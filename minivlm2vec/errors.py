@@ -68,3 +68,9 @@ def at_least_one(**values: int | None) -> None:
             raise OptionError(Option(name), f" is {value!r}; a whole number is needed")
         if value is not None and value < 1:
             raise OptionError(Option(name), f" is {value}; at least 1 is needed")
+
+
+def one_line(text: str, width: int) -> str:
+    """A text on one line, without characters that would steer a terminal, cut to `width`."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= width else text[: width - 1] + "…"

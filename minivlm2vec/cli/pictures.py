@@ -32,11 +32,13 @@ def image_paths(given: Iterable[str]) -> Iterator[str]:
 def check_paths(given: Iterable[str]) -> None:
     """Raises ValueError, before a model is loaded, for a path that is blank; and for the only one, where nothing
     is there, or a folder without an image."""
+    from ..images import is_data_uri
+
     paths = list(given)
     for i, one in enumerate(paths):
         if not one.strip():
             raise ValueError(f"image {i} is {one!r}; a path is needed")
-    if len(paths) != 1 or paths[0] == "-" or paths[0].startswith("data:"):
+    if len(paths) != 1 or paths[0] == "-" or is_data_uri(paths[0]):
         return
     if Path(paths[0]).is_dir():
         next(image_paths(paths))

@@ -22,7 +22,7 @@ from ..tasks.common import as_task, checked_top
 from .embedding import Summary, embed
 from .options import EmbedOptions, ModelSpec
 from .progress import Progress
-from .rows import as_json
+from .rows import IMAGE_COLUMNS, as_json
 from .vectors import VectorFile, open_vectors
 
 SUFFIXES = (".csv", ".jsonl")
@@ -101,5 +101,5 @@ def _labelled(vectors: VectorFile, classifier: Classifier, top: int | None) -> I
 
 def _name(columns: dict[str, Any], number: int) -> str:
     """The image of a row as its source names it, else its number."""
-    values = (columns.get(key) for key in ("image", "images", "image_path"))
+    values = (columns.get(key) for key in IMAGE_COLUMNS)
     return next((value for value in values if isinstance(value, str)), f"row {number}")

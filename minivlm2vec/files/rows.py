@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, Option, OptionError
+from ..errors import InputError, Option, OptionError, one_line
 from ..images import is_data_uri
 
 TEXT_COLUMNS = ("text",)
@@ -221,8 +221,7 @@ def printable(value: Any, width: int = 60) -> str:
     """A value on one line, without characters that would steer a terminal."""
     if not isinstance(value, str):
         value = "" if value is None else json.dumps(value, ensure_ascii=False, default=as_text)
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in value)
-    return text if len(text) <= width else text[: width - 1] + "…"
+    return one_line(value, width)
 
 
 def _hint(names: list[str]) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from .. import prompts
 from ..cosines import unit_rows
-from ..errors import InputError, Option, OptionError, at_least_one
+from ..errors import InputError, Option, OptionError, at_least_one, one_line
 from ..images import image_name
 from ..prompts import TEXT, Task
 
@@ -81,9 +81,8 @@ def table(scored: Sequence[Scored], indent: str = "  ") -> str:
 
 
 def shown(text: str) -> str:
-    """A text on one line, without characters that steer a terminal, cut to a table's width."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+    """A text as tables show it."""
+    return one_line(text, SHOWN)
 
 
 # --- checks ----------------------------------------------------------------------------------------------
