@@ -253,10 +253,7 @@ FP32_TILE = Tile(16, 16, 4, 1)  # dots without tensor cores; larger tiles spill
 
 
 def choose_tile(max_seqlen_q: int, max_seqlen_k: int, causal: bool, tma: bool, dtype: torch.dtype) -> Tile:
-    if dtype == torch.float32:
-        return FP32_TILE
-    rows = TILES[causal, tma].items()
-    return next(tile for (q, k), tile in rows if max_seqlen_q <= q and max_seqlen_k <= k)
+    return _first_that_holds(max_seqlen_q, max_seqlen_k, TILES[causal, tma], dtype)
 
 
 # The widest head dim, and as TILES: for programs that have 64 KB, of which sm_75 takes both operands of every product.
@@ -267,9 +264,15 @@ SMALL_TILES = {
 
 
 def choose_small_tile(H: int, max_seqlen_q: int, max_seqlen_k: int, dtype: torch.dtype) -> Tile:
+    rows = next(rows for widest, rows in SMALL_TILES.items() if widest >= H)
+    return _first_that_holds(max_seqlen_q, max_seqlen_k, rows, dtype)
+
+
+def _first_that_holds(
+    max_seqlen_q: int, max_seqlen_k: int, rows: dict[tuple[int, int], Tile], dtype: torch.dtype
+) -> Tile:
     if dtype == torch.float32:
         return FP32_TILE
-    rows = next(rows for widest, rows in SMALL_TILES.items() if widest >= H)
     return next(tile for (q, k), tile in rows.items() if max_seqlen_q <= q and max_seqlen_k <= k)
 
 
