@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minivlm2vec_kernels import TileSchedule, ops
+from minivlm2vec_kernels import ops
+from minivlm2vec_kernels.tile_schedule import TileSchedule
 
 from .batch import PackedBatch
 from .config import DecoderConfig

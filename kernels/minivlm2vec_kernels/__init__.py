@@ -21,10 +21,8 @@ from .ops import (
     rope_,
     silu_mul,
 )
-from .tile_schedule import TileSchedule
 
 __all__ = [
-    "TileSchedule",
     "add_layer_norm",
     "add_rms_norm",
     "attention",

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minivlm2vec_kernels import TileSchedule, ops
+from minivlm2vec_kernels import ops
+from minivlm2vec_kernels.tile_schedule import TileSchedule
 
 from ..batch import Grid, PackedBatch
 from ..decoder import MLP, Attention, Decoder, DecoderLayer, Packing, RMSNorm

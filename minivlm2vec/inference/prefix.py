@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minivlm2vec_kernels import TileSchedule
+from minivlm2vec_kernels.tile_schedule import TileSchedule
 
 from ..batch import PackedBatch, cumulative
 from ..config import DecoderConfig

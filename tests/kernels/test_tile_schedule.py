@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from minivlm2vec_kernels import TileSchedule, attention, attention_triton
+from minivlm2vec_kernels import attention, attention_triton
 from minivlm2vec_kernels.attention_triton import Tile
+from minivlm2vec_kernels.tile_schedule import TileSchedule
 from tests.kernels.test_attention import packed
 
 CPU = torch.device("cpu")

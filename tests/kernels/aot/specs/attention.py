@@ -80,6 +80,10 @@ def _spec(
         wgmma=tile.BM >= 64 and dtype == "bf16",
         blocks=2 if tma and (causal, H) in PUBLISHED else 1,
         ahead=1 if tma else 0,
-        quick=(causal, H) in PUBLISHED and group == 1 and not lse and dtype == "bf16" and (tma or tile.stages == 1),
+        quick=(causal, H) in PUBLISHED
+        and group == 1
+        and not lse
+        and dtype == "bf16"
+        and (tma or (tile.stages == 1 and not scheduled)),
         options={"enable_fp_fusion": True} | ({} if registers is None else {"maxnreg": registers}),
     )
