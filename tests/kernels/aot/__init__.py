@@ -26,7 +26,7 @@ import re
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.kernels.aot import ahead, cards
@@ -34,6 +34,8 @@ from tests.kernels.aot.chained import chained_dots
 
 TABLE = Path(__file__).with_name("table.json")
 ARCHS = tuple(cards.LIMITS)
+LOCAL = re.compile(r"\b(?:LDL|STL)\b")  # instructions that read or write local memory
+DTYPES = ("bf16", "fp32")  # float16 is compiled as bfloat16 is; `every_card` tries it
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,24 @@ class Spec:
 Measured = dict[str, int]
 
 
+def width_of(block: int) -> int:
+    """A width that takes this block of a table of rows: the decoder's, or the block's own."""
+    return 3072 if block == 4096 else block
+
+
+def in_dtype(spec: Spec, dtype: str) -> Spec:
+    """A spec that is written in bfloat16, in another dtype."""
+    if dtype == "bf16":
+        return spec
+
+    def other(x: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        return x.replace("bf16", dtype) if isinstance(x, str) else x
+
+    types = {name: other(x) for name, x in spec.types.items()}
+    config = f"{dtype} {spec.config.removeprefix('bf16 ')}"
+    return replace(spec, types=types, config=config, quick=False, wgmma=spec.wgmma and dtype == "fp16")
+
+
 def all_specs(only: str = "", quick: bool = False) -> list[Spec]:
     modules = sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).with_name("specs"))]))
     specs = [s for m in modules for s in importlib.import_module(f"{__name__}.specs.{m}").specs()]
@@ -77,10 +97,7 @@ def measure(spec: Spec, arch: int) -> Measured:
     """Compiles `spec` for `arch` and reads the cubin."""
     compiled = compile_kernel(spec, arch)
     ptx = compiled.asm["ptx"]
-    usage, sass = (
-        dump(compiled.asm["cubin"], "--dump-resource-usage"),
-        dump(compiled.asm["cubin"], "--dump-sass"),
-    )
+    usage, sass = (dump(compiled.asm["cubin"], what) for what in ("--dump-resource-usage", "--dump-sass"))
     registers, shared = int(re.search(r"\bREG:(\d+)", usage).group(1)), compiled.metadata.shared
     return {
         "registers": registers,
@@ -89,7 +106,7 @@ def measure(spec: Spec, arch: int) -> Measured:
         "built": len(re.findall(r"^\s*(?:@\S+\s+)?tensormap\.", ptx, re.M)),
         "ahead": ahead.least(ptx),
         "chained": len(chained_dots(compiled.asm["ttir"])),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "spills": len(LOCAL.findall(sass)),
         "wgmma": len(re.findall(r"\bHGMMA\b", sass)),
     }
 
@@ -123,6 +140,11 @@ def compile_kernel(spec: Spec, arch: int | str):
 
 def _may_align(type_name: str | tuple[str, ...]) -> bool:
     return type_name[0] == "*" or type_name in ("i32", "i64")
+
+
+def spills(cubin: bytes) -> int:
+    """Instructions that read or write local memory."""
+    return len(LOCAL.findall(dump(cubin, "--dump-sass")))
 
 
 def dump(cubin: bytes, what: str) -> str:

@@ -1,5 +1,5 @@
-"""Compile for every card of `minivlm2vec_kernels.cards` what its launchers would choose there, and compare the shared
-memory that comes out with what the card has. Needs no GPU.
+"""Compile for every card of `minivlm2vec_kernels.cards` what its launchers would choose there. No register may be
+spilled, and the shared memory that comes out must be what the card has. Needs no GPU.
 
     python -m tests.kernels.aot.every_card                      every card, kernel, head dim and dtype (hours)
     python -m tests.kernels.aot.every_card --quick              the model's own shapes in one 16-bit dtype
@@ -8,9 +8,9 @@ memory that comes out with what the card has. Needs no GPU.
 
 import argparse
 import os
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import torch
 
@@ -19,8 +19,8 @@ from minivlm2vec_kernels.cards import CARDS, Card
 from tests.kernels import aot
 from tests.kernels.aot import Spec
 from tests.kernels.aot.specs import attention, attention_backward, linear
+from tests.kernels.aot.specs.attention import HEAD_DIMS
 
-HEAD_DIMS = (16, 32, 48, 64, 80, 96, 128, 144, 160, 192)
 MODEL = {True: 96, False: 64}  # causal -> head dim: decoder, tower
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LENGTHS = ((1, 1), (40, 40), (1, 3000), (777, 777), (3000, 3000))  # (queries, keys), one for each row of every table
@@ -36,10 +36,10 @@ def specs(card: Card, quick: bool) -> list[Spec]:
         head_dims = MODEL.items() if quick else [(c, H) for c in (True, False) for H in HEAD_DIMS]
         for spec in [s for c, H in head_dims for s in _attention(card, c, H, dtype)] + _linear(card, dtype):
             found[spec.key(0)] = spec
-    for spec in aot.all_specs(quick=True):  # rows and pixels: the same settings on every card
+    for spec in aot.all_specs(quick=quick):  # rows and pixels: the same settings on every card
         if spec.kernel.split(".")[0] not in OWN and (card.e4m3 or "quantize" not in spec.kernel):
-            for dtype in dtypes:
-                found[f"{spec.key(0)}{dtype}"] = _in(spec, dtype)
+            for in_it in [spec] if spec.config.startswith("fp32 ") else [_in(spec, d) for d in dtypes if d != "fp32"]:
+                found[in_it.key(0)] = in_it
     return list(found.values())
 
 
@@ -75,22 +75,26 @@ def _other(dtype: str) -> str:
 
 
 def _in(spec: Spec, dtype: str) -> Spec:
-    """The same in another dtype than bfloat16."""
-
-    def other(x: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        return x.replace("bf16", dtype) if isinstance(x, str) else x
-
-    types = {name: other(x) for name, x in spec.types.items()}
-    return replace(spec, types=types, config=f"{dtype} {spec.config.removeprefix('bf16 ').removeprefix('fp32 ')}")
+    return aot.in_dtype(spec, dtype) if dtype == "fp16" else spec
 
 
 def problem(spec: Spec, card: Card) -> str:
-    """Why this cannot be launched there; "" if it can."""
+    """Why this is not to be launched there; "" if it is."""
     try:
-        shared = aot.compile_kernel(spec, card.name if card.amd else int(card.name[3:])).metadata.shared
+        compiled = aot.compile_kernel(spec, card.name if card.amd else int(card.name[3:]))
     except Exception as e:  # whatever the compiler raises, it is about this kernel
         return f"{spec.key(card.name)}: {type(e).__name__}: {e}"
-    return f"{spec.key(card.name)}: {shared} bytes of {card.shared}" if shared > card.shared else ""
+    shared, spilled = compiled.metadata.shared, spills(compiled.asm)
+    if shared > card.shared:
+        return f"{spec.key(card.name)}: {shared} bytes of {card.shared}"
+    return f"{spec.key(card.name)}: {spilled} spilled" if spilled else ""
+
+
+def spills(asm: dict[str, bytes | str]) -> int:
+    """NVIDIA: instructions that read or write what is spilled. AMD: registers that are."""
+    if "cubin" in asm:
+        return aot.spills(asm["cubin"])
+    return sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", asm["amdgcn"])))
 
 
 def main() -> int:
@@ -99,14 +103,17 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only kernels whose name contains this")
     parser.add_argument("--cards", nargs="+", default=list(CARDS), choices=list(CARDS))
     args = parser.parse_args()
-    found = []
+    found = 0
     for name in args.cards:
         chosen = [s for s in specs(CARDS[name], args.quick) if args.only in s.kernel]
+        wrong = 0
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            wrong = [p for p in pool.map(lambda s, c=CARDS[name]: problem(s, c), chosen) if p]
-        print(f"{name}: {len(chosen)} compiled, {len(wrong)} cannot be launched", flush=True)
+            for i, said in enumerate(pool.map(lambda s, c=CARDS[name]: problem(s, c), chosen), 1):
+                wrong += bool(said)
+                print(said + "\n" if said else "", end="", flush=True)
+                print(f"{name}: {i} of {len(chosen)}", end="\r", file=sys.stderr, flush=True)
+        print(f"{name}: {len(chosen)} compiled, {wrong} cannot be launched", flush=True)
         found += wrong
-    print(*found, sep="\n")
     return 1 if found else 0
 
 

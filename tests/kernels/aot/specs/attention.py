@@ -7,7 +7,7 @@ from minivlm2vec_kernels import attention_triton as attention
 from minivlm2vec_kernels.attention_triton import FP32_TILE, TILES, Tile
 from tests.kernels.aot import ARCHS, Spec
 
-HEAD_DIMS = (16, 32, 48, 64, 80, 96, 128)
+HEAD_DIMS = (16, 32, 48, 64, 80, 96, 128, 144, 160, 192)  # all that `split_head_dim` takes
 PUBLISHED = ((True, 96), (False, 64))  # decoder, tower
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -1,11 +1,13 @@
-"""Attention's gradient as the model needs it: causal with head dim 96 (decoder) and full with 64 (image tower);
-the widest head dim and float32 once each."""
+"""Attention's gradient as a launch can reach it: every head dim, causal and not, grouped heads.
+
+The decoder's is part of the default tests."""
 
 import torch
 
 from minivlm2vec_kernels import attention_backward_triton as backward
 from minivlm2vec_kernels.attention_triton import Tile, split_head_dim
 from tests.kernels.aot import ARCHS, Spec
+from tests.kernels.aot.specs.attention import HEAD_DIMS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OWN = {"dq": ("out", "dq"), "dkv": ("dk", "dv")}  # the tensors, besides those of both passes
@@ -16,13 +18,10 @@ def specs() -> list[Spec]:
 
 
 def _specs(pass_: str) -> list[Spec]:
-    return [
-        _spec(pass_, 96, True, archs=(90,), quick=True),
-        _spec(pass_, 96, True, group=4),
-        _spec(pass_, 64, False),
-        _spec(pass_, 128, True),
-        _spec(pass_, 128, True, dtype="fp32"),
-    ]
+    quick = {"archs": (90,), "quick": True}
+    every = [(H, causal, dtype) for H in HEAD_DIMS for causal in (True, False) for dtype in DTYPES]
+    found = [_spec(pass_, H, c, dtype=d, **(quick if (H, c, d) == (96, True, "bf16") else {})) for H, c, d in every]
+    return [*found, _spec(pass_, 96, True, group=4), _spec(pass_, 64, False, group=4)]
 
 
 def _spec(

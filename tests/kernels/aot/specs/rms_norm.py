@@ -1,8 +1,8 @@
-"""rms_norm_triton.py: the decoder's width, a narrow one, and a width that is no power of two."""
+"""rms_norm_triton.py: every row of its tables; the decoder's width is part of the default tests."""
 
-from minivlm2vec_kernels.launch import whole_rows
+from minivlm2vec_kernels.launch import ROW_SETTINGS, whole_rows
 from minivlm2vec_kernels.rms_norm_triton import BACKWARD_SETTINGS
-from tests.kernels.aot import Spec
+from tests.kernels.aot import DTYPES, Spec, in_dtype, width_of
 
 TYPES = dict.fromkeys(("x", "weight", "out"), "*bf16") | {
     "R": "i32", "D": "i32", "stride_x": "i32", "stride_residual": "i32", "eps": "fp32"
@@ -10,14 +10,13 @@ TYPES = dict.fromkeys(("x", "weight", "out"), "*bf16") | {
 
 
 def specs() -> list[Spec]:
-    forward = [_spec(D, add) for D in (64, 1024, 3072, 8192) for add in (False, True)]
-    return [
-        *forward,
-        *(_quantize(D) for D in (1024, 3072, 8192)),
-        _backward(3072, True),
-        _backward(3072, False),
-        _backward(8192, True),
-    ]
+    widths = [width_of(BD) for BD in ROW_SETTINGS]
+    forward = [_spec(D, add) for D in widths for add in (False, True)]
+    backward = [_backward(width_of(BD), add, weight) for BD in BACKWARD_SETTINGS for add, weight in BACKWARD]
+    return [in_dtype(s, dtype) for s in (*forward, *map(_quantize, widths), *backward) for dtype in DTYPES]
+
+
+BACKWARD = [(add, weight) for add in (True, False) for weight in (True, False)]
 
 
 def _spec(D: int, add: bool) -> Spec:
@@ -43,15 +42,15 @@ def _quantize(D: int) -> Spec:
     )  # fmt: skip
 
 
-def _backward(D: int, weight: bool) -> Spec:
-    """Of add_rms_norm with all gradients, or of rms_norm with a frozen weight."""
+def _backward(D: int, add: bool, weight: bool) -> Spec:
+    """add: of add_rms_norm, else of rms_norm; weight: with a gradient of the weight, which else is frozen."""
     BD, BM, warps = whole_rows(D, BACKWARD_SETTINGS)
-    pointers = dict.fromkeys(("dout", "s", "weight", "ds") + (("dtotal",) if weight else ()), "*bf16")
+    pointers = dict.fromkeys(("dout", "s", "weight", "ds") + (("dtotal",) if add else ()), "*bf16")
     numbers = dict.fromkeys(("R", "D", "stride_dout", "stride_dtotal", "stride_s"), "i32")
     types = pointers | numbers | {"dweight": "*fp32", "eps": "fp32"}
-    constants = {"ADD": weight, "DWEIGHT": weight, "BM": BM, "BD": BD} | ({} if weight else {"dtotal": None})
-    name = f"D{D}{' add weight' if weight else ''}"
+    constants = {"ADD": add, "DWEIGHT": weight, "BM": BM, "BD": BD} | ({} if add else {"dtotal": None})
+    name = f"D{D}{' add' if add else ''}{' weight' if weight else ''}"
     return Spec(
         "rms_norm_triton.rms_norm_backward_kernel", name, types, constants, warps, unaligned=frozenset({"R"}),
-        quick=D == 3072 and weight,
+        quick=D == 3072 and add and weight,
     )  # fmt: skip
