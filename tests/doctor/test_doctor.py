@@ -227,8 +227,9 @@ worker.main()
 
 @pytest.fixture(scope="module", params=["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"])
 def on_card(request) -> tuple[str, str]:
-    """A few kernels that compile quickly."""
-    command = [sys.executable, "-m", "tests.doctor.on_pretended_card", request.param, "rms_norm,quantize_rows"]
+    """Kernels that compile quickly; quantize_rows where it is refused, and once where it is not."""
+    names = "rms_norm" if request.param in ("8.9", "10.0", "12.0") else "rms_norm,quantize_rows"
+    command = [sys.executable, "-m", "tests.doctor.on_pretended_card", request.param, names]
     done = subprocess.run(command, cwd=ROOT, env=compiling_environment(), capture_output=True, text=True)
     assert done.returncode == 1, done.stderr[-3000:]
     return request.param, " ".join(done.stdout.split())

@@ -19,7 +19,7 @@ from tests.kernels.kernel_cases import (
 ATOL = {torch.float32: 1e-6, torch.float16: 0.0, torch.bfloat16: 0.0}  # measured: sigmoid through exp2
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
-SIZES = [*((r, 64) for r in ROWS[:-1]), *((5, w) for w in WIDTHS)]
+SIZES = [*((r, 64) for r in ROWS if r < 100), *((5, w) for w in WIDTHS)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

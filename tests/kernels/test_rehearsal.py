@@ -39,6 +39,12 @@ def test_rehearsal(reports):
     assert report.endswith("exit status 0") and " passed" in report, report[-8000:]
 
 
+@pytest.mark.slow
+def test_more_of_the_rehearsal():
+    report = pytest_on_a_pretended_card(("-m", "slow", "tests/kernels/pretended/rehearsal.py"))
+    assert report.endswith("exit status 0") and " passed" in report, report[-8000:]
+
+
 def test_tests_that_need_a_card_run_as_far_as_their_numbers(reports):
     report = reports["gpu"]
     assert report.endswith("exit status 0"), report[-8000:]

@@ -72,10 +72,10 @@ def test_forward(card, name):
 
 
 # (10, 3) is not in the table of cards. What else is, is compiled by `python -m tests.kernels.aot.every_card`.
-EVERY_CARD = [(7, 5), (8, 0), (9, 0), (10, 3), (12, 0), "gfx942"]
+OTHERS = [(8, 0), (9, 0), (10, 3), (12, 0), "gfx942"]
 
 
-@pytest.mark.parametrize("kind", EVERY_CARD, ids=str)
+@pytest.mark.parametrize("kind", [(7, 5), *(pytest.param(k, marks=pytest.mark.slow) for k in OTHERS)], ids=str)
 @torch.inference_mode()
 def test_every_card(card, kind):
     """Kernels for it compile and find the shared memory that they want, for short and long sequences and images."""
@@ -254,6 +254,7 @@ def few_of(work: bench_model.Workload) -> bench_model.Workload:
     return replace(work, texts=work.texts[some], grids=work.grids[some])
 
 
+@pytest.mark.slow
 def test_the_bench(card, quick, capsys):
     """Every case but those of gradients, with every provider that is installed."""
     rows = quick("--all")
