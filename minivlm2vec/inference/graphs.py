@@ -209,8 +209,11 @@ class Programs(ABC, Generic[Key, Given]):
         pass
 
 
-class PaddedModel(Programs[tuple[Bucket, bool], PackedBatch]):
-    """Calls like the model's, small batches padded to buckets. Keys: the bucket, and whether vectors are normalised."""
+Padded = tuple[Bucket, bool]  # and whether vectors are normalised
+
+
+class PaddedModel(Programs[Padded, PackedBatch]):
+    """Calls like the model's, small batches padded to buckets."""
 
     def __init__(self, model: FusedVLM2Vec, **options: Any):
         super().__init__(model, **options)
@@ -229,13 +232,13 @@ class PaddedModel(Programs[tuple[Bucket, bool], PackedBatch]):
             return self.model.run(batch, normalize=normalize)
         return self.result((bucket, normalize), batch)
 
-    def _as_it_is(self, key: tuple[Bucket, bool], batch: PackedBatch) -> Tensor:
+    def _as_it_is(self, key: Padded, batch: PackedBatch) -> Tensor:
         return self.model.run(batch, normalize=key[1])
 
-    def _fill(self, key: tuple[Bucket, bool], batch: PackedBatch) -> None:
+    def _fill(self, key: Padded, batch: PackedBatch) -> None:
         self.buffers.fill(self.model.embed(batch), batch, key[0])
 
-    def _body(self, key: tuple[Bucket, bool]) -> Tensor:
+    def _body(self, key: Padded) -> Tensor:
         return self.buffers.vectors(self.model, *key)
 
     def _cut(self, out: Tensor, batch: PackedBatch) -> Tensor:
@@ -257,7 +260,8 @@ class TowerPrograms(Programs[Crops, Tensor]):
         assert isinstance(model.vision, FusedVisionTower)
         self.tower, config = model.vision, model.vision.config
         shape = MAX_CROPS, config.num_positions, config.hidden_size
-        self.x = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        with torch.inference_mode(False):  # the tower is called outside of that mode as well
+            self.x = torch.zeros(shape, dtype=model.dtype, device=model.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [C, L, D], which is written over -> [C, P * P, D]."""
@@ -288,9 +292,7 @@ class Captured(Programs[Key, Given]):
 
     A graph holds the addresses of the weights: they may be written over, and after anything that moves them
     `recapture` is needed. Calls may come from several threads and streams: each waits for the buffers that the last
-    one used.
-
-    Raises ValueError where the model does not run Triton kernels on a CUDA device.
+    one used. Raises ValueError where the model does not run Triton kernels on a CUDA device.
 
     strict: raise what a capture raises; else warn, once, and run without graphs from then on.
     """
@@ -346,7 +348,7 @@ class Captured(Programs[Key, Given]):
         torch.cuda.synchronize(self._device)
 
 
-class GraphedModel(Captured[tuple[Bucket, bool], PackedBatch], PaddedModel):
+class GraphedModel(Captured[Padded, PackedBatch], PaddedModel):
     """PaddedModel with CUDA graphs."""
 
 

@@ -359,10 +359,13 @@ def test_a_program_of_the_tower_that_is_wrong_is_dropped_for_good(towered, monke
 
 
 def test_features_may_be_used_where_gradients_are_recorded(towered):
-    """They are no inference tensors: a head of one's own on the tower can be trained."""
-    weight = torch.ones(towered.config.vision.hidden_size, requires_grad=True)
-    for _ in range(2):
-        (towered.vision(*crops_of(towered, ((1, 1),))) * weight).sum().backward()
+    """They are no inference tensors: a head of one's own on the tower can be trained. Even where programs were made
+    for inference."""
+    weight, crops = torch.ones(towered.config.vision.hidden_size, requires_grad=True), crops_of(towered, ((1, 1),))
+    with torch.inference_mode():
+        towered.vision.graphs = TowerPrograms(towered, make_at=1)
+        towered.vision(*crops)
+    (towered.vision(*crops) * weight).sum().backward()
     assert weight.grad.isfinite().all() and list(towered.vision.graphs.programs) == [Crops(2)]
 
 
