@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from bench.common import Case, Provider, Work, compiled, when_called
 from bench.shapes import CROP, H, N, dtype_of
 from minivlm2vec_kernels import attention, torch_ops
+from minivlm2vec_kernels.tile_schedule import TileSchedule
 
 
 class Problem(NamedTuple):
@@ -134,6 +135,8 @@ def all_providers(p: Problem, x: Inputs) -> dict[str, Provider]:
     if not x.q.is_cuda:
         return found
     found["triton"] = partial(by_triton, p, x)
+    if len(set(p.lengths)) > 1 and not p.last_only:
+        found["triton, scheduled"] = partial(by_triton, p, x, TileSchedule(p.lengths))
     found |= sdpa_providers(p, x)
     found["varlen_attn (FA2)"] = when_called(partial(varlen_provider, p, x))
     if importlib.util.find_spec("fa3_fwd_interface"):
@@ -143,10 +146,10 @@ def all_providers(p: Problem, x: Inputs) -> dict[str, Provider]:
     return found
 
 
-def by_triton(p: Problem, x: Inputs) -> Tensor:
+def by_triton(p: Problem, x: Inputs, schedule: TileSchedule | None = None) -> Tensor:
     return attention(
         x.q, x.k, x.v, x.cu_k, x.max_k,
-        causal=p.causal, cu_seqlens_q=x.cu_q, max_seqlen_q=x.max_q, backend="triton",
+        causal=p.causal, cu_seqlens_q=x.cu_q, max_seqlen_q=x.max_q, schedule=schedule, backend="triton",
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm2vec_kernels import ops
+from minivlm2vec_kernels.tile_schedule import TileSchedule
 
 from .batch import PackedBatch
 from .config import DecoderConfig
@@ -26,6 +27,7 @@ class Packing:
     sin: Tensor
     causal: bool = True
     host_cu_seqlens: Tensor | None = None  # the same on the host
+    schedule: TileSchedule | None = None  # of attention's kernel, in the model for inference
 
 
 class Decoder(nn.Module):

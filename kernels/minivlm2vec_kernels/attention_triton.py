@@ -34,6 +34,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import cards
 from .custom_op import compiled_as_op
 from .launch import cdiv, empty_like, on_device_of
+from .tile_schedule import TileSchedule
 
 LOG2_E = 1.4426950408889634
 TAIL = 16  # the smallest side of a tl.dot
@@ -45,26 +46,33 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @triton.jit(do_not_specialize=["tiles", "stride_lse"])
 def attention_kernel(
-    q, k, v, k0, k1, v0, v1, out, lse, cu_seqlens_q, cu_seqlens_k,
+    q, k, v, k0, k1, v0, v1, out, lse, cu_seqlens_q, cu_seqlens_k, schedule,
     scale_log2, heads, group, tiles, stride_lse,
     stride_qt, stride_qn, stride_kt, stride_kn, stride_vt, stride_vn, stride_ot, stride_on,
     H0: tl.constexpr, H1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
     CAUSAL: tl.constexpr, ONE_BLOCK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Program (sequence, head, tile), tile fastest; of `tiles` as many as the longest sequence has.
+    """Program (sequence, head, tile), tile fastest; of `tiles` as many as the longest sequence has. With a schedule
+    (row of it, head), head fastest.
 
     q [Tq, N, H]; k, v [Tk, Nkv, H]; out [Tq, N, H]; lse [N, Tq] float32 or None: log2 of every query's sum of
-    exponentials, inf if it sees no key; cu_seqlens [B + 1] int32; scale_log2 = scale * log2(e);
-    group = N / Nkv. TMA: k0, k1, v0, v1 are descriptors of k and v as [Nkv, Tk, H], whose blocks are BN keys of H0 or
-    H1; else None.
+    exponentials, inf if it sees no key; cu_seqlens [B + 1] int32; schedule [W, 5] int32 (tile_schedule.py) or None;
+    scale_log2 = scale * log2(e); group = N / Nkv. TMA: k0, k1, v0, v1 are descriptors of k and v as [Nkv, Tk, H],
+    whose blocks are BN keys of H0 or H1; else None.
     """
     program = tl.program_id(0)
-    tile, head, sequence = program % tiles, program // tiles % heads, program // tiles // heads
+    if schedule is None:
+        tile, head, sequence = program % tiles, program // tiles % heads, program // tiles // heads
+        q_start, Lq = sequence_at(cu_seqlens_q, sequence)
+        k_start, Lk = sequence_at(cu_seqlens_k, sequence)
+        if tile * BM >= Lq:
+            return
+    else:
+        head = program % heads
+        entry = schedule + program // heads * 5
+        q_start, Lq = tl.load(entry).to(tl.int64), tl.load(entry + 1)
+        k_start, Lk, tile = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
     head_kv = head // group
-    q_start, Lq = sequence_at(cu_seqlens_q, sequence)
-    k_start, Lk = sequence_at(cu_seqlens_k, sequence)
-    if tile * BM >= Lq:
-        return
     q += q_start * stride_qt + head.to(tl.int64) * stride_qn
     k += head_kv.to(tl.int64) * stride_kn
     v += head_kv.to(tl.int64) * stride_vn
@@ -324,6 +332,7 @@ def attention(
 def launch(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, max_seqlen_k: int, cu_seqlens_q: Tensor,
     max_seqlen_q: int, causal: bool, scale: float | None, tile: Tile, lse: Tensor | None = None,
+    schedule: TileSchedule | None = None,
 ) -> Tensor:  # fmt: skip
     """`attention` with a given tile, for tests and for the bench's sweep. lse [N, Tq] float32 is filled if given; then
     rows beyond the last sequence are zeros, because a NaN there, times a gradient of zero, would be a NaN in the
@@ -332,8 +341,12 @@ def launch(
     scale = H**-0.5 if scale is None else scale
     check_inputs(q, k, v, cu_seqlens_k, cu_seqlens_q, scale)
     out = empty_like(q) if lse is None else torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    (H0, H1), tiles = split_head_dim(H), cdiv(max_seqlen_q, tile.BM)
+    (H0, H1), tiles, order = split_head_dim(H), cdiv(max_seqlen_q, tile.BM), None
     programs = (cu_seqlens_q.shape[0] - 1) * N * tiles
+    if schedule is not None:
+        check_schedule(schedule, q, k, cu_seqlens_q)
+        order = schedule.tiles(tile.BM, q.device)
+        programs = order.shape[0] * N
     if T == 0 or programs == 0:
         return out
     one_block = max_seqlen_k <= tile.BN
@@ -341,7 +354,7 @@ def launch(
     registers = None if torch.version.hip is not None else most_registers(tile, H, causal)
     with on_device_of(q):
         attention_kernel[(programs,)](
-            q, k, v, *described, out, lse, cu_seqlens_q, cu_seqlens_k,
+            q, k, v, *described, out, lse, cu_seqlens_q, cu_seqlens_k, order,
             scale * LOG2_E, N, N // k.shape[1], tiles, T,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], N * H, H,
             H0=H0, H1=H1, BM=tile.BM, BN=tile.BN, TAIL=TAIL,
@@ -350,6 +363,17 @@ def launch(
             **({} if registers is None else {"maxnreg": registers}),
         )  # fmt: skip
     return out
+
+
+def scheduled(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float | None,
+    cu_seqlens_q: Tensor | None, max_seqlen_q: int | None, schedule: TileSchedule,
+) -> Tensor:  # fmt: skip
+    """`attention` for the tiles of a schedule and no others."""
+    if cu_seqlens_q is None or max_seqlen_q is None:
+        cu_seqlens_q, max_seqlen_q = cu_seqlens, max_seqlen
+    tile = tile_for(q, k, v, max_seqlen_q, max_seqlen, causal)
+    return launch(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q, causal, scale, tile, schedule=schedule)
 
 
 def tile_for(q: Tensor, k: Tensor, v: Tensor, max_seqlen_q: int, max_seqlen_k: int, causal: bool) -> Tile:
@@ -412,3 +436,12 @@ def _check_heads(name: str, x: Tensor, dtype: torch.dtype, device: torch.device)
 def _check_lengths(name: str, cu: Tensor, device: torch.device) -> None:
     if cu.dtype != torch.int32 or not cu.is_contiguous() or cu.device != device:
         raise ValueError(f"{name} must be dense int32 on {device}, got {cu.dtype}, {cu.stride()}, {cu.device}")
+
+
+def check_schedule(schedule: TileSchedule, q: Tensor, k: Tensor, cu_seqlens_q: Tensor) -> None:
+    if len(schedule) != len(cu_seqlens_q) - 1:
+        raise ValueError(f"schedule is of {len(schedule)} sequences, cu_seqlens of {len(cu_seqlens_q) - 1}")
+    if schedule.queries > len(q) or schedule.keys > len(k):
+        raise ValueError(
+            f"schedule is of {schedule.queries} queries and {schedule.keys} keys, q has {len(q)} and k {len(k)}"
+        )

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import cards, torch_ops
 from .image_grids import Grid, flatten
+from .tile_schedule import TileSchedule
 
 BACKENDS = ("auto", "triton", "torch")
 BACKEND = os.environ.get("MINIVLM2VEC_BACKEND", "auto")
@@ -81,6 +82,7 @@ def attention(
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | None = None,
     host_cu_seqlens: Tensor | None = None,
+    schedule: TileSchedule | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T) v, each sequence for itself.
@@ -92,6 +94,8 @@ def attention(
     `cu_seqlens_q`, `max_seqlen_q`: where the queries are fewer than the keys (the last tokens of each sequence).
     Queries are aligned to the end of their keys: with `causal`, query i of Lq sees keys 0 .. Lk - Lq + i.
     `host_cu_seqlens`: cu_seqlens on the CPU, where the caller has them: torch then reads no lengths back from a device.
+    `schedule`: a TileSchedule of the same lengths; the kernel then runs programs for the tiles that there are alone.
+    It changes no result. torch does not look at it, nor does torch.compile, nor a pass that needs a gradient.
 
     Padding for CUDA graphs: a sequence may be empty, and a query without any key gets zeros. Rows beyond the last
     sequence are allowed; they have no influence and no gradient, and what is returned in their place is unspecified.
@@ -105,6 +109,10 @@ def attention(
     if choose_backend(backend, q, k, v, backward=True) == "triton":
         from . import attention_backward_triton, attention_triton
 
+        if schedule is not None and not (needs_grad(q, k, v) or torch.compiler.is_compiling()):
+            return attention_triton.scheduled(
+                q, k, v, cu_seqlens, max_seqlen, causal, scale, cu_seqlens_q, max_seqlen_q, schedule
+            )
         op = attention_backward_triton.Attention.apply if needs_grad(q, k, v) else attention_triton.attention
         return op(q, k, v, cu_seqlens, max_seqlen, causal, scale, cu_seqlens_q, max_seqlen_q)
     lengths = cu_seqlens if host_cu_seqlens is None else host_cu_seqlens

@@ -8,6 +8,7 @@ each other and modules are not called, so hooks could not be told the truth. Hen
 R rows: as many as tokens T, or fewer where prefixes are shared (prefix.py). B sequences, D width, C crops, L positions.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minivlm2vec_kernels import ops
+from minivlm2vec_kernels.tile_schedule import TileSchedule
 
 from ..batch import Grid, PackedBatch
 from ..decoder import MLP, Attention, Decoder, DecoderLayer, Packing, RMSNorm
@@ -164,8 +166,8 @@ class FusedAttention(InferenceOnly, Attention):
         """x [R, D] residual stream, h [R, D] its norm -> x + attention."""
         q, k, v = self._split(self.qkv_proj(h), self.heads)
         q, k = ops.rope_(q, k, p.cos, p.sin, backend=self.backend)
-        queries = (p.cu_seqlens_q, p.max_seqlen_q) if isinstance(p, SharedPacking) else (None, None)
-        return self.o_proj.add_(x, self._attend(q, k, v, p, *queries))
+        cu_seqlens_q, max_seqlen_q = (p.cu_seqlens_q, p.max_seqlen_q) if isinstance(p, SharedPacking) else (None, None)
+        return self.o_proj.add_(x, self._attend(q, k, v, p, cu_seqlens_q, max_seqlen_q, p.schedule))
 
     def last_to(self, x: Tensor, h: Rows, p: Packing) -> Tensor:
         """x, h [R, D] -> [B, D]: queries of the last tokens, keys and values of all."""
@@ -179,13 +181,15 @@ class FusedAttention(InferenceOnly, Attention):
         return self.o_proj.add_(x[last], self._attend(q, k, v, p, _one_each(len(last), x.device), 1))
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, p: Packing, cu_seqlens_q: Tensor | None, max_seqlen_q: int | None
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, p: Packing, cu_seqlens_q: Tensor | None, max_seqlen_q: int | None,
+        schedule: TileSchedule | None = None,
+    ) -> Tensor:  # fmt: skip
         if isinstance(p, SharedPacking):
             k, v = k.index_select(0, p.key_index), v.index_select(0, p.key_index)
         y = ops.attention(
             q, k, v, p.cu_seqlens, p.max_seqlen,
-            causal=p.causal, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, backend=self.backend,
+            causal=p.causal, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
+            schedule=schedule, backend=self.backend,
         )  # fmt: skip
         return y.flatten(1)
 
@@ -356,7 +360,9 @@ class FusedVLM2Vec(InferenceOnly, VLM2Vec):
     def packing(self, batch: PackedBatch, dtype: torch.dtype) -> Packing:
         if isinstance(batch, SharedBatch):
             return SharedPacking.of(batch, self.config.decoder, dtype)
-        return super().packing(batch, dtype)
+        packing = super().packing(batch, dtype)
+        several = len(set(batch.lengths)) > 1  # of equally long ones no program would be idle
+        return replace(packing, schedule=TileSchedule(batch.lengths)) if several else packing
 
     def hidden_states(self, batch: PackedBatch, layers: Any) -> dict[int, Tensor]:
         kept = super().hidden_states(batch, layers)

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minivlm2vec_kernels.tile_schedule import TileSchedule
+
 from ..batch import PackedBatch, cumulative
 from ..config import DecoderConfig
 from ..decoder import Packing
@@ -64,6 +66,7 @@ class SharedPacking(Packing):
         return cls(
             batch.cu_seqlens, batch.max_seqlen, cos.to(dtype), sin.to(dtype),
             cu_seqlens_q=batch.cu_seqlens_q, max_seqlen_q=max(batch.row_lengths), key_index=batch.key_index,
+            schedule=TileSchedule(batch.lengths, batch.row_lengths),
         )  # fmt: skip
 
 

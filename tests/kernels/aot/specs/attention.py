@@ -26,6 +26,7 @@ def specs() -> list[Spec]:
             found[causal, tile, H, "other"] = [
                 _spec(H, causal, tile, one_block=one, group=4),
                 _spec(H, causal, tile, one_block=one, lse=True),
+                _spec(H, causal, tile, one_block=one, scheduled=True),
             ]
     for H in HEAD_DIMS:
         for causal in (True, False):
@@ -41,8 +42,9 @@ def _sizes(tile: Tile) -> tuple[bool, ...]:
 
 
 def _spec(
-    H: int, causal: bool, tile: Tile, *, one_block: bool, group: int = 1, dtype: str = "bf16", lse: bool = False
-) -> Spec:
+    H: int, causal: bool, tile: Tile, *, one_block: bool, group: int = 1, dtype: str = "bf16", lse: bool = False,
+    scheduled: bool = False,
+) -> Spec:  # fmt: skip
     H0, H1 = attention.split_head_dim(H)
     tma = tile.tma and not one_block
     strides = [f"stride_{x}{dim}" for x in "qkvo" for dim in "tn"]
@@ -57,6 +59,8 @@ def _spec(
         constants |= {} if described else {name: None}
     types |= {"lse": "*fp32"} if lse else {}
     constants |= {} if lse else {"lse": None}
+    types |= {"schedule": "*i32"} if scheduled else {}
+    constants |= {} if scheduled else {"schedule": None}
     if group == 1:  # Triton makes an integer argument of 1 a constant
         constants["group"] = 1
     else:
@@ -66,7 +70,7 @@ def _spec(
         kernel="attention_triton.attention_kernel",
         config=f"{dtype} H{H} {'causal' if causal else 'full'} group{group} {tile.BM}x{tile.BN} "
         f"warps{tile.warps} stages{tile.stages} {'tma' if tma else 'pointers'}"
-        f"{' one block' if one_block else ''}{' lse' if lse else ''}",
+        f"{' one block' if one_block else ''}{' lse' if lse else ''}{' scheduled' if scheduled else ''}",
         types=types,
         constants=constants,
         num_warps=tile.warps,
@@ -76,6 +80,10 @@ def _spec(
         wgmma=tile.BM >= 64 and dtype == "bf16",
         blocks=2 if tma and (causal, H) in PUBLISHED else 1,
         ahead=1 if tma else 0,
-        quick=(causal, H) in PUBLISHED and group == 1 and not lse and dtype == "bf16" and (tma or tile.stages == 1),
+        quick=(causal, H) in PUBLISHED
+        and group == 1
+        and not lse
+        and dtype == "bf16"
+        and (tma or (tile.stages == 1 and not scheduled)),
         options={"enable_fp_fusion": True} | ({} if registers is None else {"maxnreg": registers}),
     )

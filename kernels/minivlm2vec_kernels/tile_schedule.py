@@ -1,0 +1,52 @@
+"""Which tiles of queries a pack of sequences has, for kernels that run one program a tile.
+
+Without a schedule, attention launches as many programs for each sequence as the longest one has tiles, and those beyond
+a sequence's end stop at once. A schedule names the tiles that there are, those of the longest sequence first, so that
+no long one begins when all else is done.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class TileSchedule:
+    """The tiles of B sequences, made on the host from lengths that are known there, and copied to a device once for all
+    the layers that share them.
+
+    lengths_k: keys of each sequence. lengths_q: queries of each, where they are others.
+    """
+
+    def __init__(self, lengths_k: Sequence[int], lengths_q: Sequence[int] | None = None):
+        self.lengths_k, self.lengths_q = lengths_k, lengths_k if lengths_q is None else lengths_q
+        if len(self.lengths_q) != len(lengths_k):
+            raise ValueError(f"{len(lengths_k)} sequences of keys but {len(self.lengths_q)} of queries")
+        self.keys, self.queries = sum(lengths_k), sum(self.lengths_q)
+        self._kept: dict[tuple[int, torch.device], Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.lengths_k)
+
+    def tiles(self, BM: int, device: torch.device) -> Tensor:
+        """[W, 5] int32 on `device`, a row for each tile of BM queries: where its sequence's queries begin and how many
+        they are, the same of the keys, and which of the sequence's tiles it is. Waits for no device."""
+        key = BM, device
+        if key not in self._kept:
+            made = self._tiles(BM)
+            pinned = made.pin_memory() if device.type == "cuda" and len(made) else made
+            self._kept[key] = pinned.to(device, non_blocking=True)
+        return self._kept[key]
+
+    def _tiles(self, BM: int) -> Tensor:
+        Lq, Lk = (torch.tensor(lengths, dtype=torch.int64) for lengths in (self.lengths_q, self.lengths_k))
+        order = Lk.argsort(descending=True, stable=True)
+        count = (Lq[order] + BM - 1) // BM
+        sequence = order.repeat_interleave(count)
+        tile = torch.arange(len(sequence)) - _starts(count).repeat_interleave(count)
+        entries = [_starts(Lq)[sequence], Lq[sequence], _starts(Lk)[sequence], Lk[sequence], tile]
+        return torch.stack(entries, dim=1).to(torch.int32)
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    return lengths.cumsum(0) - lengths
