@@ -5,8 +5,8 @@
 
 "launcher" is this project's part (checks, the output's allocation, grid and constants), with Triton's dispatch replaced
 by nothing. "with dispatch" has Triton's too: it binds the arguments, looks the compiled kernel up and calls a launcher
-that does nothing. Tensors are on the CPU, of the decoder's width. CPU time of this thread, the least of nine rounds,
-as other programs can only add to it.
+that does nothing. Tensors are on the CPU, of the published widths. CPU time of this thread, the least of nine
+rounds, as other programs can only add to it.
 """
 
 import argparse
@@ -18,15 +18,43 @@ import torch
 import triton
 
 from bench.bench_encode import commit
-from minivlm2vec_kernels import activation_triton, linear_triton, quantize_rows_triton, rms_norm_triton, rope_triton
+from minivlm2vec_kernels import (
+    activation_triton,
+    attention_triton,
+    image_patches_triton,
+    layer_norm_triton,
+    linear_triton,
+    merge_crops_triton,
+    pooling_triton,
+    quantize_rows_triton,
+    rms_norm_triton,
+    rope_triton,
+)
 
 
 def launchers(rows: int = 30, D: int = 3072) -> dict[str, Callable[[], object]]:
     x = torch.randn(rows, D).bfloat16()
     weight, square = torch.randn(D).bfloat16(), torch.randn(D, D).bfloat16()
-    q, k = torch.randn(rows, 64, 96).bfloat16().split(32, dim=1)
+    q, k, v = torch.randn(rows, 96, 96).bfloat16().split(32, dim=1)
     cos, sin = torch.randn(2, rows, 48).bfloat16()
+    lengths, scalars = torch.tensor([0, rows], dtype=torch.int32), (rows, True, None, None, None)
+    long = torch.randn(777, 96, 96).bfloat16().split(32, dim=1)
+    of_long = torch.tensor([0, 777], dtype=torch.int32)
+    described = attention_triton.choose_tile(777, 777, True, True, q.dtype)
+    crops = torch.zeros(4, 336, 336, 3, dtype=torch.uint8)
+    statistics, features = torch.ones(3), torch.randn(5, 577, 1024).bfloat16()[:, 1:]
+    separator = torch.randn(4096).bfloat16()
+    positions, narrow = torch.randn(577, 1024).bfloat16(), torch.randn(1024).bfloat16()
     return {
+        "attention": lambda: attention_triton.attention(q, k, v, lengths, *scalars),
+        "attention, TMA": lambda: attention_triton.launch(*long, of_long, 777, of_long, 777, True, None, described),
+        "layer_norm": lambda: layer_norm_triton.layer_norm(positions, narrow, narrow, 1e-5),
+        "layer_norm_shift_": lambda: layer_norm_triton.layer_norm_shift_(positions, narrow, narrow, narrow, 1e-5),
+        "image_patches": lambda: image_patches_triton.image_patches(
+            crops, [2, 2], statistics, statistics, 14, torch.bfloat16
+        ),
+        "merge_crops": lambda: merge_crops_triton.merge_crops(features, [2, 2], separator, separator),
+        "pool_last_token": lambda: pooling_triton.pool_last_token(x, lengths, weight, 1e-5, True),
         "rms_norm": lambda: rms_norm_triton.rms_norm(x, weight, 1e-5),
         "rms_norm_quantize": lambda: rms_norm_triton.rms_norm_quantize(x, weight, 1e-5),
         "quantize_rows": lambda: quantize_rows_triton.quantize_rows(x),

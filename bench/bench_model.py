@@ -4,6 +4,7 @@ the same network that is known to us.
     model           ours, kernel by kernel             model_graphs    replayed as a CUDA graph
     model_prefixes  12 of 30 tokens in common          model_fp8       precision="fp8"
     tower           the image tower on crops           model_compiled  against one compiled graph of the decoder
+    tower_graphs    the same, its layers replayed as a CUDA graph
 
 Workloads: a 64 queries of 30 tokens; a1 one of them; b 32 images at 4 crops, with 20 tokens each; b1 one of them;
 c 16 images at 16 crops; d a mixed list of queries, images of two shapes and long texts.
@@ -36,7 +37,7 @@ from minivlm2vec.batch import Grid, PackedBatch, cumulative, num_image_tokens
 from minivlm2vec.config import VLM2VecConfig
 from minivlm2vec.inference import FusedVLM2Vec, optimize
 from minivlm2vec.inference.fp8 import KEEP, Fp8Linear
-from minivlm2vec.inference.graphs import MAX_TOKENS, GraphedModel, PaddedModel
+from minivlm2vec.inference.graphs import MAX_TOKENS, GraphedModel, GraphedTower, PaddedModel, TowerPrograms
 from minivlm2vec.inference.prefix import SharedBatch, share_prefixes
 from minivlm2vec.info import image_flops, text_flops, tower_flops
 from minivlm2vec.model import VLM2Vec
@@ -142,7 +143,9 @@ def cases(device: torch.device) -> Iterator[Case]:
     for name in ("b", "a") if full else ("a1",):
         yield make("model_fp8", name, workloads[name], fp8)
     for crops in (160, 40, 5) if full else (3,):
-        yield tower_case(config, device, crops)
+        yield tower_case(config, device, "tower", crops)
+    for crops in (2, 5, 8) if full else (3,):
+        yield tower_case(config, device, "tower_graphs", crops)
     for name in ("a1", "d", "b") if full else ():
         yield make("model_compiled", name, workloads[name], compiled_whole)
 
@@ -178,13 +181,23 @@ def graphs(model: FusedVLM2Vec, batch: PackedBatch, work: Workload) -> dict[str,
     if model.backend != "triton":  # the padding alone
         return {"padded": functools.partial(PaddedModel(model, make_at=1), batch)}
     found = {
-        OURS: functools.partial(GraphedModel(model, make_at=1), batch),
+        OURS: functools.partial(GraphedModel(with_tower_graphs(model), make_at=1), batch),
         "no graph": functools.partial(model, batch),
     }
+    if batch.grids:
+        found["tower without graph"] = functools.partial(GraphedModel(model, make_at=1), batch)
     if batch.cu_seqlens.is_cuda:
         peer = when_called(lambda: functools.partial(CapturedPeer(PackedCompiled(model), batch), batch))
         found["packed + compile + graph"] = peer
     return found
+
+
+def with_tower_graphs(model: FusedVLM2Vec) -> FusedVLM2Vec:
+    """Another fast model on the same tensors, whose tower's layers are replayed."""
+    other = fast(model, model.backend)
+    kind = GraphedTower if model.backend == "triton" else TowerPrograms
+    other.vision.graphs = kind(other, make_at=1)
+    return other
 
 
 def prefixes(model: VLM2Vec, batch: PackedBatch, work: Workload) -> dict[str, Provider]:
@@ -216,25 +229,30 @@ def compiled_whole(model: VLM2Vec, batch: PackedBatch, work: Workload) -> dict[s
     return {OURS: functools.partial(model, batch), "packed + whole compile": peer}
 
 
-def tower_case(config, device, crops: int) -> Case:
+def tower_case(config, device, kernel: str, crops: int) -> Case:
     """One tall image, whose crops and global view are `crops` in all."""
-    dtype, grid = dtype_of(device, "tower"), (crops - 1, 1)
+    dtype, grid = dtype_of(device, kernel), (crops - 1, 1)
     weights = sum(p.numel() for p in empty_model(config).vision.parameters()) * dtype.itemsize
     return Case(
-        "tower", f"{crops} crops", dtype,
+        kernel, f"{crops} crops", dtype,
         flops=tower_flops(config, crops), bytes=weights, memory_bound=False,
-        items={"crops": crops}, build=functools.partial(build_tower, config, device, dtype, grid),
+        items={"crops": crops},
+        build=functools.partial(build_tower, config, device, dtype, grid, kernel == "tower_graphs"),
         check=check_vectors, warm_ups=WARM_UPS,
     )  # fmt: skip
 
 
-def build_tower(config, device, dtype, grid: Grid) -> Work:
+def build_tower(config, device, dtype, grid: Grid, graphs: bool) -> Work:
     model = random_model(config, dtype, device)
-    S = config.vision.image_size
+    S, on_card = config.vision.image_size, device.type == "cuda"
     crops = torch.randint(0, 256, (grid[0] * grid[1], S, S, 3), dtype=torch.uint8, device=device)
-    torchs, ours = sharing_weights(model, "torch"), fast(model, "triton" if device.type == "cuda" else "torch")
+    torchs, ours = sharing_weights(model, "torch"), fast(model, "triton" if on_card else "torch")
     found = {REFERENCE: lambda: torchs.vision(crops, (grid,))}
-    if device.type == "cuda":
+    if graphs:
+        replayed = with_tower_graphs(ours)
+        found[OURS if on_card else "by programs"] = lambda: replayed.vision(crops, (grid,))
+        found["no graph"] = lambda: ours.vision(crops, (grid,))
+    elif on_card:
         found[OURS] = lambda: ours.vision(crops, (grid,))
         peer = functools.cache(lambda: PackedCompiled(model))
         found["compile + varlen_attn"] = lambda: peer().tower(crops, (grid,))

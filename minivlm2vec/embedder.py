@@ -122,8 +122,9 @@ class Embedder:
                 "bf16": that model in bfloat16, whatever the checkpoint's dtype.
             prepack: weights in the CPU's own layout. Default: on a CPU that has it.
             share_prefixes: texts of one pack that begin alike compute what they have in common once (default).
-            cuda_graphs: batches of up to 2048 tokens, of a shape that came before, are replayed as CUDA graphs.
-                Default: where the model runs Triton kernels on a CUDA device; True raises elsewhere.
+            cuda_graphs: batches of up to 2048 tokens, and up to 8 crops in the tower, of a shape that came before,
+                are replayed as CUDA graphs. Default: where the model runs Triton kernels on a CUDA device; True raises
+                elsewhere.
             show_progress: progress bars while downloading and loading.
 
         Raises CheckpointError (a ValueError) naming the file or tensor at fault; every tensor of an adapter must have

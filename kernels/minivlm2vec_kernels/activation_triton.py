@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .custom_op import compiled_as_op
-from .launch import as_rows, check_shape, dense_rows, on_device_of
+from .launch import as_rows, cdiv, check_shape, dense_rows, empty_like, next_power_of_2, on_device_of
 
 # kernel -> (largest BF, warps): 16 elements a thread for each operand, two 16-byte loads of bf16
 SETTINGS = {"silu_mul": (2048, 4), "quick_gelu": (2048, 4), "silu_mul_backward": (2048, 4)}
@@ -76,24 +76,24 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     x, F = as_rows(gate_up, "gate_up"), out.shape[-1]
     BF, warps = settings("silu_mul", F)
     with on_device_of(x):
-        silu_mul_kernel[(x.shape[0] * triton.cdiv(F, BF),)](x, out, F, x.stride(0), BF=BF, num_warps=warps)
+        silu_mul_kernel[(x.shape[0] * cdiv(F, BF),)](x, out, F, x.stride(0), BF=BF, num_warps=warps)
     return out
 
 
 def _fake_silu_mul_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
-    return gate_up.new_empty(gate_up.shape)
+    return empty_like(gate_up)
 
 
 @compiled_as_op(_fake_silu_mul_backward)
 def silu_mul_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
     """dout [..., F], gate_up [..., 2F] as it was given. Returns its gradient, contiguous."""
-    dgate_up = gate_up.new_empty(gate_up.shape)
+    dgate_up = empty_like(gate_up)
     if dgate_up.numel() == 0:
         return dgate_up
     dout, x, F = dense_rows(dout), as_rows(gate_up, "gate_up"), dout.shape[-1]
     BF, warps = settings("silu_mul_backward", F)
     with on_device_of(x):
-        silu_mul_backward_kernel[(x.shape[0] * triton.cdiv(F, BF),)](
+        silu_mul_backward_kernel[(x.shape[0] * cdiv(F, BF),)](
             dout, x, dgate_up, F, dout.stride(0), x.stride(0), BF=BF, num_warps=warps
         )
     return dgate_up
@@ -114,7 +114,7 @@ class SiluMul(torch.autograd.Function):
 
 
 def _fake_quick_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape)
+    return empty_like(x)
 
 
 @compiled_as_op(_fake_quick_gelu)
@@ -130,7 +130,7 @@ def quick_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
     x = as_rows(x, "x")
     BF, warps = settings("quick_gelu", F)
     with on_device_of(x):
-        quick_gelu_kernel[(x.shape[0] * triton.cdiv(F, BF),)](
+        quick_gelu_kernel[(x.shape[0] * cdiv(F, BF),)](
             x, bias, out, F, x.stride(0), BIAS=bias is not None, BF=BF, num_warps=warps
         )
     return out
@@ -139,4 +139,4 @@ def quick_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
 def settings(kernel: str, F: int) -> tuple[int, int]:
     """(BF, warps) for rows of F features."""
     largest, warps = SETTINGS[kernel]
-    return min(largest, max(128, triton.next_power_of_2(F))), warps
+    return min(largest, max(128, next_power_of_2(F))), warps

@@ -34,7 +34,7 @@ from .attention_triton import (
     tile_for,
 )
 from .custom_op import compiled_as_op
-from .launch import on_device_of
+from .launch import cdiv, empty_like, on_device_of
 
 # ------------------------------------------------------------------------------------------------ queries' gradient
 
@@ -250,7 +250,7 @@ def _fake_attention_with_lse(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float | None,
     cu_seqlens_q: Tensor | None, max_seqlen_q: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 @compiled_as_op(_fake_attention_with_lse)
@@ -270,7 +270,7 @@ def _fake_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     causal: bool, scale: float | None, cu_seqlens_q: Tensor | None, max_seqlen_q: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return empty_like(q), empty_like(k), empty_like(v)
 
 
 @compiled_as_op(_fake_attention_backward)
@@ -303,7 +303,7 @@ def launch_backward(
     delta, dout = torch.empty_like(lse), dout.contiguous()
     lengths = (cu_seqlens_q, cu_seqlens_k)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-    tiles_q, tiles_k = triton.cdiv(max_seqlen_q, tile_q.BM), triton.cdiv(max_seqlen_k, tile_kv.BN)
+    tiles_q, tiles_k = cdiv(max_seqlen_q, tile_q.BM), cdiv(max_seqlen_k, tile_kv.BN)
     with on_device_of(q):
         if B * N * tiles_q:
             attention_dq_kernel[(B * N * tiles_q,)](

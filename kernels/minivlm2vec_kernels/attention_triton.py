@@ -33,11 +33,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import cards
 from .custom_op import compiled_as_op
-from .launch import on_device_of
+from .launch import cdiv, empty_like, on_device_of
 from .tile_schedule import TileSchedule
 
 LOG2_E = 1.4426950408889634
 TAIL = 16  # the smallest side of a tl.dot
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------- the kernel
@@ -281,7 +282,10 @@ def _first_that_holds(
 ) -> Tile:
     if dtype == torch.float32:
         return FP32_TILE
-    return next(tile for (q, k), tile in rows.items() if max_seqlen_q <= q and max_seqlen_k <= k)
+    for (q, k), tile in rows.items():
+        if max_seqlen_q <= q and max_seqlen_k <= k:
+            return tile
+    raise ValueError(f"no tile for {max_seqlen_q} queries and {max_seqlen_k} keys")
 
 
 def most_registers(tile: Tile, H: int, causal: bool) -> int | None:
@@ -310,7 +314,7 @@ def _fake_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float | None,
     cu_seqlens_q: Tensor | None, max_seqlen_q: int | None,
 ) -> Tensor:  # fmt: skip
-    return q.new_empty(q.shape)
+    return empty_like(q)
 
 
 @compiled_as_op(_fake_attention)
@@ -333,26 +337,26 @@ def launch(
     """`attention` with a given tile, for tests and for the bench's sweep. lse [N, Tq] float32 is filled if given; then
     rows beyond the last sequence are zeros, because a NaN there, times a gradient of zero, would be a NaN in the
     gradient of a weight."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    T, N, H = q.shape
+    scale = H**-0.5 if scale is None else scale
     check_inputs(q, k, v, cu_seqlens_k, cu_seqlens_q, scale)
-    out = q.new_empty(q.shape) if lse is None else torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    N, H0, H1 = q.shape[1], *split_head_dim(q.shape[2])
-    tiles, order = triton.cdiv(max_seqlen_q, tile.BM), None
-    programs = (len(cu_seqlens_q) - 1) * N * tiles
+    out = empty_like(q) if lse is None else torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    (H0, H1), tiles, order = split_head_dim(H), cdiv(max_seqlen_q, tile.BM), None
+    programs = (cu_seqlens_q.shape[0] - 1) * N * tiles
     if schedule is not None:
         check_schedule(schedule, q, k, cu_seqlens_q)
         order = schedule.tiles(tile.BM, q.device)
-        programs = len(order) * N
-    if out.numel() == 0 or programs == 0:
+        programs = order.shape[0] * N
+    if T == 0 or programs == 0:
         return out
     one_block = max_seqlen_k <= tile.BN
     described = describe_keys(k, v, tile.BN, H0, H1) if tile.tma and not one_block else (None,) * 4
-    registers = None if torch.version.hip is not None else most_registers(tile, H0 + H1, causal)
+    registers = None if torch.version.hip is not None else most_registers(tile, H, causal)
     with on_device_of(q):
         attention_kernel[(programs,)](
             q, k, v, *described, out, lse, cu_seqlens_q, cu_seqlens_k, order,
-            scale * LOG2_E, N, N // k.shape[1], tiles, len(q),
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
+            scale * LOG2_E, N, N // k.shape[1], tiles, T,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], N * H, H,
             H0=H0, H1=H1, BM=tile.BM, BN=tile.BN, TAIL=TAIL,
             CAUSAL=causal, ONE_BLOCK=one_block, TMA=described[0] is not None,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
@@ -400,26 +404,38 @@ def supports_tma(*tensors: Tensor) -> bool:
 
 
 def is_aligned(t: Tensor) -> bool:
-    return t.data_ptr() % 16 == 0 and all(n > 0 and n * t.element_size() % 16 == 0 for n in t.stride()[:2])
+    size, (stride_t, stride_n, _) = t.element_size(), t.stride()
+    return stride_t > 0 and stride_n > 0 and not (t.data_ptr() | stride_t * size | stride_n * size) % 16
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, cu_seqlens_q: Tensor, scale: float) -> None:
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"q must be float16, bfloat16 or float32, got {q.dtype}")
+    dtype, device = q.dtype, q.device  # read once: an attribute of a tensor takes 0.1 to 0.2 us
+    if dtype not in DTYPES:
+        raise ValueError(f"q must be float16, bfloat16 or float32, got {dtype}")
     if v.shape != k.shape or q.shape[2] != k.shape[2]:
         raise ValueError(f"k {tuple(k.shape)}, v {tuple(v.shape)}, q {tuple(q.shape)} do not go together")
-    for name, x in [("q", q), ("k", k), ("v", v)]:
-        if x.stride(2) != 1:
-            raise ValueError(f"{name}: the last dimension must have stride 1, got strides {x.stride()}")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}")
-    for name, cu in [("cu_seqlens", cu_seqlens_k), ("cu_seqlens_q", cu_seqlens_q)]:
-        if cu.dtype != torch.int32 or not cu.is_contiguous() or cu.device != q.device:
-            raise ValueError(f"{name} must be dense int32 on {q.device}, got {cu.dtype}, {cu.stride()}, {cu.device}")
-    if len(cu_seqlens_k) != len(cu_seqlens_q):
-        raise ValueError(f"cu_seqlens has {len(cu_seqlens_k)} entries, cu_seqlens_q {len(cu_seqlens_q)}")
+    _check_heads("q", q, dtype, device)
+    _check_heads("k", k, dtype, device)
+    _check_heads("v", v, dtype, device)
+    _check_lengths("cu_seqlens", cu_seqlens_k, device)
+    if cu_seqlens_q is not cu_seqlens_k:
+        _check_lengths("cu_seqlens_q", cu_seqlens_q, device)
+        if len(cu_seqlens_k) != len(cu_seqlens_q):
+            raise ValueError(f"cu_seqlens has {len(cu_seqlens_k)} entries, cu_seqlens_q {len(cu_seqlens_q)}")
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
+
+
+def _check_heads(name: str, x: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    if x.stride(2) != 1:
+        raise ValueError(f"{name}: the last dimension must have stride 1, got strides {x.stride()}")
+    if x.dtype != dtype or x.device != device:
+        raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {dtype} on {device}")
+
+
+def _check_lengths(name: str, cu: Tensor, device: torch.device) -> None:
+    if cu.dtype != torch.int32 or not cu.is_contiguous() or cu.device != device:
+        raise ValueError(f"{name} must be dense int32 on {device}, got {cu.dtype}, {cu.stride()}, {cu.device}")
 
 
 def check_schedule(schedule: TileSchedule, q: Tensor, k: Tensor, cu_seqlens_q: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .custom_op import compiled_as_op
 from .image_grids import Grid, launches, pack, unflatten
-from .launch import check_shape, on_device_of
+from .launch import cdiv, check_shape, on_device_of
 
 SETTINGS = (512, 4)  # BO, warps
 
@@ -120,7 +120,7 @@ def image_patches(
 
 def _launch(crops: Tensor, grids: Sequence[Grid], mean: Tensor, std: Tensor, out: Tensor, p: int) -> None:
     S, (BO, warps) = crops.shape[1], SETTINGS
-    blocks = triton.cdiv(3 * S * p, BO)
+    blocks = cdiv(3 * S * p, BO)
     most_views = max(1 + h * w for h, w in grids)
     with on_device_of(crops):
         image_patches_kernel[(blocks * (S // p) * most_views, len(grids))](

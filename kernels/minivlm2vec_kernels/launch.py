@@ -20,6 +20,23 @@ def _several_devices() -> bool:
     return torch.cuda.device_count() > 1
 
 
+# triton.cdiv and triton.next_power_of_2 take 2.5 and 9 us a call.
+
+
+def cdiv(n: int, block: int) -> int:
+    return -(-n // block)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least one from n on; 1 for n = 0."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Contiguous, whatever x's strides: `x.new_empty(x.shape)` in half the time."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
 def as_rows(x: Tensor, name: str) -> Tensor:
     """x [..., D] as [R, D]. Rows may lie any distance apart, but each must be dense."""
     if x.dim() == 0 or (x.shape[-1] > 1 and x.stride(-1) != 1):
@@ -63,7 +80,7 @@ ROW_SETTINGS = {
 
 def whole_rows(D: int, settings: dict[int, tuple[int, int]] = ROW_SETTINGS) -> tuple[int, int, int]:
     """(BD, BM, warps) for rows of D elements. Raises ValueError where they are wider than the table."""
-    BD = max(1 << max(D - 1, 0).bit_length(), min(settings))  # triton.next_power_of_2 takes 9 us
+    BD = max(next_power_of_2(D), min(settings))
     if BD not in settings:
         raise ValueError(f"rows of {D} elements are wider than the {max(settings)} that fit in one program")
     return BD, *settings[BD]

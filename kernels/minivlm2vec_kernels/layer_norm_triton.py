@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .custom_op import compiled_as_op
-from .launch import as_rows, check_shape, on_device_of, whole_rows
+from .launch import as_rows, cdiv, check_shape, empty_like, on_device_of, whole_rows
 
 
 @triton.jit
@@ -50,13 +50,13 @@ def layer_norm_kernel(
 
 
 def _fake_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
+    return empty_like(x)
 
 
 def _fake_add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape)
+    return empty_like(x), empty_like(x)
 
 
 @compiled_as_op(_fake_layer_norm)
@@ -79,7 +79,7 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
 
 
 def _fake_layer_norm_shift_(x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
+    return empty_like(x)
 
 
 @compiled_as_op(_fake_layer_norm_shift_, mutates_args=("x",))
@@ -112,7 +112,7 @@ def _launch(
         return
     BD, BM, warps = whole_rows(D)
     with on_device_of(x):
-        layer_norm_kernel[(triton.cdiv(R, BM),)](
+        layer_norm_kernel[(cdiv(R, BM),)](
             x, residual, None if shift is None else shift.contiguous(), weight.contiguous(), bias.contiguous(),
             out, total,
             R, D, x.stride(0), 0 if residual is None else residual.stride(0), eps,

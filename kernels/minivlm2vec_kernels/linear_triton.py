@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import cards
 from .custom_op import compiled_as_op
-from .launch import as_rows, check_shape, multiprocessors, on_device_of
+from .launch import as_rows, cdiv, check_shape, multiprocessors, on_device_of
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def _is_small(x: Tensor) -> bool:
 
 
 def _grid(x: Tensor, M: int, N: int, tiles: Tiles) -> tuple[int]:
-    count = triton.cdiv(M, tiles.BM) * triton.cdiv(N, tiles.BN)
+    count = cdiv(M, tiles.BM) * cdiv(N, tiles.BN)
     if not tiles.resident or not x.is_cuda:
         return (count,)
     return (min(count, tiles.resident * multiprocessors(x.get_device())),)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .custom_op import compiled_as_op
 from .image_grids import Grid, launches, pack, unflatten
-from .launch import check_shape, on_device_of
+from .launch import cdiv, check_shape, next_power_of_2, on_device_of
 
 # BD up to this -> (BR, warps): 64 elements a thread at most
 SETTINGS = {1024: (8, 4), 2048: (4, 4), 4096: (2, 4), 8192: (1, 4), 32768: (1, 16)}
@@ -96,7 +96,7 @@ def _launch(
     BD, BR, warps = settings(4 * D)
     most_rows = max(rows_of(grid, P // 2) for grid in grids)
     with on_device_of(features):
-        merge_crops_kernel[(triton.cdiv(most_rows, BR), len(grids))](
+        merge_crops_kernel[(cdiv(most_rows, BR), len(grids))](
             features, sub_GN, glb_GN, out,
             features.stride(0), features.stride(1), pack(grids),
             P=P, D=D, BR=BR, BD=BD, num_warps=warps,
@@ -105,7 +105,7 @@ def _launch(
 
 def settings(width: int) -> tuple[int, int, int]:
     """(BD, BR, warps) for rows of `width` = 4D channels."""
-    BD = triton.next_power_of_2(width)
+    BD = next_power_of_2(width)
     for limit, (BR, warps) in SETTINGS.items():
         if limit >= BD:
             return BD, BR, warps

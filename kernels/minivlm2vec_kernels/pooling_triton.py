@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .custom_op import compiled_as_op
-from .launch import as_rows, check_shape, on_device_of
+from .launch import as_rows, check_shape, next_power_of_2, on_device_of
 
 SETTINGS = {2048: 4, 8192: 8, 32768: 16}  # BD up to this -> warps
 
@@ -66,7 +66,7 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfl
 
 def settings(D: int) -> tuple[int, int]:
     """(BD, warps) for rows of D elements."""
-    BD = triton.next_power_of_2(D)
+    BD = next_power_of_2(D)
     warps = next((w for limit, w in SETTINGS.items() if limit >= BD), None)
     if warps is None:
         raise ValueError(f"rows of {D} elements are wider than the {max(SETTINGS)} that fit in one program")

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .custom_op import compiled_as_op
-from .launch import as_rows, on_device_of, whole_rows
+from .launch import as_rows, cdiv, empty_like, on_device_of, whole_rows
 
 E4M3_MAX = tl.constexpr(448.0)
 
@@ -40,7 +40,7 @@ def quantize_rows_kernel(x, out, scale, R, K, stride_x, BM: tl.constexpr, BK: tl
 
 
 def _fake_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return empty_like(x, torch.float8_e4m3fn), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 @compiled_as_op(_fake_quantize_rows)
@@ -53,7 +53,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     if R == 0:
         return out, scale
     with on_device_of(x):
-        quantize_rows_kernel[(triton.cdiv(R, BM),)](
+        quantize_rows_kernel[(cdiv(R, BM),)](
             x, out, scale, R, K, x.stride(0), BM=BM, BK=BK, num_warps=warps
         )  # fmt: skip
     return out, scale

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .custom_op import compiled_as_op
-from .launch import as_rows, check_shape, dense_rows, on_device_of, whole_rows
+from .launch import as_rows, cdiv, check_shape, dense_rows, empty_like, on_device_of, whole_rows
 from .quantize_rows_triton import scaled
 
 # BD -> (BM, warps), backward: twice the operands and a sum, so half as many elements a thread as in ROW_SETTINGS.
@@ -60,11 +60,11 @@ def rms_norm_kernel(
 
 
 def _fake_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+    return empty_like(x, torch.promote_types(x.dtype, weight.dtype))
 
 
 def _fake_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _fake_rms_norm(x, weight, eps), x.new_empty(x.shape)
+    return _fake_rms_norm(x, weight, eps), empty_like(x)
 
 
 @compiled_as_op(_fake_rms_norm)
@@ -95,7 +95,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, tot
         return
     BD, BM, warps = whole_rows(D)
     with on_device_of(x):
-        rms_norm_kernel[(triton.cdiv(R, BM),)](
+        rms_norm_kernel[(cdiv(R, BM),)](
             x, residual, weight.contiguous(), out, total,
             R, D, x.stride(0), 0 if residual is None else residual.stride(0), eps,
             ADD=residual is not None, BM=BM, BD=BD, num_warps=warps,
@@ -124,7 +124,7 @@ def rms_norm_quantize_kernel(
 
 
 def _fake_rms_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return empty_like(x, torch.float8_e4m3fn), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 @compiled_as_op(_fake_rms_norm_quantize)
@@ -138,7 +138,7 @@ def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Te
     if R == 0:
         return out, scale
     with on_device_of(x):
-        rms_norm_quantize_kernel[(triton.cdiv(R, BM),)](
+        rms_norm_quantize_kernel[(cdiv(R, BM),)](
             x, weight.contiguous(), out, scale, R, D, x.stride(0), eps, BM=BM, BD=BD, num_warps=warps
         )  # fmt: skip
     return out, scale
@@ -186,7 +186,7 @@ def rms_norm_backward_kernel(
 def _fake_rms_norm_backward(
     dout: Tensor, dtotal: Tensor | None, s: Tensor, weight: Tensor, eps: float, with_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    return s.new_empty(s.shape), weight.new_empty(weight.shape if with_weight else (0,))
+    return empty_like(s), weight.new_empty(weight.shape if with_weight else (0,))
 
 
 @compiled_as_op(_fake_rms_norm_backward)
@@ -197,11 +197,11 @@ def rms_norm_backward(
 
     Returns (ds, dweight), contiguous, in the dtypes of s and of weight; dweight is empty without `with_weight`.
     """
-    ds = s.new_empty(s.shape)
+    ds = empty_like(s)
     rows, dout, D = as_rows(s, "s"), dense_rows(dout), s.shape[-1]
     dtotal = None if dtotal is None else dense_rows(dtotal)
     BD, BM, warps = whole_rows(D, BACKWARD_SETTINGS)
-    programs = min(triton.cdiv(len(rows), BM), BACKWARD_PROGRAMS)
+    programs = min(cdiv(len(rows), BM), BACKWARD_PROGRAMS)
     parts = torch.empty(programs if with_weight else 0, D, dtype=torch.float32, device=s.device)
     if programs:
         with on_device_of(s):

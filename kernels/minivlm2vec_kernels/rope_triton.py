@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .custom_op import compiled_as_op
-from .launch import check_shape, on_device_of
+from .launch import check_shape, empty_like, next_power_of_2, on_device_of
 
 # elements of a token's two tiles (query and key heads, both halves, padded to powers of two) -> warps
 SETTINGS = {1024: 1, 2048: 2, 4096: 4, 16384: 8}
@@ -77,7 +77,7 @@ def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def _fake_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+    return empty_like(q), empty_like(k)
 
 
 @compiled_as_op(_fake_rope)
@@ -134,7 +134,7 @@ def _launch(q: Tensor, k: Tensor, out_q: Tensor, out_k: Tensor, cos: Tensor, sin
 @functools.cache
 def settings(N: int, Nkv: int, H: int) -> tuple[int, int, int, int]:
     """(BN, BNKV, BH, warps) for a token of N + Nkv heads. Either may be 0: a block holds at least one, masked."""
-    BN, BNKV, BH = (triton.next_power_of_2(max(n, 1)) for n in (N, Nkv, H // 2))
+    BN, BNKV, BH = (next_power_of_2(max(n, 1)) for n in (N, Nkv, H // 2))
     elements = 2 * BH * (BN + BNKV)
     warps = next((w for limit, w in SETTINGS.items() if elements <= limit), 16)
     return BN, BNKV, BH, warps

@@ -11,7 +11,7 @@ import torch
 
 from ..embedder import Embedder
 from ..inference.fp8 import check_fp8
-from ..inference.graphs import PaddedModel
+from ..inference.graphs import PaddedModel, TowerPrograms
 from ..inference.prefix import SharedBatch, share_prefixes
 from ..inference.prepack import can_prepack
 from . import recorded
@@ -124,17 +124,20 @@ def with_shared_prefixes(e: Embedder, inputs: list[Any]) -> list[np.ndarray]:
 def replayed(e: Embedder, inputs: list[Any]) -> list[np.ndarray]:
     """What graphs give when they are captured, and when they are replayed on other data and again."""
     model: Any = e.model
-    model.graphs.make_at = 1
+    both = {"decoder": model.graphs, "tower": model.vision.graphs}
+    for graphs in both.values():
+        graphs.make_at = 1
     found = in_packs(e, inputs)
-    if not model.graphs.programs and model.graphs.enabled:
-        raise RuntimeError("no graph was captured, or each was wrong and is dropped")
+    for part, graphs in both.items():
+        if not graphs.programs and graphs.enabled:
+            raise RuntimeError(f"no graph of the {part} was captured, or each was wrong and is dropped")
     return found + in_packs(e, inputs)
 
 
 def padded(e: Embedder, inputs: list[Any]) -> list[np.ndarray]:
     """What would be captured on a CUDA device, run as it is."""
     model: Any = e.model
-    model.graphs = PaddedModel(model, make_at=1)
+    model.graphs, model.vision.graphs = PaddedModel(model), TowerPrograms(model)
     return replayed(e, inputs)
 
 

@@ -20,8 +20,8 @@ from ..model import VLM2Vec, last_token
 from ..projector import Projector
 from ..vision import VisionLayer, VisionTower
 from .fp8 import KEEP, check_fp8, quantize, takes_fp8
-from .fused import FUSED, FusedVLM2Vec, InferenceOnly, fuse, is_plain
-from .graphs import GraphedModel, can_graph
+from .fused import FUSED, FusedVisionTower, FusedVLM2Vec, InferenceOnly, fuse, is_plain
+from .graphs import GraphedModel, GraphedTower, can_graph
 from .origin import keep_origin, origin, stored_bytes
 from .prepack import can_prepack
 from .prepack import prepack as pack
@@ -52,8 +52,9 @@ def optimize(
         prepack: bring weights into the CPU's own layout, see prepack.py. Default: on a CPU that has it, but for fp8.
         share_prefixes: texts of one pack that begin alike compute what they have in common once, where that pays; see
             prefix.py.
-        cuda_graphs: replay small batches as CUDA graphs; see graphs.py. Default: where the model runs Triton kernels
-            on a CUDA device. True raises elsewhere, and where a graph cannot be captured.
+        cuda_graphs: replay small batches, and the tower's layers for few crops, as CUDA graphs; see graphs.py.
+            Default: where the model runs Triton kernels on a CUDA device. True raises elsewhere, and where a graph
+            cannot be captured.
 
     Raises ValueError where an option does not fit the model, before anything is changed.
     """
@@ -140,6 +141,8 @@ def _fuse_whole(model: VLM2Vec, share_prefixes: bool, cuda_graphs: bool | None) 
     model.sharing, model.graphs = share_prefixes and model.causal, None
     if model.causal and (can_graph(model) if cuda_graphs is None else cuda_graphs):
         model.graphs = GraphedModel(model, strict=cuda_graphs is True)
+        if isinstance(model.vision, FusedVisionTower):
+            model.vision.graphs = GraphedTower(model, strict=cuda_graphs is True)
     return model
 
 

@@ -219,9 +219,14 @@ def _one_each(n: int, device: torch.device) -> Tensor:
 
 
 class FusedVisionTower(InferenceOnly, VisionTower):
-    """Crops do not see each other, so they pass through the layers in chunks, which bounds memory."""
+    """Crops do not see each other, so they pass through the layers in chunks, which bounds memory.
+
+    Attributes:
+        graphs: None, or what replays the layers for few crops as CUDA graphs (graphs.py).
+    """
 
     stands_for = VisionTower  # in the registry
+    graphs: Any = None
 
     def forward(self, crops: Tensor, grids: tuple[Grid, ...], *, crops_per_chunk: int | None = None) -> Tensor:
         embeddings = self.embeddings
@@ -234,7 +239,10 @@ class FusedVisionTower(InferenceOnly, VisionTower):
         return _joined([self._through_layers(self.pre_layrnorm(place(F.linear(part, weight)))) for part in chunks])
 
     def _through_layers(self, x: Tensor) -> Tensor:
-        """x [C, L, D] is written over."""
+        return self.layers_(x) if self.graphs is None else self.graphs(x)
+
+    def layers_(self, x: Tensor) -> Tensor:
+        """x [C, L, D], which is written over -> [C, P * P, D], without graphs."""
         layers: Any = self.layers
         for layer in layers:
             x = layer.forward_(x)

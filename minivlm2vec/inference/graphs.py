@@ -1,4 +1,5 @@
-"""CUDA graphs for small batches: one launch for the whole decoder instead of some three hundred.
+"""CUDA graphs for small batches: one launch for the whole decoder instead of some three hundred, and one for the
+tower's layers instead of 184.
 
 A short query takes about 3 ms of reading weights but longer to launch kernel by kernel. A graph replays its launches
 for fixed shapes on fixed addresses, so a batch is copied into buffers and padded to one of few shapes (`Bucket`):
@@ -7,28 +8,35 @@ for fixed shapes on fixed addresses, so a batch is copied into buffers and padde
         they hold stays there
     sequences beyond the batch's are empty: they begin and end where the last one ends
 
-Token embeddings and images stay outside the graph. T packed tokens, B sequences, D width.
+An image has few crops, so the tower has a graph for each number of them, without padding.
+
+What a user may hook or replace stays outside: token and patch embeddings, the tower's first norm, the projector.
+T packed tokens, B sequences, D width, C crops, L positions.
 """
 
 import threading
 import warnings
+from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from minivlm2vec_kernels import choose_backend
+from minivlm2vec_kernels.ops import needs_grad
 
 from ..batch import PackedBatch
 from ..decoder import Packing
 from ..model import VLM2Vec
 from ..rope import inverse_frequencies, rotations
-from .fused import FusedVLM2Vec
+from .fused import FusedVisionTower, FusedVLM2Vec
 from .prefix import SharedBatch
 
 MAX_TOKENS = 2048  # above, launches take less than 2 % of the time and are hidden behind it
+MAX_CROPS = 8  # from here on the tower computes for longer than its launches take (bench/README.md)
 MAX_GRAPHS = 32
 MAX_SEEN = 128  # shapes that are remembered to have come once
 # Relative errors of a vector that are rounding: between two orders of summing, cosines of 0.999 were seen in bfloat16
@@ -43,9 +51,6 @@ class Bucket:
     tokens: int
     sequences: int
     max_seqlen: int
-
-
-Key = tuple[Bucket, bool]  # the bool: whether vectors are normalised
 
 
 def bucket_of(batch: PackedBatch, longest: int) -> Bucket | None:
@@ -95,25 +100,48 @@ class Buffers:
         return model.decode_(x, packing, normalize=normalize)
 
 
-class PaddedModel:
-    """Calls like the model's, small batches padded to buckets. One call runs at a time, whatever the threads.
+Key = TypeVar("Key", bound=Hashable)
+Given = TypeVar("Given")
 
-    A bucket's program is made when the bucket comes for the second time (among the last `MAX_SEEN` that came once;
+
+class Programs(ABC, Generic[Key, Given]):
+    """Programs for inputs of few shapes, each with a key. One call runs at a time, whatever the threads.
+
+    A key's program is made when the key comes for the second time (among the last `MAX_SEEN` that came once;
     for the first time with make_at=1), and at most `max_programs` are kept: a new one takes the place of the one used
-    longest ago. When it is made, its first result is compared with that of the same batch as it is; a program that
+    longest ago. When it is made, its first result is compared with that of the same input as it is; a program that
     differs by more than rounding is dropped for good, with a warning.
 
-    This class runs programs eagerly, on any device; `GraphedModel` captures them.
+    This class runs programs eagerly, on any device; `Captured` captures them.
     """
 
     def __init__(self, model: FusedVLM2Vec, *, max_programs: int = MAX_GRAPHS, make_at: int = 2):
         self.model, self.max_programs, self.make_at = model, max_programs, make_at
         self.programs: OrderedDict[Key, Callable[[], Tensor]] = OrderedDict()
-        self.buffers = Buffers(model)
         self.enabled = True
         self._seen: OrderedDict[Key, None] = OrderedDict()
         self._wrong: set[Key] = set()
         self._lock = threading.Lock()
+
+    @abstractmethod
+    def __call__(self, *args: Any, **options: Any) -> Tensor:
+        """`result`, or the input as it is where no program fits."""
+
+    @abstractmethod
+    def _as_it_is(self, key: Key, given: Given) -> Tensor:
+        """Without a program; leaves `given` as it was."""
+
+    @abstractmethod
+    def _fill(self, key: Key, given: Given) -> None:
+        """Copies the input to where programs read it."""
+
+    @abstractmethod
+    def _body(self, key: Key) -> Tensor:
+        """What a program does; it may write over what was filled in, and waits for nothing."""
+
+    def _cut(self, out: Tensor, given: Given) -> Tensor:
+        """The input's part of what a program gave, still the program's memory."""
+        return out
 
     def recapture(self) -> None:
         """Forgets all programs, which are then made anew: after the model's weights were moved."""
@@ -123,19 +151,15 @@ class PaddedModel:
                 kept.clear()
             self.enabled = True
 
-    @torch.inference_mode()
-    def __call__(self, batch: PackedBatch, *, normalize: bool = True) -> Tensor:
-        bucket = bucket_of(batch, self.model.config.decoder.original_max_position_embeddings)
-        if bucket is None or not self.enabled:
-            return self.model.run(batch, normalize=normalize)
+    def result(self, key: Key, given: Given) -> Tensor:
+        """By the key's program, where there is one or is to be."""
         with self._lock:
-            key = bucket, normalize
             if key in self.programs:
                 self.programs.move_to_end(key)
-                return self._run(self.programs[key], batch, bucket)
+                return self._run(self.programs[key], key, given)
             if not self._comes_again(key):
-                return self.model.run(batch, normalize=normalize)
-            return self._begin(key, batch)
+                return self._as_it_is(key, given)
+            return self._begin(key, given)
 
     def _comes_again(self, key: Key) -> bool:
         """Whether a program is to be made for it."""
@@ -149,22 +173,21 @@ class PaddedModel:
             self._seen.popitem(last=False)
         return False
 
-    def _begin(self, key: Key, batch: PackedBatch) -> Tensor:
-        """Makes a program and checks it by its first batch, whose vectors are returned."""
-        bucket, normalize = key
-        expected = self.model.run(batch, normalize=normalize)
+    def _begin(self, key: Key, given: Given) -> Tensor:
+        """Makes a program and checks it by its first input, whose result is returned."""
+        expected = self._as_it_is(key, given)
         if not expected.isfinite().all():
             return expected
-        self._fill(batch, bucket)  # making a program may run it
-        program = self._make(lambda: self.buffers.vectors(self.model, bucket, normalize))
+        self._fill(key, given)  # making a program may run it
+        program = self._make(lambda: self._body(key))
         if program is None:
             return expected
-        error = relative_error(self._run(program, batch, bucket), expected)
+        error = relative_error(self._run(program, key, given), expected)
         allowed = ROUNDING[self.model.dtype]
         if not error <= allowed:  # NaN is not
             self._wrong.add(key)
             warnings.warn(
-                f"a program for {bucket} gave other vectors than the same batch without it (relative error "
+                f"a program for {key} gave other vectors than the same batch without it (relative error "
                 f"{error:.2g}, rounding is below {allowed}); it is dropped, and such batches run as they are",
                 stacklevel=4,
             )
@@ -175,12 +198,9 @@ class PaddedModel:
         self.programs[key] = program
         return expected
 
-    def _run(self, program: Callable[[], Tensor], batch: PackedBatch, bucket: Bucket) -> Tensor:
-        self._fill(batch, bucket)
-        return program()[: batch.num_sequences].clone()
-
-    def _fill(self, batch: PackedBatch, bucket: Bucket) -> None:
-        self.buffers.fill(self.model.embed(batch), batch, bucket)
+    def _run(self, program: Callable[[], Tensor], key: Key, given: Given) -> Tensor:
+        self._fill(key, given)
+        return self._cut(program(), given).clone()
 
     def _make(self, run: Callable[[], Tensor]) -> Callable[[], Tensor] | None:
         return run
@@ -189,13 +209,85 @@ class PaddedModel:
         pass
 
 
+Padded = tuple[Bucket, bool]  # and whether vectors are normalised
+
+
+class PaddedModel(Programs[Padded, PackedBatch]):
+    """Calls like the model's, small batches padded to buckets."""
+
+    def __init__(self, model: FusedVLM2Vec, **options: Any):
+        super().__init__(model, **options)
+        self.buffers = Buffers(model)
+
+    def recapture(self) -> None:
+        super().recapture()
+        tower = self.model.vision
+        if isinstance(tower, FusedVisionTower) and tower.graphs is not None:
+            tower.graphs.recapture()
+
+    @torch.inference_mode()
+    def __call__(self, batch: PackedBatch, *, normalize: bool = True) -> Tensor:
+        bucket = bucket_of(batch, self.model.config.decoder.original_max_position_embeddings)
+        if bucket is None or not self.enabled:
+            return self.model.run(batch, normalize=normalize)
+        return self.result((bucket, normalize), batch)
+
+    def _as_it_is(self, key: Padded, batch: PackedBatch) -> Tensor:
+        return self.model.run(batch, normalize=key[1])
+
+    def _fill(self, key: Padded, batch: PackedBatch) -> None:
+        self.buffers.fill(self.model.embed(batch), batch, key[0])
+
+    def _body(self, key: Padded) -> Tensor:
+        return self.buffers.vectors(self.model, *key)
+
+    def _cut(self, out: Tensor, batch: PackedBatch) -> Tensor:
+        return out[: batch.num_sequences]
+
+
+@dataclass(frozen=True)
+class Crops:
+    """How many pass through the tower's layers together."""
+
+    count: int
+
+
+class TowerPrograms(Programs[Crops, Tensor]):
+    """Calls like the tower's `layers_`, of up to MAX_CROPS crops by programs."""
+
+    def __init__(self, model: FusedVLM2Vec, **options: Any):
+        super().__init__(model, **options)
+        assert isinstance(model.vision, FusedVisionTower)
+        self.tower, config = model.vision, model.vision.config
+        shape = MAX_CROPS, config.num_positions, config.hidden_size
+        with torch.inference_mode(False):  # the tower is called outside of that mode as well
+            self.x = torch.zeros(shape, dtype=model.dtype, device=model.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [C, L, D], which is written over -> [C, P * P, D]."""
+        alike = (x.shape[1:], x.dtype, x.device) == (self.x.shape[1:], self.x.dtype, self.x.device)
+        if not (self.enabled and alike and len(x) <= MAX_CROPS) or needs_grad(x):
+            return self.tower.layers_(x)
+        with torch.no_grad():
+            return self.result(Crops(len(x)), x)
+
+    def _as_it_is(self, key: Crops, x: Tensor) -> Tensor:
+        return self.tower.layers_(x.clone())
+
+    def _fill(self, key: Crops, x: Tensor) -> None:
+        self.x[: key.count].copy_(x)
+
+    def _body(self, key: Crops) -> Tensor:
+        return self.tower.layers_(self.x[: key.count])
+
+
 def relative_error(ours: Tensor, expected: Tensor) -> float:
-    """The greatest |ours - expected| / |expected| of all vectors [B, D]; waits for the device."""
-    return float(((ours - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-12)).max())
+    """The greatest |ours - expected| / |expected| of all vectors [..., D]; waits for the device."""
+    return float(((ours - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)).max())
 
 
-class GraphedModel(PaddedModel):
-    """PaddedModel with CUDA graphs. All graphs share one memory pool, whose size is that of the largest: they never
+class Captured(Programs[Key, Given]):
+    """Programs as CUDA graphs. All graphs share one memory pool, whose size is that of the largest: they never
     run at the same time, and their outputs are copied out.
 
     A graph holds the addresses of the weights: they may be written over, and after anything that moves them
@@ -205,26 +297,26 @@ class GraphedModel(PaddedModel):
     strict: raise what a capture raises; else warn, once, and run without graphs from then on.
     """
 
-    def __init__(self, model: FusedVLM2Vec, *, max_programs: int = MAX_GRAPHS, make_at: int = 2, strict: bool = True):
+    def __init__(self, model: FusedVLM2Vec, *, strict: bool = True, **options: Any):
         if not can_graph(model):
             raise ValueError(f"CUDA graphs need the Triton kernels on a CUDA device, got {model.device}")
-        super().__init__(model, max_programs=max_programs, make_at=make_at)
+        super().__init__(model, **options)
         self.strict, self._device = strict, model.device
         with torch.cuda.device(self._device):
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream()
             self._read = torch.cuda.Event()  # when the last call has read the buffers
 
-    def __call__(self, batch: PackedBatch, *, normalize: bool = True) -> Tensor:
+    def __call__(self, *args: Any, **options: Any) -> Tensor:
         with torch.cuda.device(self._device):
-            return super().__call__(batch, normalize=normalize)
+            return super().__call__(*args, **options)  # type: ignore[safe-super]
 
-    def _fill(self, batch: PackedBatch, bucket: Bucket) -> None:
+    def _fill(self, key: Key, given: Given) -> None:
         torch.cuda.current_stream().wait_event(self._read)
-        super()._fill(batch, bucket)
+        super()._fill(key, given)  # type: ignore[safe-super]
 
-    def _run(self, program: Callable[[], Tensor], batch: PackedBatch, bucket: Bucket) -> Tensor:
-        out = super()._run(program, batch, bucket)
+    def _run(self, program: Callable[[], Tensor], key: Key, given: Given) -> Tensor:
+        out = super()._run(program, key, given)
         self._read.record()
         return out
 
@@ -256,7 +348,15 @@ class GraphedModel(PaddedModel):
         torch.cuda.synchronize(self._device)
 
 
+class GraphedModel(Captured[Padded, PackedBatch], PaddedModel):
+    """PaddedModel with CUDA graphs."""
+
+
+class GraphedTower(Captured[Crops, Tensor], TowerPrograms):
+    """TowerPrograms with CUDA graphs."""
+
+
 def can_graph(model: VLM2Vec) -> bool:
-    """Whether GraphedModel takes it: Triton kernels on a CUDA device."""
+    """Whether `Captured` takes it: Triton kernels on a CUDA device."""
     with torch.no_grad():
         return model.device.type == "cuda" and choose_backend(model.backend, next(model.parameters())) == "triton"

@@ -69,6 +69,7 @@ def test_cases_run_without_a_gpu(monkeypatch, capsys):
     assert {p for k, c, p in timed if k == "model_prefixes"} == {"reference", "shared", "not shared"}
     assert {p for k, c, p in timed if k == "model_fp8"} == {"reference", "fp8", "bf16"}
     assert {p for k, c, p in timed if k == "model_graphs"} == {"reference", "padded"}
+    assert {p for k, c, p in timed if k == "tower_graphs"} == {"reference", "by programs", "no graph"}
     assert all(r.tokens_s or r.crops_s for r in session.rows)
     out = capsys.readouterr().out
     assert "cosine of fp8 to bf16" in out and "not timed" not in out

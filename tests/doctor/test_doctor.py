@@ -17,7 +17,7 @@ from minivlm2vec.doctor import isolated, kernels, machine, model, recorded, spee
 from minivlm2vec.doctor.privacy import anonymous
 from minivlm2vec.doctor.report import Check, Fact, Report, Timing
 from minivlm2vec.doctor.task import Options, Task
-from minivlm2vec.inference.graphs import PaddedModel
+from minivlm2vec.inference.graphs import PaddedModel, TowerPrograms
 from minivlm2vec_kernels import ops, torch_ops
 from tests.support.helpers import ROOT, compiling_environment
 
@@ -138,21 +138,23 @@ def test_every_form_of_the_model_is_right():
     assert {"plain, torch alone", "optimised", "shared prefixes", "fp8", "as it comes"} <= {r.name for r in found}
 
 
-def test_a_graph_that_is_captured_wrong_is_dropped_and_named(monkeypatch):
-    """The model drops it; the report says so, and which shape it was of."""
-    monkeypatch.setattr(PaddedModel, "_make", lambda self, run: lambda: run() + 1)
+@pytest.mark.parametrize("programs, part", [(PaddedModel, "decoder"), (TowerPrograms, "tower")])
+def test_a_graph_that_is_captured_wrong_is_dropped_and_named(monkeypatch, programs, part):
+    """The model drops it; the report says so, and of which part it was."""
+    monkeypatch.setattr(programs, "_make", lambda self, run: lambda: run().roll(1, dims=-1))
     (row,) = forms("padded as for CUDA graphs")
-    assert row.verdict == "failed" and ("Bucket(tokens=" in row.reason or "is dropped" in row.reason), row
+    assert row.verdict == "failed" and part in row.reason and "is dropped" in row.reason, row
 
 
-def test_a_graph_that_replays_wrong_numbers_later_is_named(monkeypatch):
+@pytest.mark.parametrize("programs", [PaddedModel, TowerPrograms])
+def test_a_graph_that_replays_wrong_numbers_later_is_named(monkeypatch, programs):
     """Right when it is captured, so that the model keeps it; wrong afterwards."""
 
     def make(self, run):
         calls = iter(range(10**6))
-        return lambda: run() if next(calls) == 0 else run().roll(1, dims=1)
+        return lambda: run() if next(calls) == 0 else run().roll(1, dims=-1)
 
-    monkeypatch.setattr(PaddedModel, "_make", make)
+    monkeypatch.setattr(programs, "_make", make)
     (row,) = forms("padded as for CUDA graphs")
     assert row.verdict == "failed" and row.error > row.tolerance and row.name == "padded as for CUDA graphs"
     assert forms("optimised")[0].verdict == "passed"

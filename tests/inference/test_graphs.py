@@ -15,7 +15,17 @@ from PIL import Image
 
 from minivlm2vec import Embedder
 from minivlm2vec.inference import FusedVLM2Vec, optimize
-from minivlm2vec.inference.graphs import MAX_TOKENS, Bucket, GraphedModel, PaddedModel, bucket_of
+from minivlm2vec.inference.graphs import (
+    MAX_CROPS,
+    MAX_TOKENS,
+    Bucket,
+    Crops,
+    GraphedModel,
+    GraphedTower,
+    PaddedModel,
+    TowerPrograms,
+    bucket_of,
+)
 from minivlm2vec.inference.prefix import share_prefixes
 from minivlm2vec.model import VLM2Vec
 from minivlm2vec.new_checkpoint import new_checkpoint
@@ -197,8 +207,11 @@ def test_weights_written_over_are_followed_and_moved_ones_after_recapture(e):
     before = padded(batch)
     model.decoder.norm.weight.mul_(torch.linspace(1, 2, len(model.decoder.norm.weight)))
     assert (padded(batch) - model(batch)).abs().max() <= 2e-6 and (padded(batch) - before).abs().max() > 1e-3
+    model.vision.graphs = TowerPrograms(model, make_at=1)
+    model(with_images(model))
+    assert model.vision.graphs.programs
     padded.recapture()
-    assert not padded.programs
+    assert not padded.programs and not model.vision.graphs.programs
     assert (padded(batch) - model(batch)).abs().max() <= 2e-6 and len(padded.programs) == 1
 
 
@@ -257,9 +270,103 @@ def test_the_model_on_kernels_takes_padding_and_shared_prefixes(device, e):
 def test_graphs_need_a_card(e):
     with pytest.raises(ValueError, match="CUDA graphs need the Triton kernels on a CUDA device, got cpu"):
         GraphedModel(e.model)
+    with pytest.raises(ValueError, match="CUDA graphs need the Triton kernels on a CUDA device, got cpu"):
+        GraphedTower(e.model)
     with pytest.raises(ValueError, match="CUDA graphs need"):
         fast(e.model.config, cuda_graphs=True)
-    assert e.model.graphs is None  # not asked for
+    assert e.model.graphs is None and e.model.vision.graphs is None  # not asked for
+
+
+# -------------------------------------------------------------------------------------------------- the tower
+
+
+@pytest.fixture
+def towered(e) -> FusedVLM2Vec:
+    """A model whose tower has programs from the first time on."""
+    model = fast(e.model.config)
+    model.vision.graphs = TowerPrograms(model, make_at=1)
+    model.vision.graphs.x.fill_(float("nan"))
+    return model
+
+
+def crops_of(model: VLM2Vec, grids, seed=0):
+    S, count = model.config.vision.image_size, sum(h * w for h, w in grids)
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, S, S, 3), np.uint8)), grids
+
+
+@torch.inference_mode()
+def test_few_crops_by_programs(towered):
+    """One image, two, and the most: the same features, whatever came before; those that were handed out stay."""
+    kept = []
+    for seed, grids in enumerate(2 * [((1, 1),), ((2, 2),), ((1, 2), (2, 2)), ((1, 1),)]):
+        crops = crops_of(towered, grids, seed)
+        got, graphs = towered.vision(*crops), towered.vision.graphs
+        towered.vision.graphs = None
+        expected = towered.vision(*crops)
+        towered.vision.graphs = graphs
+        kept.append((got, expected))
+    assert list(graphs.programs) == [Crops(5), Crops(8), Crops(2)] and MAX_CROPS == 8
+    assert all(torch.equal(got, expected) for got, expected in kept)
+
+
+@torch.inference_mode()
+def test_more_crops_run_as_they_are(towered):
+    assert towered.vision(*crops_of(towered, ((2, 4),))).shape[0] == 9 and not towered.vision.graphs.programs
+
+
+@torch.inference_mode()
+def test_a_tower_is_hooked_and_changed_before_its_programs(towered):
+    """What may be changed in a fast tower lies outside: hooks fire, and new parameters are followed, in every call."""
+    tower, crops = towered.vision, crops_of(towered, ((1, 1),))
+    before, seen = tower(*crops), []
+    for part in (tower.embeddings, tower.embeddings.patch_embedding, tower.pre_layrnorm):
+        hook = part.register_forward_hook(lambda module, args, out: seen.append(type(module).__name__) or out.flip(-1))
+        changed = tower(*crops)
+        hook.remove()
+        assert (changed - before).abs().max() > 1e-3
+    assert seen == ["VisionEmbeddings", "PatchEmbedding", "LayerNorm"]
+    norm = tower.pre_layrnorm
+    norm.weight = torch.nn.Parameter(norm.weight * torch.linspace(1, 2, len(norm.weight)), requires_grad=False)
+    with_new, graphs = tower(*crops), tower.graphs
+    tower.graphs = None
+    assert torch.equal(with_new, tower(*crops)) and (with_new - before).abs().max() > 1e-3
+    assert list(graphs.programs) == [Crops(2)]
+    with pytest.raises(RuntimeError, match="have a part replaced"):
+        tower.layers[0].mlp.fc1.weight = norm.weight
+
+
+@torch.inference_mode()
+def test_a_tower_that_gets_something_else_runs_as_it_is(towered):
+    """Another dtype, and what is to have a gradient, as they would without programs."""
+    tower = towered.vision
+    x = torch.zeros(2, tower.config.num_positions, tower.config.hidden_size)
+    with pytest.raises(RuntimeError, match="dtype"):
+        tower.graphs(x.double())
+    with torch.inference_mode(False), torch.enable_grad(), pytest.raises(RuntimeError, match="has no gradient"):
+        tower.graphs(torch.zeros(x.shape, requires_grad=True) * 1)
+    assert not tower.graphs.programs
+
+
+def test_a_program_of_the_tower_that_is_wrong_is_dropped_for_good(towered, monkeypatch):
+    monkeypatch.setattr(TowerPrograms, "_make", lambda self, run: lambda: torch.roll(run(), 1, dims=-1))
+    crops = crops_of(towered, ((1, 1),))
+    with pytest.warns(UserWarning, match=r"program for Crops\(count=2\).*it is dropped"):
+        first = towered.vision(*crops)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(towered.vision(*crops), first)
+    assert not towered.vision.graphs.programs
+
+
+def test_features_may_be_used_where_gradients_are_recorded(towered):
+    """They are no inference tensors: a head of one's own on the tower can be trained. Even where programs were made
+    for inference."""
+    weight, crops = torch.ones(towered.config.vision.hidden_size, requires_grad=True), crops_of(towered, ((1, 1),))
+    with torch.inference_mode():
+        towered.vision.graphs = TowerPrograms(towered, make_at=1)
+        towered.vision(*crops)
+    (towered.vision(*crops) * weight).sum().backward()
+    assert weight.grad.isfinite().all() and list(towered.vision.graphs.programs) == [Crops(2)]
 
 
 # -------------------------------------------------------------------------------------------------- on a card
@@ -282,6 +389,18 @@ def test_gpu_graphs_equal_eager_and_the_model(on_card):
         assert torch.equal(got, padded(batch)), lengths
         assert torch.cosine_similarity(got, on_card(batch)).min() > 0.999, lengths
     assert len(graphed.programs) == len({bucket_of(batch_of(s), LIMIT) for s in shapes})
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_gpu_graphs_of_the_tower_equal_the_tower(on_card):
+    graphed, tower = GraphedTower(on_card, make_at=1), on_card.vision
+    shape = tower.config.num_positions, tower.config.hidden_size
+    for seed, count in enumerate(2 * [2, 5, 8, 1, 3]):
+        x = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed)).to("cuda", torch.bfloat16)
+        expected = tower.layers_(x.clone())
+        assert torch.cosine_similarity(graphed(x), expected, dim=-1).min() > 0.999, count
+    assert len(graphed.programs) == 5
 
 
 @pytest.mark.gpu
@@ -315,13 +434,14 @@ def test_gpu_forward_waits_for_nothing(on_card):
     """No synchronisation in the forward pass of texts and images, nor in a replay."""
     batch = batch_of([30, 7]).to("cuda")
     image = with_images(on_card).to("cuda")
-    graphed = GraphedModel(on_card, make_at=1)
+    graphed, tower = GraphedModel(on_card, make_at=1), GraphedTower(on_card, make_at=1)
+    crops = torch.randn_like(tower.x[:5])
     with torch.inference_mode():
-        graphed(batch), on_card(image), on_card(batch)
+        graphed(batch), tower(crops), on_card(image), on_card(batch)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            graphed(batch), on_card(image), on_card(batch)
+            graphed(batch), tower(crops), on_card(image), on_card(batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -379,24 +499,26 @@ class Work:
         monkeypatch.setattr("minivlm2vec.inference.graphs.can_graph", lambda model: True)
 
 
-def test_a_second_stream_waits_for_what_a_replay_still_reads(e, monkeypatch):
+@pytest.mark.parametrize("kind, programs", [(GraphedModel, PaddedModel), (GraphedTower, TowerPrograms)])
+def test_a_second_stream_waits_for_what_a_replay_still_reads(e, monkeypatch, kind, programs):
     """Each call queues its fill, its replay and its copy; the buffers are one for all streams."""
     work = Work(monkeypatch, e.model)
 
-    class Queued(GraphedModel):
+    class Queued(kind):
         def _make(self, run):
             return run
 
-        def _run(self, program, batch, bucket):
-            return super()._run(lambda: work.queues[work.current].append("replay") or program(), batch, bucket)
+        def _run(self, program, key, given):
+            return super()._run(lambda: work.queues[work.current].append("replay") or program(), key, given)
 
-    plain = PaddedModel._fill
-    monkeypatch.setattr(PaddedModel, "_fill", lambda *a: plain(*a) or work.queues[work.current].append("fill"))
-    graphed, batch = Queued(e.model, make_at=1), batch_of([5])
-    graphed(batch)
+    plain = programs._fill
+    monkeypatch.setattr(programs, "_fill", lambda *a: plain(*a) or work.queues[work.current].append("fill"))
+    graphed = Queued(e.model, make_at=1)
+    given = batch_of([5]) if kind is GraphedModel else torch.randn(2, *graphed.x.shape[1:])
+    graphed(given)
     work.queues["first"].clear()
-    graphed(batch)
+    graphed(given)
     work.current = "second"
-    graphed(batch)
+    graphed(given)
     assert work.queues["first"][-2:] == ["fill", "replay"]
     assert work.queues["second"] == [*work.queues["first"], "fill", "replay"], "its fill comes after the first's replay"

@@ -218,27 +218,33 @@ def test_every_length_has_a_tile():
 
 
 def test_user_errors_name_the_input(generator):
+    """At the first call and at later ones, whatever was right in between."""
     q, k, v, cu, _ = packed([8, 8], 2, 2, 32, torch.float16, generator)
-    for named, changed in {
-        "k: the last dimension": {"k": k.transpose(0, 2).contiguous().transpose(0, 2)},
-        "v is torch.float32": {"v": v.float()},
-        "cu_seqlens must be dense int32": {"cu": cu.long()},
-        "do not go together": {"v": v[:7]},
-        "q must be float16": {"q": q.double(), "k": k.double(), "v": v.double()},
-        "scale must be positive, got -1": {"scale": -1.0},
-    }.items():
-        args = {"q": q, "k": k, "v": v, "cu": cu, "scale": None} | changed
+    right = {"q": q, "k": k, "v": v, "cu_seqlens": cu, "max_seqlen": 8, "scale": None}
+    for named, changed in 2 * [
+        ("k: the last dimension", {"k": k.transpose(0, 2).contiguous().transpose(0, 2)}),
+        ("v is torch.float32", {"v": v.float()}),
+        ("cu_seqlens must be dense int32", {"cu_seqlens": cu.long()}),
+        ("cu_seqlens must be dense int32", {"cu_seqlens": cu.repeat_interleave(2)[::2]}),
+        ("cu_seqlens_q must be dense int32", {"cu_seqlens_q": cu.long(), "max_seqlen_q": 8}),
+        ("cu_seqlens has 3 entries, cu_seqlens_q 2", {"cu_seqlens_q": cu[::2].contiguous(), "max_seqlen_q": 16}),
+        ("do not go together", {"v": v[:7]}),
+        ("q must be float16", {"q": q.double(), "k": k.double(), "v": v.double()}),
+        ("scale must be positive, got -1", {"scale": -1.0}),
+    ]:
         with pytest.raises(ValueError, match=named):
-            attention(
-                args["q"],
-                args["k"],
-                args["v"],
-                args["cu"],
-                8,
-                causal=True,
-                scale=args["scale"],
-                backend="triton",
-            )
+            attention(**(right | changed), causal=True, backend="triton")
+        attention(**right, causal=True, backend="triton")
+
+
+def test_descriptors_want_rows_of_heads_on_multiples_of_16_bytes():
+    x = torch.empty(4 * 3 * 64 + 8, dtype=torch.bfloat16)
+    for strides, offset, aligned in [
+        ((192, 64), 0, True), ((192, 64), 8, True), ((192, 64), 4, False),
+        ((188, 64), 0, False), ((192, 60), 0, False), ((0, 64), 0, False), ((192, 0), 0, False),
+    ]:  # fmt: skip
+        view = x.as_strided((4, 3, 32), (*strides, 1), offset)
+        assert attention_triton.is_aligned(view) is aligned, (strides, offset)
 
 
 # -------------------------------------------------------------------------------------------------- on a card

@@ -48,7 +48,7 @@ class OnCard:
         return 0
 
     def stride(self, *dim: int):
-        return 64 if dim else (64, 64)
+        return 64 if dim else (64, 64, 1)
 
     def element_size(self) -> int:
         return self.dtype.itemsize
