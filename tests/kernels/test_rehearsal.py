@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,16 +15,6 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card: pytest -m gpu")
 
 
-RUNS = {"rehearsal": ("tests/kernels/pretended/rehearsal.py",), "gpu": ("-m", "gpu", "tests")}
-
-
-@pytest.fixture(scope="module")
-def reports() -> dict[str, str]:
-    """What pytest says of each, both at the same time."""
-    with ThreadPoolExecutor(len(RUNS)) as pool:
-        return dict(zip(RUNS, pool.map(pytest_on_a_pretended_card, RUNS.values()), strict=True))
-
-
 def pytest_on_a_pretended_card(arguments: tuple[str, ...]) -> str:
     command = [sys.executable, "-m", "pytest", "-p", "tests.kernels.pretended.plugin", "-q", "--tb=short", *arguments]
     done = subprocess.run(
@@ -34,18 +23,22 @@ def pytest_on_a_pretended_card(arguments: tuple[str, ...]) -> str:
     return f"{done.stdout}\nexit status {done.returncode}"
 
 
-def test_rehearsal(reports):
-    report = reports["rehearsal"]
+REHEARSAL = "tests/kernels/pretended/rehearsal.py"
+
+
+def test_rehearsal():
+    report = pytest_on_a_pretended_card((REHEARSAL,))
     assert report.endswith("exit status 0") and " passed" in report, report[-8000:]
 
 
 @pytest.mark.slow
 def test_more_of_the_rehearsal():
-    report = pytest_on_a_pretended_card(("-m", "slow", "tests/kernels/pretended/rehearsal.py"))
+    report = pytest_on_a_pretended_card(("-m", "slow", REHEARSAL))
     assert report.endswith("exit status 0") and " passed" in report, report[-8000:]
 
 
-def test_tests_that_need_a_card_run_as_far_as_their_numbers(reports):
-    report = reports["gpu"]
+@pytest.mark.slow
+def test_tests_that_need_a_card_run_as_far_as_their_numbers():
+    report = pytest_on_a_pretended_card(("-m", "gpu", "tests"))
     assert report.endswith("exit status 0"), report[-8000:]
     assert int(re.search(r"(\d+) passed", report)[1]) > 200, report[-8000:]
