@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.common import Case, Provider, Work, backward_work, candidates, compiled, upcast
+from bench.common import Case, Outputs, Provider, Work, backward_work, candidates, compiled, upcast
 from bench.shapes import H, N, decoder_rows, dtype_of, randn
 from minivlm2vec_kernels import ops, torch_ops
 
@@ -43,13 +43,31 @@ def work(kernel: str, rows: int, device: torch.device, sweep: bool) -> Work:
     if device.type == "cuda":
         providers["triton"] = partial(op, *next(own), cos, sin, backend="triton")
         if sweep:
-            from minivlm2vec_kernels.rope_triton import SETTINGS
-
-            settings = {f"w{warps}": warps for warps in (1, 2, 4, 8, 16)}
-            providers |= candidates(providers["triton"], SETTINGS, 16384, settings)
+            providers["triton"] = anew(providers["triton"])
+            providers |= with_candidates(providers["triton"])
         else:
             providers["torch.compile"] = partial(compiled(plain), *next(own), cos, sin)
     return Work(providers, lambda: torch_ops.rope(*upcast(q, k, cos.to(q.dtype), sin.to(q.dtype))))
+
+
+def anew(op: Provider) -> Provider:
+    """The launcher remembers its settings: it forgets them before and after."""
+    from minivlm2vec_kernels.rope_triton import settings
+
+    def call() -> Outputs:
+        settings.cache_clear()
+        try:
+            return op()
+        finally:
+            settings.cache_clear()
+
+    return call
+
+
+def with_candidates(op: Provider) -> dict[str, Provider]:
+    from minivlm2vec_kernels.rope_triton import SETTINGS
+
+    return candidates(op, SETTINGS, 16384, {f"w{warps}": warps for warps in (1, 2, 4, 8, 16)})
 
 
 def work_backward(rows: int, device: torch.device) -> Work:

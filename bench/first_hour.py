@@ -32,7 +32,7 @@ from bench.run import MORE, ROOT
 RESULTS = Path(__file__).with_name("results")
 MINUTES, SPARE = 9.0, 20.0  # of a call; seconds in which nothing is begun
 LAST_CASE = 90.0  # seconds that the case may take which a bench is at when its budget ends
-MOST_CUT, MOST_TRIES = 2, 12  # how often a step may be cut short; how often it may be run
+MOST_CUT, MOST_TRIES = 2, 12  # how often in a row a step may be cut short; how often it may be run
 BENCHES = ("linear", "attention", "rms_norm", "layer_norm", "activation", "rope", "image_patches", "merge_crops",
            "pooling", "quantize_rows", "attention_backward")  # fmt: skip
 MODEL = ("model a", "model b", "model c", "model d", "model_", "tower")
@@ -140,10 +140,11 @@ class State:
         self._save()
         return step["begun"]
 
-    def end(self, name: str, code: int | None, seconds: float, cut: bool) -> None:
-        """code: None where there is more to do, which `cut` counts if the call's time was over."""
+    def end(self, name: str, code: int | None, seconds: float, more: bool = False) -> None:
+        """code: None where it was cut short; more: it says that something is left, which is no end, but progress."""
         step = self.steps[name]
-        step |= {"code": code, "seconds": round(step["seconds"] + seconds, 1), "cut": step["cut"] + cut}
+        cut = 0 if more else step["cut"] + (code is None)
+        step |= {"code": None if more else code, "seconds": round(step["seconds"] + seconds, 1), "cut": cut}
         self._save()
 
     def forget(self, name: str) -> None:
@@ -176,7 +177,7 @@ def work(todo: list[Step], state: State, end: float, through: str | None = None,
         start = time.monotonic()
         code = run(command, state.log(step.name), max(left, 1.0), lock)
         more = step.in_parts and code == MORE
-        state.end(step.name, None if more else code, time.monotonic() - start, cut=code is None)
+        state.end(step.name, code, time.monotonic() - start, more)
         print(f"{step.name}: {state.words(step.name)} in {time.monotonic() - start:.0f} s, {state.log(step.name).name}",
               flush=True)  # fmt: skip
         if more and not state.done(step.name):

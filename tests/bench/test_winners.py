@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from bench import run, winners
+from bench import bench_attention_backward, run, winners
 from bench.bench_attention import GPU_PROBLEMS
 from bench.winners import KERNELS, Place
-from minivlm2vec_kernels import attention_triton
+from minivlm2vec_kernels import attention_backward_triton, attention_triton
 from minivlm2vec_kernels.attention_triton import Tile
 from tests.kernels.aot import changed
 
@@ -142,6 +142,23 @@ def test_what_cannot_run_is_refused_by_name(copy, capsys):
     assert lines[5:] == ["activation_triton.SETTINGS['silu_mul_backward']: now (1024, 4) (2.00x)"], said
     assert imported(copy, "activation_triton", "SETTINGS")["silu_mul_backward"] == (1024, 4)
     assert (copy / "attention_triton.py").read_text() == (KERNELS / "attention_triton.py").read_text()
+
+
+@pytest.mark.parametrize(("table", "rows"), [("tma", {"dq": 256, "dkv": 96}), ("small", {"both": 96})])
+def test_a_sweep_backward_puts_tiles_where_their_winner_goes(monkeypatch, table, rows):
+    """On a pretended card there are no gradients, so that this is not rehearsed."""
+    monkeypatch.setattr(bench_attention_backward, "table", lambda: table)
+    source = attention_backward_triton
+    tables = {"both": source.SMALL_TILES} if table == "small" else source.TILES
+    before = {pass_: dict(tables[pass_]) for pass_ in rows}
+    providers = bench_attention_backward.tile_providers(lambda: {p: dict(tables[p]) for p in rows}, 96)
+    for name, call in providers.items():
+        pass_, key = name.split()[0], rows[name.split()[0]]
+        ((place, values),) = winners.settings(f"attention_backward causal 96 {table}", "32x777", {name: 1.0}).items()
+        (value,) = values
+        assert call() == before | {pass_: before[pass_] | {key: eval(value, {"Tile": Tile})}}
+        assert place.row.endswith(f"[{key}]") and place.row.startswith("SMALL" if table == "small" else "TILES")
+    assert {pass_: dict(tables[pass_]) for pass_ in rows} == before and len(providers) == 24 * len(rows)
 
 
 def test_every_row_that_a_sweep_is_for_is_there():
