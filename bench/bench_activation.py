@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from bench.common import Case, Work, backward_work, compiled, entry, upcast
+from bench.common import Case, Provider, Work, backward_work, candidates, compiled, rows_by_warps, upcast
 from bench.shapes import FF, VF, decoder_rows, dtype_of, randn, tower_rows
 from minivlm2vec_kernels import ops, torch_ops
 
@@ -33,7 +33,7 @@ def work(kernel: str, shape: tuple[int, int], device: torch.device, sweep: bool)
     if device.type == "cuda":
         providers["triton"] = lambda: op(*tensors, backend="triton")
         if sweep:
-            providers |= candidates(kernel, providers["triton"])
+            providers |= with_candidates(kernel, providers["triton"])
         else:
             function = compiled(plain)
             providers["torch.compile"] = lambda: function(*tensors)
@@ -54,7 +54,7 @@ def work_backward(x: torch.Tensor, sweep: bool) -> Work:
         found |= {} if sweep else {"torch.compile": compiled(torch_ops.silu_mul)}
     work = backward_work(found, (x,))
     if sweep:
-        work.providers.update(candidates("silu_mul_backward", work.providers["triton"]))
+        work.providers.update(with_candidates("silu_mul_backward", work.providers["triton"]))
     return work
 
 
@@ -62,15 +62,7 @@ def sweep(device: torch.device) -> Iterator[Case]:
     return cases(device, sweep=True)
 
 
-def candidates(kernel: str, op) -> dict:
-    from minivlm2vec_kernels import activation_triton
+def with_candidates(kernel: str, op: Provider) -> dict[str, Provider]:
+    from minivlm2vec_kernels.activation_triton import SETTINGS
 
-    def with_settings(setting):
-        def call():
-            with entry(activation_triton.SETTINGS, kernel, setting):
-                return op()
-
-        return call
-
-    settings = [(BF, warps) for BF in (1024, 2048, 4096) for warps in (2, 4, 8)]
-    return {f"BF{BF} w{warps}": with_settings((BF, warps)) for BF, warps in settings}
+    return candidates(op, SETTINGS, kernel, rows_by_warps((1024, 2048, 4096), (2, 4, 8), "BF"))

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from bench.common import Case, Provider, Work, compiled, when_called
 from bench.shapes import CROP, H, N, dtype_of
-from minivlm2vec_kernels import attention, torch_ops
+from minivlm2vec_kernels import attention, cards, torch_ops
 from minivlm2vec_kernels.tile_schedule import TileSchedule
 
 
@@ -40,6 +40,7 @@ MIXED = (
 )
 DECODER = {
     "64x30": (30,) * 64,
+    "64x60": (60,) * 64,
     "32x777": (777,) * 32,
     "16x2529": (2529,) * 16,
     "mixed": MIXED,
@@ -67,11 +68,11 @@ class Inputs(NamedTuple):
     max_k: int
 
 
-def cases(device: torch.device, providers: Callable | None = None) -> Iterator[Case]:
+def cases(device: torch.device, providers: Callable | None = None, suffix: str = "") -> Iterator[Case]:
     providers = providers or all_providers
     for p in GPU_PROBLEMS if device.type == "cuda" else CPU_PROBLEMS:
         yield Case(
-            kernel=f"attention {'causal' if p.causal else 'full'} {p.head_dim}",
+            kernel=f"attention {'causal' if p.causal else 'full'} {p.head_dim}{suffix}",
             name=p.name,
             dtype=dtype_of(device),
             flops=useful_flops(p),
@@ -82,7 +83,26 @@ def cases(device: torch.device, providers: Callable | None = None) -> Iterator[C
 
 
 def sweep(device: torch.device) -> Iterator[Case]:
-    yield from cases(device, tile_providers)
+    yield from cases(device, tile_providers, f" {table()}")
+
+
+def table() -> str:
+    """Which of the kernel's tables this card takes its tiles from: "tma" and "pointers" of TILES, "small" of 64 KB."""
+    card = cards.card(torch.cuda.current_device())
+    return "small" if card.small else "tma" if card.name == "sm_90" else "pointers"
+
+
+def row(p: Problem, table: str) -> tuple[str, tuple[int, int]]:
+    """Part of a table, as the kernel's file has it, and the row (queries, keys) that a problem takes its tile from."""
+    from minivlm2vec_kernels.attention_triton import SMALL_TILES, TILES
+
+    if table == "small":
+        widest = next(widest for widest in SMALL_TILES if widest >= p.head_dim)
+        name, rows = f"SMALL_TILES[{widest}]", SMALL_TILES[widest]
+    else:
+        name, rows = f"TILES[{p.causal}, {table == 'tma'}]", TILES[p.causal, table == "tma"]
+    queries, keys = 1 if p.last_only else max(p.lengths), max(p.lengths)
+    return name, next(limits for limits in rows if queries <= limits[0] and keys <= limits[1])
 
 
 def build(p: Problem, device: torch.device, providers: Callable) -> Work:
@@ -246,14 +266,15 @@ def tile_providers(p: Problem, x: Inputs) -> dict[str, Provider]:
     from minivlm2vec_kernels import attention_triton as kernel
 
     tma = kernel.supports_tma(x.q, x.k, x.v)
-    chosen = kernel.choose_tile(x.max_q, x.max_k, p.causal, tma, x.q.dtype)
+    chosen = kernel.tile_for(x.q, x.k, x.v, x.max_q, x.max_k, p.causal)
     shapes = [(16, 32, 2), (16, 64, 4), (16, 128, 4), (32, 32, 2), (32, 32, 4), (32, 64, 4), (64, 32, 4)]
     shapes += [(64, 64, 4), (64, 128, 4), (128, 32, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8)]
+    _, (_, keys) = row(p, table())
     tiles = [
         kernel.Tile(*shape, stages, descriptors)
         for shape in shapes
-        for stages in (1, 2, 3, 4)
-        for descriptors in ((False, True) if tma else (False,))
+        for stages in ((1, 2, 3, 4) if keys > shape[1] else (1,))  # of one block there is no loop
+        for descriptors in ((False, True) if tma and keys > shape[1] else (False,))
     ]
     calls: dict[str, Provider] = {"torch": partial(by_torch, p, x), "triton": partial(by_triton, p, x)}
     for tile in tiles:

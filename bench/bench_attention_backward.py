@@ -4,7 +4,7 @@ Problems and providers are bench_attention's; the graphs are made outside the ti
 products, 2.5 times forward's: what a pass computes again does not count. --sweep times other tiles of each pass.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -18,16 +18,18 @@ from bench.bench_attention import (
     all_providers,
     make_inputs,
     moved_elements,
+    table,
     useful_flops,
 )
-from bench.common import OURS, REFERENCE, Case, Work, backward_work, entry
+from bench.common import OURS, REFERENCE, Case, Provider, Work, backward_work, candidates
 from bench.shapes import dtype_of
 
 
 def cases(device: torch.device, sweep: bool = False) -> Iterator[Case]:
+    suffix = f" {table()}" if sweep else ""
     for p in GPU_PROBLEMS if device.type == "cuda" else CPU_PROBLEMS:
         yield Case(
-            kernel=f"attention_backward {'causal' if p.causal else 'full'} {p.head_dim}",
+            kernel=f"attention_backward {'causal' if p.causal else 'full'} {p.head_dim}{suffix}",
             name=p.name,
             dtype=dtype_of(device),
             flops=2.5 * useful_flops(p),
@@ -47,7 +49,7 @@ def build(p: Problem, device: torch.device, sweep: bool) -> Work:
     names = [REFERENCE, OURS] if sweep else [n for n in all_providers(p, x) if equal or not n.startswith("SDPA")]
     work = backward_work({name: partial(by_name, name, p, x) for name in names}, (x.q, x.k, x.v))
     if sweep:
-        work.providers.update(tile_providers(work.providers[OURS]))
+        work.providers.update(tile_providers(work.providers[OURS], p.head_dim))
     return work
 
 
@@ -57,18 +59,15 @@ def by_name(name: str, p: Problem, x: Inputs, q: Tensor, k: Tensor, v: Tensor) -
     return all_providers(p, x._replace(q=q, k=k, v=v))[name]()
 
 
-def tile_providers(ours: Callable) -> dict[str, Callable]:
+def tile_providers(ours: Provider, H: int) -> dict[str, Provider]:
+    """Of the pass dq, and of dkv, every tile; on a small card of "both", which have one table there."""
     from minivlm2vec_kernels import attention_backward_triton as kernel
-
-    def with_tile(pass_: str, tile: kernel.Tile) -> Callable:
-        def call() -> tuple[Tensor, ...]:
-            with entry(kernel.TILES, pass_, {256: tile}):
-                return ours()
-
-        return call
 
     shapes = [(32, 32, 4), (32, 64, 4), (32, 64, 8), (64, 32, 4), (64, 64, 4), (64, 64, 8), (32, 128, 8), (128, 32, 8)]
     tiles = [kernel.Tile(*shape, stages) for shape in shapes for stages in (1, 2, 3)]
-    return {
-        f"{pass_} {t.BM}x{t.BN} w{t.warps} s{t.stages}": with_tile(pass_, t) for pass_ in ("dq", "dkv") for t in tiles
-    }
+    found: dict[str, Provider] = {}
+    for pass_, rows in ({"both": kernel.SMALL_TILES} if table() == "small" else kernel.TILES).items():
+        widest = next(widest for widest in rows if widest >= H)
+        settings = {f"{pass_} {t.BM}x{t.BN} w{t.warps} s{t.stages}": t for t in tiles}
+        found |= candidates(ours, rows, widest, settings)
+    return found

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from bench.common import Case, Provider, Work, compiled, entry, upcast
+from bench.common import Case, Provider, Work, candidates, compiled, rows_by_warps, upcast
 from bench.shapes import V, dtype_of, randn, tower_rows
 from minivlm2vec_kernels import ops, torch_ops
 
@@ -38,7 +38,7 @@ def work(kernel: str, rows: int, device: torch.device, sweep: bool) -> Work:
     if device.type == "cuda":
         providers["triton"] = partial(op, *next(own), EPS, backend="triton")
         if sweep:
-            providers |= candidates(providers["triton"])
+            providers |= with_candidates(providers["triton"])
         else:
             function = compiled(plain)
             providers["torch.compile"] = partial(function, *next(own), EPS)
@@ -50,15 +50,7 @@ def sweep(device: torch.device) -> Iterator[Case]:
         yield case("add_layer_norm", rows, device, sweep=True)
 
 
-def candidates(op) -> dict:
+def with_candidates(op: Provider) -> dict[str, Provider]:
     from minivlm2vec_kernels.launch import ROW_SETTINGS
 
-    def with_settings(setting):
-        def call():
-            with entry(ROW_SETTINGS, 1024, setting):
-                return op()
-
-        return call
-
-    settings = [(BM, warps) for BM in (1, 2, 4, 8) for warps in (1, 2, 4, 8)]
-    return {f"BM{BM} w{warps}": with_settings((BM, warps)) for BM, warps in settings}
+    return candidates(op, ROW_SETTINGS, 1024, rows_by_warps((1, 2, 4, 8), (1, 2, 4, 8)))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from bench.common import Case, Work, backward_work, compiled, entry, upcast
+from bench.common import Case, Provider, Work, backward_work, candidates, compiled, rows_by_warps, upcast
 from bench.shapes import D, decoder_rows, dtype_of, randn
 from minivlm2vec_kernels import ops, torch_ops
 
@@ -34,7 +34,7 @@ def work(kernel: str, rows: int, device: torch.device, sweep: bool) -> Work:
     providers = {"torch": lambda: plain(*tensors, EPS)}
     if device.type == "cuda":
         providers["triton"] = lambda: op(*tensors, EPS, backend="triton")
-        providers |= candidates(providers["triton"]) if sweep else baselines(kernel, plain, tensors)
+        providers |= with_candidates(providers["triton"]) if sweep else baselines(kernel, plain, tensors)
     return Work(providers, lambda: plain(*upcast(*tensors), EPS))
 
 
@@ -65,7 +65,7 @@ def work_backward(kernel: str, rows: int, device: torch.device, sweep: bool) -> 
             found["F.rms_norm"] = lambda x, weight: F.rms_norm(x, (D,), weight, EPS)
     work = backward_work(found, tensors)
     if sweep:
-        work.providers.update(candidates(work.providers["triton"], backward=True))
+        work.providers.update(with_candidates(work.providers["triton"], backward=True))
     return work
 
 
@@ -75,16 +75,9 @@ def sweep(device: torch.device) -> Iterator[Case]:
         yield backward_case("add_rms_norm", rows, device, sweep=True)
 
 
-def candidates(op, backward: bool = False) -> dict:
+def with_candidates(op: Provider, backward: bool = False) -> dict[str, Provider]:
     from minivlm2vec_kernels.launch import ROW_SETTINGS
     from minivlm2vec_kernels.rms_norm_triton import BACKWARD_SETTINGS
 
-    def with_settings(setting):
-        def call():
-            with entry(BACKWARD_SETTINGS if backward else ROW_SETTINGS, 4096, setting):
-                return op()
-
-        return call
-
-    settings = [(BM, warps) for BM in (1, 2, 4) for warps in (2, 4, 8, 16)]
-    return {f"BM{BM} w{warps}": with_settings((BM, warps)) for BM, warps in settings}
+    table = BACKWARD_SETTINGS if backward else ROW_SETTINGS
+    return candidates(op, table, 4096, rows_by_warps((1, 2, 4), (2, 4, 8, 16)))

@@ -8,6 +8,7 @@ timed: no time is reported for an output whose error against float32 is more tha
 
 import csv
 import functools
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -393,7 +394,15 @@ def csv_path(gpu: str, suffix: str = "") -> Path:
     return RESULTS / f"{name}{suffix}.csv"
 
 
+def check_columns(path: Path) -> None:
+    """Raises ValueError where there is a csv file with other columns than `Row` has."""
+    columns = ",".join(f.name for f in fields(Row))
+    if path.exists() and (found := path.read_text().partition("\n")[0]) != columns:
+        raise ValueError(f"{path} has the columns {found}, and not {columns}: move it away")
+
+
 def append_rows(rows: list[Row], path: Path) -> None:
+    check_columns(path)
     columns = [f.name for f in fields(Row)]
     path.parent.mkdir(exist_ok=True)
     new = not path.exists()
@@ -412,6 +421,24 @@ def rounded(value: object) -> object:
 def read_rows(path: Path) -> Iterator[dict[str, str]]:
     with path.open(newline="") as file:
         yield from csv.DictReader(file)
+
+
+def candidates(op: Provider, table: dict, key: object, settings: dict[str, object]) -> dict[str, Provider]:
+    """By name: the op with each of these settings in a kernel's table of launch settings."""
+
+    def with_setting(setting: object) -> Provider:
+        def call() -> Outputs:
+            with entry(table, key, setting):
+                return op()
+
+        return call
+
+    return {name: with_setting(setting) for name, setting in settings.items()}
+
+
+def rows_by_warps(rows: Iterable[int], warps: Iterable[int], letters: str = "BM") -> dict[str, object]:
+    """Settings (rows, warps) under such names as "BM2 w4"."""
+    return {f"{letters}{r} w{w}": (r, w) for r, w in itertools.product(rows, warps)}
 
 
 @contextmanager

@@ -5,12 +5,17 @@
 In this order: doctor; the tests that need a card; the sweeps; their winners (`python -m bench.winners apply` puts
 them into the source, which is left to you); all benches with their peers; the report. Exit code 0: all done and right;
 1: all done, some wrong, which are named; 3: there is more to do. bench/results/first_hour.json says what was done, and
-bench/results/first_hour/ has what each step printed. Rehearsed on a pretended card (no numbers):
+bench/results/first_hour/ has what each step printed. A call may be stopped in any way: the next one repeats the step
+that was going on, a bench only those of its cases that have no rows yet. Rehearsed on a pretended card (no numbers):
 
-    python -m bench.first_hour --through tests.bench.on_pretended_card --results /tmp/rehearsal
+    until python -m bench.first_hour --through tests.bench.on_pretended_card --results /tmp/rehearsal; do
+        [ $? = 3 ] || break; done
 """
 
 import argparse
+import ctypes
+import datetime
+import fcntl
 import json
 import os
 import signal
@@ -20,17 +25,24 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
-ROOT = Path(__file__).parents[1]
+from bench.run import MORE, ROOT
+
 RESULTS = Path(__file__).with_name("results")
 MINUTES, SPARE = 9.0, 20.0  # of a call; seconds in which nothing is begun
-MOST_TRIES = 2  # of a step that a call cuts short
-MORE = 3
-SWEEPS = ("linear", "attention", "attention_backward", "rms_norm", "layer_norm", "activation")
-BENCHES = ("attention", "linear", "rms_norm", "layer_norm", "activation", "rope", "image_patches", "merge_crops",
+LAST_CASE = 90.0  # seconds that the case may take which a bench is at when its budget ends
+MOST_CUT, MOST_TRIES = 2, 12  # how often in a row a step may be cut short; how often it may be run
+BENCHES = ("linear", "attention", "rms_norm", "layer_norm", "activation", "rope", "image_patches", "merge_crops",
            "pooling", "quantize_rows", "attention_backward")  # fmt: skip
 MODEL = ("model a", "model b", "model c", "model d", "model_", "tower")
-TESTS = ("tests/kernels", "tests/inference", "tests/core", "tests/train tests/serve tests/files tests/mmeb tests/bench")
+SANITIZER = "tests/kernels/test_sanitizer.py"
+TESTS = {
+    "kernels": ("tests/kernels", f"--ignore={SANITIZER}"),
+    "inference": ("tests/inference",),
+    "core": ("tests/core",),
+    **{tool: (SANITIZER, "-k", tool) for tool in ("memcheck", "racecheck", "initcheck")},
+}
 
 
 @dataclass(frozen=True)
@@ -38,19 +50,19 @@ class Step:
     name: str
     command: tuple[str, ...]  # arguments of python
     seconds: float = 60.0  # less than so many are left: it waits for the next call
+    in_parts: bool = False  # takes --since and --budget, and exits with MORE
 
 
-def steps(results: Path, budget: float) -> list[Step]:
-    """budget: seconds after which a bench begins no further case."""
-    found = [Step("doctor", ("-m", "minivlm2vec", "doctor"), 120)]
-    for folders in TESTS:
-        name = f"tests {folders.split()[0].removeprefix('tests/')}"
-        found.append(Step(name, ("-m", "pytest", "-q", "-m", "gpu", *folders.split()), 240))
-    bench = ("-m", "bench.run", "--results", str(results), "--budget", f"{budget:g}")
-    found += [Step(f"sweep {name}", (*bench, "--sweep", "--only", name), budget) for name in SWEEPS]
+def steps(results: Path) -> list[Step]:
+    found = [Step("doctor", ("-m", "minivlm2vec", "doctor"), 240)]
+    for name, arguments in TESTS.items():
+        found.append(Step(f"tests {name}", ("-m", "pytest", "-q", "-m", "gpu", *arguments), 240))
+    bench = ("-m", "bench.run", "--results", str(results))
+    found += [Step(f"sweep {name}", (*bench, "--sweep", "--only", name), 2 * LAST_CASE, True) for name in BENCHES]
     found.append(Step("winners", ("-m", "bench.winners", "find", "--results", str(results))))
-    found += [Step(f"bench {name}", (*bench, "--only", name), budget) for name in BENCHES]
-    found += [Step(f"bench {case}", (*bench, "--only", "model", "--case", case), budget) for case in MODEL]
+    found += [Step(f"bench {name}", (*bench, "--only", name), 2 * LAST_CASE, True) for name in BENCHES]
+    model = (*bench, "--only", "model", "--case")
+    found += [Step(f"bench {case}", (*model, case), 2 * LAST_CASE, True) for case in MODEL]
     readme = () if results == RESULTS else ("--readme", str(results / "README.md"))
     return [*found, Step("report", ("-m", "bench.report", "--results", str(results), *readme))]
 
@@ -63,44 +75,75 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--again", action="append", default=[], metavar="STEP", help="forget that this was done")
     parser.add_argument("--list", action="store_true", help="what is done and what is to come")
     args = parser.parse_args(argv)
+    end = time.monotonic() + 60 * args.minutes
     results = args.results.resolve()
-    todo = steps(results, max(10.0, 60 * args.minutes - 90))
+    todo = steps(results)
     if unknown := set(args.again) - {s.name for s in todo}:
         parser.error(f"no step is called {', '.join(sorted(unknown))}; --list names them")
-    state = State(results / "first_hour.json")
-    for name in args.again:
-        state.forget(name)
-    if args.list:
-        print("\n".join(f"{state.words(s.name):>12}  {s.name}" for s in todo))
-        return 0
-    if args.results != RESULTS:
-        _readme(results)
-    return work(todo, state, time.monotonic() + 60 * args.minutes, args.through)
+    results.mkdir(parents=True, exist_ok=True)
+    with (results / "first_hour.lock").open("w") as lock:
+        if not args.list and not alone(lock):
+            parser.error(f"another first hour is at work in {results}")
+        state = State(results / "first_hour.json")
+        for name in args.again:
+            state.forget(name)
+        if args.list:
+            print("\n".join(f"{state.words(s.name):>12}  {s.name}" for s in todo))
+            return 0
+        if results != RESULTS:
+            _readme(results)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what runs is then ended as well
+        return work(todo, state, end, args.through, lock.fileno())
+
+
+def alone(lock: IO[str], seconds: float = SPARE) -> bool:
+    """Waits for a step that outlives the call which began it: steps inherit the lock."""
+    last = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > last:
+                return False
+            time.sleep(0.2)
 
 
 class State:
-    """Of each step its exit code and seconds, in a file that is always whole."""
+    """Of each step when it began, its exit code and seconds, in a file that is always whole."""
 
     def __init__(self, path: Path):
         self.path, self.logs = path, path.with_suffix("")
         self.logs.mkdir(parents=True, exist_ok=True)
-        self.steps: dict[str, dict] = json.loads(path.read_text()) if path.is_file() else {}
+        self.steps: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
 
     def done(self, name: str) -> bool:
         found = self.steps.get(name)
-        return found is not None and (found["code"] is not None or found["tries"] >= MOST_TRIES)
+        return found is not None and (
+            found["code"] is not None or found["cut"] >= MOST_CUT or found["tries"] >= MOST_TRIES
+        )
 
     def right(self, name: str) -> bool:
-        return self.done(name) and self.steps[name]["code"] in (0, 5)  # 5: pytest found nothing to run
+        return self.done(name) and self.steps[name]["code"] == 0
 
     def words(self, name: str) -> str:
         if not self.done(name):
-            return "cut short" if name in self.steps else "to come"
+            return "to go on" if name in self.steps else "to come"
         return "done" if self.right(name) else "failed"
 
-    def write(self, name: str, code: int | None, seconds: float) -> None:
-        tries = self.steps.get(name, {}).get("tries", 0) + 1
-        self.steps[name] = {"code": code, "seconds": round(seconds, 1), "tries": tries}
+    def begin(self, name: str) -> str:
+        """Returns the date at which it was begun for the first time, as a csv has it."""
+        now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M")
+        step = self.steps.setdefault(name, {"begun": now, "code": None, "seconds": 0.0, "tries": 0, "cut": 0})
+        step["tries"] += 1
+        self._save()
+        return step["begun"]
+
+    def end(self, name: str, code: int | None, seconds: float, more: bool = False) -> None:
+        """code: None where it was cut short; more: it says that something is left, which is no end, but progress."""
+        step = self.steps[name]
+        cut = 0 if more else step["cut"] + (code is None)
+        step |= {"code": None if more else code, "seconds": round(step["seconds"] + seconds, 1), "cut": cut}
         self._save()
 
     def forget(self, name: str) -> None:
@@ -116,7 +159,7 @@ class State:
         return self.logs / f"{name.replace(' ', '-').replace('/', '-')}.txt"
 
 
-def work(todo: list[Step], state: State, end: float, through: str | None = None) -> int:
+def work(todo: list[Step], state: State, end: float, through: str | None = None, lock: int | None = None) -> int:
     begun = 0
     for step in todo:
         if state.done(step.name):
@@ -126,43 +169,55 @@ def work(todo: list[Step], state: State, end: float, through: str | None = None)
             print(f"{step.name} is for the next call: {left:.0f} s are left", flush=True)
             return MORE
         begun += 1
-        print(f"{step.name}: python {' '.join(step.command)}", flush=True)
+        since = state.begin(step.name)
+        parts = ("--since", since, "--budget", f"{max(left - LAST_CASE, 1):.0f}") if step.in_parts else ()
+        command = [sys.executable, *(("-m", through) if through else ()), *step.command, *parts]
+        print(f"{step.name}: {' '.join(['python', *command[1:]])}", flush=True)
         start = time.monotonic()
-        code = run(step, state.log(step.name), max(left, 1.0), through)
-        state.write(step.name, code, time.monotonic() - start)
+        code = run(command, state.log(step.name), max(left, 1.0), lock)
+        more = step.in_parts and code == MORE
+        state.end(step.name, code, time.monotonic() - start, more)
         print(f"{step.name}: {state.words(step.name)} in {time.monotonic() - start:.0f} s, {state.log(step.name).name}",
               flush=True)  # fmt: skip
-    wrong = [s.name for s in todo if not state.right(s.name)]
+        if more and not state.done(step.name):
+            return MORE
     if any(not state.done(s.name) for s in todo):
         return MORE
-    print(
-        f"All done. Wrong: {', '.join(wrong)}"
-        if wrong
-        else "All done, nothing wrong. Next: python -m bench.winners apply"
-    )
-    return 1 if wrong else 0
+    if wrong := [s.name for s in todo if not state.right(s.name)]:
+        print(f"All done. Wrong: {', '.join(wrong)}")
+        return 1
+    print("All done, nothing wrong. Next: python -m bench.winners apply")
+    return 0
 
 
-def run(step: Step, log: Path, seconds: float, through: str | None = None) -> int | None:
-    """Exit code; None where it was cut short. What it prints is added to the log."""
-    command = [sys.executable, *(("-m", through) if through else ()), *step.command]
+def run(command: list[str], log: Path, seconds: float, lock: int | None = None) -> int | None:
+    """Exit code; None where it was cut short. What it prints is added to the log. It is interrupted, so that a bench
+    keeps what it has measured, where it takes too long and where this process is stopped or killed."""
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with log.open("ab") as out:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            pass_fds=() if lock is None else (lock,), preexec_fn=_interrupted_with_its_parent,
+        )  # fmt: skip
         try:
             return process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGINT)  # a bench keeps what it has measured
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=SPARE / 2)
             return None
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=SPARE / 2)
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def _interrupted_with_its_parent() -> None:
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
 
 
 def _readme(results: Path) -> None:

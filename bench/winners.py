@@ -1,13 +1,13 @@
 """The fastest settings of a sweep, and their way into the source.
 
-    python -m bench.winners find     # bench/results/<gpu>-sweep.csv -> bench/results/winners.json
+    python -m bench.winners find     # the latest bench/results/<gpu>-sweep.csv -> bench/results/winners.json
     python -m bench.winners apply    # winners.json -> the settings tables of kernels/minivlm2vec_kernels
     python -m bench.winners apply --dry-run
 
 A table's row serves many shapes: the setting wins that is fastest over all of them (the least geometric mean of its
-time by the best one's) among those that were right in each, where it beats the setting in use by 2 %. Tiles of
-attention depend on lengths: what wins is listed for each case, under "by hand". After `apply`: python -m
-tests.kernels.aot --write, the tests, and the benches again.
+time by the best one's) among those that were right in each, where it beats the setting in use by 2 %. `apply` compiles
+what each winner changes, for every card, and leaves out by name what spills, wants too much shared memory or does not
+compile. After it: python -m tests.kernels.aot --write, the tests, and the benches again.
 """
 
 import argparse
@@ -15,27 +15,60 @@ import ast
 import json
 import math
 import re
+import shutil
 import sys
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from bench import common
 
 KERNELS = Path(__file__).parents[1] / "kernels" / "minivlm2vec_kernels"
 WINNERS = "winners.json"
 GAIN = 1.02  # below, the setting in use stays
-ROW = re.compile(r"BM(\d+) w(\d+)")
-FEATURES = re.compile(r"BF(\d+) w(\d+)")
-TILES = re.compile(r"(tma|pointer) (\d+)x(\d+)x(\d+) w(\d+) s(\d+) r(\d+)")
-TABLES = {  # kernel of the sweep -> file, table, key, pattern of its providers
-    "add_rms_norm": ("launch", "ROW_SETTINGS", 4096, ROW),
-    "add_rms_norm_backward": ("rms_norm_triton", "BACKWARD_SETTINGS", 4096, ROW),
-    "add_layer_norm": ("launch", "ROW_SETTINGS", 1024, ROW),
-    **{name: ("activation_triton", "SETTINGS", name, FEATURES) for name in ("silu_mul", "quick_gelu")},
-    "silu_mul_backward": ("activation_triton", "SETTINGS", "silu_mul_backward", FEATURES),
-    "linear_quick_gelu": ("linear_triton", "CANDIDATES", "quick_gelu", TILES),
-    "linear_silu_mul": ("linear_triton", "CANDIDATES", "silu_mul", TILES),
+
+
+class Place(NamedTuple):
+    """A row of a settings table, as Python writes it: launch, ROW_SETTINGS[4096]."""
+
+    file: str
+    row: str
+
+    def __str__(self) -> str:
+        return f"{self.file}.{self.row}"
+
+
+BY_ROWS = r"B[MFRO](\d+) w(\d+)", "({}, {})"  # a provider's name, and the row's value
+BY_WARPS = r"w(\d+)", "{}"
+TABLES = {  # kernel of the sweep -> the row, and how its providers are read; attention's rows depend on the case
+    "add_rms_norm": [(Place("launch", "ROW_SETTINGS[4096]"), *BY_ROWS)],
+    "add_rms_norm_backward": [(Place("rms_norm_triton", "BACKWARD_SETTINGS[4096]"), *BY_ROWS)],
+    "add_layer_norm": [(Place("launch", "ROW_SETTINGS[1024]"), *BY_ROWS)],
+    "quantize_rows": [(Place("launch", "ROW_SETTINGS[8192]"), *BY_ROWS)],
+    **{
+        name: [(Place("activation_triton", f"SETTINGS['{name}']"), *BY_ROWS)]
+        for name in ("silu_mul", "quick_gelu", "silu_mul_backward")
+    },
+    "rope": [(Place("rope_triton", "SETTINGS[16384]"), *BY_WARPS)],
+    "merge_crops": [(Place("merge_crops_triton", "SETTINGS[4096]"), *BY_ROWS)],
+    "pool_last_token": [(Place("pooling_triton", "SETTINGS[8192]"), *BY_WARPS)],
+    "image_patches": [(Place("image_patches_triton", "SETTINGS['image_patches']"), *BY_ROWS)],
+    **{
+        f"linear_{name}": [
+            (
+                Place("linear_triton", f"CANDIDATES['{name}', '{path}']"),
+                rf"{path} (\d+)x(\d+)x(\d+) w(\d+) s(\d+) r(\d+)",
+                "Tiles({}, {}, {}, {}, {}, {})",
+            )
+            for path in ("tma", "pointer")
+        ]
+        for name in ("quick_gelu", "silu_mul")
+    },
 }
+ATTENTION = re.compile(r"attention(_backward)? (causal|full) (\d+) (tma|pointers|small)")
+TILE = r"(\d+)x(\d+) w(\d+) s(\d+)"
 Rows = list[dict[str, str]]
+Times = dict[str, float]  # of each provider, or of each value of a row, in ms
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,115 +76,165 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("what", choices=("find", "apply"))
     parser.add_argument("--results", type=Path, default=common.RESULTS)
     parser.add_argument("--kernels", type=Path, default=KERNELS)
-    parser.add_argument("--dry-run", action="store_true", help="say what would change, and change nothing")
+    parser.add_argument("--dry-run", action="store_true", help="say what would change; compile and change nothing")
     args = parser.parse_args(argv)
     path = args.results / WINNERS
     if args.what == "find":
-        rows = [row for file in sorted(args.results.glob("*-sweep.csv")) for row in common.read_rows(file)]
-        found = find(rows)
+        sweeps = [list(common.read_rows(file)) for file in args.results.glob("*-sweep.csv")]
+        found = find(max(sweeps, key=lambda rows: rows[-1]["date"], default=[]))  # of several cards' the latest
         path.write_text(json.dumps(found, indent=2) + "\n")
-        print(f"{len(found['rows'])} rows of tables and {len(found['by hand'])} by hand, in {path.name}")
+        print(f"{len(found)} rows of tables, in {path.name}")
         return 0
     if not path.is_file():
         parser.error(f"there is no {path.name}: python -m bench.winners find")
-    for winner in json.loads(path.read_text())["rows"]:
-        file = args.kernels / f"{winner['file']}.py"
-        before = file.read_text()
-        after = applied(before, winner)
-        verb = "already" if after == before else "would be" if args.dry_run else "now"
-        print(
-            f"{winner['file']}.{winner['table']}[{winner['key']!r}]: {verb} {winner['value']} ({winner['gain']:.2f}x)"
-        )
-        if not args.dry_run:
-            file.write_text(after)
-    return 0
+    return apply(json.loads(path.read_text()), args.kernels, args.dry_run)
 
 
-def find(rows: Rows) -> dict[str, list[dict]]:
-    """rows: of a sweep's csv; of each case, dtype and provider the last counts."""
-    times: dict[str, dict[tuple[str, str], dict[str, float]]] = {}
+# ------------------------------------------------------------------------------------------------------- which win
+
+
+def find(rows: Rows) -> list[dict]:
+    """rows: of a sweep's csv; of each case, dtype and provider the last counts. Returns the new rows of tables, each
+    with file, row, value and gain (the time of the one in use by its own, None where that was not right everywhere)."""
+    measured: dict[tuple[str, str, str], Times] = {}
     for row in rows:
-        times.setdefault(row["kernel"], {}).setdefault((row["case"], row["dtype"]), {})[row["provider"]] = float(
-            row["ms"]
-        )
-    found: dict[str, list[dict]] = {"rows": [], "by hand": []}
-    for kernel, cases in times.items():
-        if kernel not in TABLES:
-            for (case, dtype), ms in cases.items():
-                best = min((p for p in ms if p != common.REFERENCE), key=lambda p: ms[p], default=None)
-                if best and best != common.OURS:
-                    gain = ms[common.OURS] / ms[best] if common.OURS in ms else None
-                    found["by hand"].append(
-                        {"kernel": kernel, "case": case, "dtype": dtype, "best": best, "gain": gain}
-                    )
-            continue
-        file, table, key, pattern = TABLES[kernel]
-        for path in ("tma", "pointer") if pattern is TILES else (None,):
-            names = [p for p in _in_all(cases) if pattern.fullmatch(p) and (path is None or p.startswith(path))]
-            if not names:
-                continue
-            name = min(names, key=lambda p: _slowness(cases, p))
-            now = _in_use(cases, names, file, table, (key, path) if path else key)
-            gain = _slowness(cases, now) / _slowness(cases, name) if now else None
-            if gain is not None and gain < GAIN:
-                continue
-            value = [int(n) for n in pattern.fullmatch(name).groups() if n.isdigit()]
-            full = [key, path] if path else key
-            found["rows"].append({"file": file, "table": table, "key": full, "value": value, "gain": gain or 1.0,
-                                  "kernel": kernel, "provider": name})  # fmt: skip
+        measured.setdefault((row["kernel"], row["case"], row["dtype"]), {})[row["provider"]] = float(row["ms"])
+    cases: dict[Place, list[Times]] = {}
+    for (kernel, case, _), times in measured.items():
+        for place, values in settings(kernel, case, times).items():
+            cases.setdefault(place, []).append(values)
+    return [winner for place, each in cases.items() if (winner := winner_of(place, each))]
+
+
+def winner_of(place: Place, cases: list[Times]) -> dict | None:
+    values = set.intersection(*map(set, cases))  # right, and so timed, in every case
+    now = in_use(place)
+    now = now if now in values else common.OURS
+    slowness = {v: _mean([times[v] / min(times.values()) for times in cases]) for v in values}
+    best = min(values - {common.OURS}, key=slowness.__getitem__, default=now)
+    gain = slowness[now] / slowness[best] if now in slowness else None
+    if best == now or (gain is not None and gain < GAIN):
+        return None
+    return {"file": place.file, "row": place.row, "value": best, "gain": gain and round(gain, 4)}
+
+
+def _mean(ratios: list[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+def settings(kernel: str, case: str, times: Times) -> dict[Place, Times]:
+    """The rows that a case's candidates are for: the time of each value of theirs, and of "triton"."""
+    attention = ATTENTION.fullmatch(kernel)
+    ours = {p: ms for p, ms in times.items() if p == common.OURS}
+    found: dict[Place, Times] = {}
+    for place, pattern, value in _attention(attention, case) if attention else TABLES.get(kernel, []):
+        matches = {p: m for p in times if (m := re.fullmatch(pattern, p))}
+        if matches:
+            found.setdefault(place, dict(ours)).update(
+                {value.format(*m.groups()): times[p] for p, m in matches.items()}
+            )
     return found
 
 
-def _in_all(cases: dict) -> list[str]:
-    """Providers that were right, and so timed, in every case."""
-    return list(set.intersection(*(set(ms) for ms in cases.values())))
+def _attention(kernel: re.Match, case: str) -> list[tuple[Place, str, str]]:
+    """As TABLES has it of the others: of a head dim and the longest sequence the row that serves them."""
+    from bench.bench_attention import GPU_PROBLEMS, row
+    from minivlm2vec_kernels import attention_backward_triton, attention_triton
+
+    H, table, value = int(kernel[3]), kernel[4], "Tile({}, {}, {}, {})"
+    if kernel[1]:
+        tables = {f"TILES['{p}']": (p, rows) for p, rows in attention_backward_triton.TILES.items()}
+        if table == "small":
+            tables = {"SMALL_TILES": ("both", attention_backward_triton.SMALL_TILES)}
+        return [
+            (Place("attention_backward_triton", f"{name}[{next(n for n in rows if n >= H)}]"), f"{pass_} {TILE}", value)
+            for name, (pass_, rows) in tables.items()
+        ]
+    name, limits = row(next(p for p in GPU_PROBLEMS if p.name == case), table)
+    key = ", ".join("ANY" if n == attention_triton.ANY else str(n) for n in limits)
+    place = Place("attention_triton", f"{name}[{key}]")
+    as_triton = r"(?: \(as triton\))?"
+    return [
+        (place, f"{TILE} pointers{as_triton}", value),
+        (place, f"{TILE} tma{as_triton}", "Tile({}, {}, {}, {}, True)"),
+    ]
 
 
-def _slowness(cases: dict, provider: str) -> float:
-    """Geometric mean of its time by the best of each case."""
-    logs = [math.log(ms[provider] / min(ms.values())) for ms in cases.values()]
-    return math.exp(sum(logs) / len(logs))
+# ----------------------------------------------------------------------------------------------------- the source
 
 
-def _in_use(cases: dict, names: list[str], file: str, table: str, key: object) -> str | None:
-    """The provider that is the setting of the source: of row kernels "triton" is that."""
-    if table != "CANDIDATES":
-        return common.OURS if common.OURS in _in_all(cases) else None
-    node = _entry((KERNELS / f"{file}.py").read_text(), table, key)
-    first = [ast.literal_eval(a) for a in node.elts[0].args]  # type: ignore[attr-defined]
-    return next((n for n in names if [int(x) for x in TILES.fullmatch(n).groups()[1:]] == first[:6]), None)  # type: ignore[union-attr]
+def apply(winners: list[dict], kernels: Path, dry_run: bool = False) -> int:
+    """Puts winners into the files of a folder, one after another. Returns 1 where one is refused, which is named."""
+    from tests.kernels.aot.changed import compile_all_but
+
+    refused, jobs = 0, None
+    for winner in winners:
+        place = Place(winner["file"], winner["row"])
+        file = kernels / f"{place.file}.py"
+        try:
+            before = file.read_text()
+            after = applied(before, place.row, winner["value"])
+            if after != before and not dry_run:
+                with tempfile.TemporaryDirectory() as folder:
+                    copy = Path(folder) / "minivlm2vec_kernels"
+                    shutil.copytree(kernels, copy)
+                    jobs = compile_all_but(None, Path(folder))[0] if jobs is None else jobs
+                    (copy / file.name).write_text(after)
+                    new_jobs, wrong = compile_all_but(jobs, Path(folder))
+                if wrong:
+                    raise ValueError("; ".join(wrong))
+                jobs = new_jobs
+                file.write_text(after)
+        except ValueError as error:
+            print(f"{place} = {winner['value']} is refused: {error}", flush=True)
+            refused += 1
+            continue
+        verb = "already" if after == before else "would be" if dry_run else "now"
+        gain = f" ({winner['gain']:.2f}x)" if winner["gain"] else ""
+        print(f"{place}: {verb} {winner['value']}{gain}", flush=True)
+    return 1 if refused else 0
 
 
-def _entry(source: str, table: str, key: object) -> ast.expr:
-    """The value of a key of a dict that is assigned to a name at the top of a file."""
-    for node in ast.parse(source).body:
-        targets = getattr(node, "targets", [getattr(node, "target", None)])
-        if any(isinstance(t, ast.Name) and t.id == table for t in targets) and isinstance(node.value, ast.Dict):
-            for k, value in zip(node.value.keys, node.value.values, strict=True):
-                if k is not None and ast.literal_eval(k) == key:
-                    return value
-    raise ValueError(f"there is no {table}[{key!r}] to be changed")
+def in_use(place: Place) -> str:
+    source = (KERNELS / f"{place.file}.py").read_text()
+    value = entry(source, place.row)
+    return ast.unparse(value.elts[0] if isinstance(value, ast.List) else value)
 
 
-def applied(source: str, winner: dict) -> str:
-    """A file's text with the winner in its table; of a list of candidates it becomes the first."""
-    key = tuple(winner["key"]) if isinstance(winner["key"], list) else winner["key"]
-    node = _entry(source, winner["table"], key)
+def entry(source: str, row: str) -> ast.expr:
+    """The value of a row, such as TABLE[True, False][ANY, ANY], of a table that a file assigns to a name at its top."""
+    keys: list[ast.expr] = []
+    table = ast.parse(row, mode="eval").body
+    while isinstance(table, ast.Subscript):
+        keys.insert(0, table.slice)
+        table = table.value
+    assigned = (n for n in ast.parse(source).body if isinstance(n, ast.Assign))
+    found = next((n.value for n in assigned if ast.unparse(n.targets[0]) == ast.unparse(table)), None)
+    for key in keys:
+        rows = zip(found.keys, found.values, strict=True) if isinstance(found, ast.Dict) else ()
+        found = next((value for k, value in rows if k and ast.dump(k) == ast.dump(key)), None)
+    if found is None:
+        raise ValueError(f"there is no {row}")
+    return found
+
+
+def applied(source: str, row: str, value: str) -> str:
+    """A file's text with the value in that row; of a list of candidates it becomes the first."""
+    node = entry(source, row)
     if not isinstance(node, ast.List):
-        return _replaced(source, node, f"({', '.join(map(str, winner['value']))})")
-    parts = [ast.get_source_segment(source, e) or "" for e in node.elts]
-    values = [[ast.literal_eval(a) for a in e.args][:6] for e in node.elts]  # type: ignore[attr-defined]
-    if winner["value"] not in values:
-        raise ValueError(f"{winner['value']} is no candidate of {winner['table']}[{key!r}]")
-    first = values.index(winner["value"])
-    for element, text in reversed(
-        list(zip(node.elts, [parts[first], *parts[:first], *parts[first + 1 :]], strict=True))
-    ):
+        return _replaced(source, node, value)
+    values = [ast.unparse(e) for e in node.elts]
+    if value not in values:
+        raise ValueError(f"it is none of the candidates {', '.join(values)}")
+    values.remove(value)
+    for element, text in reversed(list(zip(node.elts, [value, *values], strict=True))):
         source = _replaced(source, element, text)
     return source
 
 
 def _replaced(source: str, node: ast.expr, text: str) -> str:
+    if ast.unparse(node) == text:
+        return source
     lines = source.splitlines(keepends=True)
     starts = [0]
     for line in lines:

@@ -227,13 +227,21 @@ def _add_queries(
 # pass -> largest head dim -> tile. Settled by what the compiler makes of them (tests/kernels/aot/table.json): these
 # spill nowhere; `python -m bench.run --sweep --only attention_backward` times them beside others.
 TILES = {
-    "dq": {256: Tile(64, 32, 4, 2)},
-    "dkv": {96: Tile(32, 64, 4, 2), 256: Tile(32, 64, 8, 2)},
+    "dq": {
+        256: Tile(64, 32, 4, 2),
+    },
+    "dkv": {
+        96: Tile(32, 64, 4, 2),
+        256: Tile(32, 64, 8, 2),
+    },
 }
 FP32_TILE = Tile(16, 16, 8, 1)  # dots without tensor cores
 
 
-SMALL_TILES = {96: Tile(32, 32, 4, 1), 192: Tile(16, 32, 4, 1)}  # of both, for programs that have 64 KB
+SMALL_TILES = {  # of both, for programs that have 64 KB
+    96: Tile(32, 32, 4, 1),
+    192: Tile(16, 32, 4, 1),
+}
 
 
 def choose_backward_tile(pass_: str, H: int, dtype: torch.dtype, small: bool = False) -> Tile:

@@ -247,16 +247,32 @@ class Tile(NamedTuple):
 # of them (tests/kernels/aot/table.json) and by arithmetic (bench/README.md); `python -m bench.run --sweep --only
 # attention` times them beside others. With descriptors three stages, as two leave no load ahead of its wait.
 ANY = 2**31
-SHORT = {
-    (32, 32): Tile(32, 32, 2, 1),  # one block of keys; 96 registers, so 10 programs a multiprocessor
-    (64, 64): Tile(64, 64, 4, 1),
-    (16, ANY): Tile(16, 64, 4, 2),  # the last token of long sequences
-}
 TILES = {  # (causal, descriptors)
-    (True, True): SHORT | {(ANY, ANY): Tile(128, 64, 8, 3, True)},
-    (True, False): SHORT | {(1024, ANY): Tile(64, 32, 4, 3), (ANY, ANY): Tile(128, 64, 8, 2)},
-    (False, True): SHORT | {(ANY, ANY): Tile(128, 64, 8, 3, True)},
-    (False, False): SHORT | {(ANY, ANY): Tile(64, 32, 4, 2)},
+    (True, True): {
+        (32, 32): Tile(32, 32, 2, 1),  # one block of keys; 96 registers, so 10 programs a multiprocessor
+        (64, 64): Tile(64, 64, 4, 1),
+        (16, ANY): Tile(16, 64, 4, 2),  # the last token of long sequences
+        (ANY, ANY): Tile(128, 64, 8, 3, True),
+    },
+    (True, False): {
+        (32, 32): Tile(32, 32, 2, 1),
+        (64, 64): Tile(64, 64, 4, 1),
+        (16, ANY): Tile(16, 64, 4, 2),
+        (1024, ANY): Tile(64, 32, 4, 3),
+        (ANY, ANY): Tile(128, 64, 8, 2),
+    },
+    (False, True): {
+        (32, 32): Tile(32, 32, 2, 1),
+        (64, 64): Tile(64, 64, 4, 1),
+        (16, ANY): Tile(16, 64, 4, 2),
+        (ANY, ANY): Tile(128, 64, 8, 3, True),
+    },
+    (False, False): {
+        (32, 32): Tile(32, 32, 2, 1),
+        (64, 64): Tile(64, 64, 4, 1),
+        (16, ANY): Tile(16, 64, 4, 2),
+        (ANY, ANY): Tile(64, 32, 4, 2),
+    },
 }
 FP32_TILE = Tile(16, 16, 4, 1)  # dots without tensor cores; larger tiles spill
 
@@ -267,8 +283,16 @@ def choose_tile(max_seqlen_q: int, max_seqlen_k: int, causal: bool, tma: bool, d
 
 # The widest head dim, and as TILES: for programs that have 64 KB, of which sm_75 takes both operands of every product.
 SMALL_TILES = {
-    128: {(32, 32): Tile(32, 32, 2, 1), (16, ANY): Tile(16, 64, 4, 2), (ANY, ANY): Tile(64, 32, 4, 2)},
-    192: {(32, 32): Tile(32, 32, 2, 1), (16, ANY): Tile(16, 64, 4, 2), (ANY, ANY): Tile(32, 32, 4, 2)},
+    128: {
+        (32, 32): Tile(32, 32, 2, 1),
+        (16, ANY): Tile(16, 64, 4, 2),
+        (ANY, ANY): Tile(64, 32, 4, 2),
+    },
+    192: {
+        (32, 32): Tile(32, 32, 2, 1),
+        (16, ANY): Tile(16, 64, 4, 2),
+        (ANY, ANY): Tile(32, 32, 4, 2),
+    },
 }
 
 

@@ -19,7 +19,7 @@ from .custom_op import compiled_as_op
 from .image_grids import Grid, launches, pack, unflatten
 from .launch import cdiv, check_shape, on_device_of
 
-SETTINGS = (512, 4)  # BO, warps
+SETTINGS = {"image_patches": (512, 4)}  # kernel -> (BO, warps)
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def image_patches(
 
 
 def _launch(crops: Tensor, grids: Sequence[Grid], mean: Tensor, std: Tensor, out: Tensor, p: int) -> None:
-    S, (BO, warps) = crops.shape[1], SETTINGS
+    S, (BO, warps) = crops.shape[1], SETTINGS["image_patches"]
     blocks = cdiv(3 * S * p, BO)
     most_views = max(1 + h * w for h, w in grids)
     with on_device_of(crops):

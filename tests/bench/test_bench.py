@@ -1,10 +1,12 @@
 """The bench's own arithmetic: what it refuses to time, what it writes, and the report made from that."""
 
+import argparse
 import dataclasses
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,6 +141,45 @@ def test_csv_is_appended_to(tmp_path):
         ("triton", "1", "4 x 4"),
         ("torch", "2", "4 x 4"),
     ]
+
+
+def test_csv_of_other_columns_is_refused(tmp_path, monkeypatch):
+    """Before anything is timed, and both are named."""
+    path = tmp_path / "cpu.csv"
+    path.write_text("date,gpu,ms\n2030-01-01 10:00,H100,1\n")
+    before = path.read_text()
+    with pytest.raises(ValueError, match=r"cpu.csv has the columns date,gpu,ms, and not date,gpu,driver,torch.*away"):
+        common.append_rows([row("triton", 1.0)], path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(common.Session, "run", lambda *_: pytest.fail("timed"))
+    with pytest.raises(ValueError, match="move it away"):
+        run.run_all(["pooling"], CPU, options())
+    assert path.read_text() == before
+
+
+def options(**changes) -> argparse.Namespace:
+    given = {"budget": float("inf"), "since": "", "case": "", "sweep": False, "save": True}
+    return argparse.Namespace(**(given | changes))
+
+
+def test_a_run_goes_on_where_another_ended(tmp_path, monkeypatch, capsys):
+    """A case that raises is named, and the rest goes on; what has rows since a date is not run again."""
+    broken_one = Case("op", "2", torch.float32, 1, 1, build=lambda: Work({"torch": broken}, lambda: EXACT))
+    made = [case(torch=off_by(0)), broken_one, dataclasses.replace(case(torch=off_by(0)), name="8")]
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setitem(sys.modules, "bench.bench_made_up", SimpleNamespace(cases=lambda device: made))
+    assert run.run_all(["made_up"], CPU, options()) == 1
+    printed = capsys.readouterr().out
+    assert "RuntimeError: no such kernel" in printed and printed.rstrip().endswith("Failed: op 2")
+    path = tmp_path / "cpu.csv"
+    assert [r["case"] for r in common.read_rows(path)] == ["4", "8"]
+    made[1] = dataclasses.replace(case(torch=off_by(0)), name="2")
+    assert run.run_all(["made_up"], CPU, options(since="2000-01-01 00:00", budget=-1)) == run.MORE
+    assert "Out of budget, not run: op 2\n" in capsys.readouterr().out
+    assert run.run_all(["made_up"], CPU, options(since="2000-01-01 00:00")) == 0
+    assert [r["case"] for r in common.read_rows(path)] == ["4", "8", "2"]
+    assert run.run_all(["made_up"], CPU, options(since="2999-01-01 00:00")) == 0
+    assert len(list(common.read_rows(path))) == 6
 
 
 def test_csv_is_named_after_the_gpu():

@@ -19,14 +19,18 @@ from tests.kernels.pretended import card
 
 
 def main(capability: str, only: str = "") -> int:
+    report = examine(capability, only)
+    print(report.text(100))
+    return 0 if report.passed else 1
+
+
+def examine(capability: str, only: str = "") -> doctor.Report:
     major, minor = map(int, capability.split("."))
     with card.pretend_card((major, minor)):
         fused.type = lambda x: torch.nn.Parameter if isinstance(x, FakeTensor) and _is_parameter(x) else type(x)
         if only:
             keep(only.split(","))
-        report = doctor.examine(quick=True, isolate=False)
-    print(report.text(100))
-    return 0 if report.passed else 1
+        return doctor.examine(quick=True, isolate=False)
 
 
 def _is_parameter(x: FakeTensor) -> bool:

@@ -3,6 +3,7 @@
 python -m pytest -p tests.kernels.pretended.plugin tests/kernels/pretended/rehearsal.py
 """
 
+import importlib
 import re
 from collections import Counter
 from dataclasses import astuple, replace
@@ -14,7 +15,8 @@ import triton
 from PIL import Image
 from triton.runtime.errors import OutOfResources
 
-from bench import bench_model, common, run
+from bench import bench_model, common, run, winners
+from bench.first_hour import BENCHES
 from minivlm2vec import Embedder
 from minivlm2vec.config import VLM2VecConfig
 from minivlm2vec.inference.graphs import GraphedModel, GraphedTower
@@ -298,6 +300,23 @@ def test_the_bench(card, quick, capsys):
         "two kernels",
     } | fused - asks_the_driver
     assert peers <= {r["provider"] for r in rows}
+
+
+@pytest.mark.parametrize("name", [n for n in BENCHES if n != "attention_backward"])
+def test_a_sweep_launches_what_it_says(card, monkeypatch, name):
+    """The first candidate and the last two: their warps reach the kernel. `bench.winners` reads the name of each."""
+    warps, plain = [], triton.JITFunction.run
+    monkeypatch.setattr(
+        triton.JITFunction, "run", lambda self, *a, **kw: warps.append(kw["num_warps"]) or plain(self, *a, **kw)
+    )
+    case = next(importlib.import_module(f"bench.bench_{name}").sweep(torch.device("cuda")))
+    candidates = {n: call for n, call in case.build().providers.items() if re.search(r"w\d", n)}
+    read = winners.settings(case.kernel, case.name, dict.fromkeys(candidates, 1.0))
+    assert sum(map(len, read.values())) == len(candidates) > 2
+    for provider in [*candidates][:1] + [*candidates][-2:]:
+        warps.clear()
+        candidates[provider]()
+        assert warps == [int(re.search(r"w(\d+)", provider)[1])], provider
 
 
 # ------------------------------------------------------------------------------- that it finds what is wrong

@@ -15,15 +15,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def specs() -> list[Spec]:
     found = {}
     for (causal, _), table in TILES.items():
-        for tile in table.values():
+        for (_, keys), tile in table.items():
             for H in HEAD_DIMS:
-                found[causal, tile, H] = [
-                    _spec(H, causal, tile, one_block=one) for one in ((True,) if tile.stages == 1 else _sizes(tile))
-                ]
+                for one in _sizes(tile, keys):
+                    found[causal, tile, H, one] = [_spec(H, causal, tile, one_block=one)]
     for causal, H in PUBLISHED:  # what changes no more than an argument
-        for tile in dict.fromkeys((*TILES[causal, True].values(), *TILES[causal, False].values())):
-            one = tile.stages == 1
-            found[causal, tile, H, "other"] = [
+        for (_, keys), tile in (*TILES[causal, True].items(), *TILES[causal, False].items()):
+            one = keys <= tile.BN
+            found[causal, tile, H, one, "other"] = [
                 _spec(H, causal, tile, one_block=one, group=4),
                 _spec(H, causal, tile, one_block=one, lse=True),
                 _spec(H, causal, tile, one_block=one, scheduled=True),
@@ -36,9 +35,10 @@ def specs() -> list[Spec]:
     return [spec for specs in found.values() for spec in specs]
 
 
-def _sizes(tile: Tile) -> tuple[bool, ...]:
-    """Whether a tile meets keys of one block: few queries do, where their row of the table is for few queries alone."""
-    return (False, True) if tile.BM <= 16 else (False,)
+def _sizes(tile: Tile, keys: int) -> tuple[bool, ...]:
+    """Whether a tile meets keys of one block, in a row for so many keys: few queries also do, where their row of the
+    table is for few queries alone."""
+    return (True,) if keys <= tile.BN else (False, True) if tile.BM <= 16 else (False,)
 
 
 def _spec(

@@ -10,7 +10,7 @@ def specs() -> list[Spec]:
 
 
 def _spec(S: int, p: int, images: int) -> Spec:
-    BO, warps = image_patches_triton.SETTINGS
+    BO, warps = image_patches_triton.SETTINGS["image_patches"]
     types = {"crops": "*u8", "mean": "*fp32", "std": "*fp32", "out": "*bf16", "grids": ("i32",) * images}
     constants = {"S": S, "p": p, "BO": BO}
     name = f"S{S} p{p} images{images}"
