@@ -71,9 +71,7 @@ def test_problems_are_named(change, complaint):
     assert complaint is None or any(complaint in f for f in found)
 
 
-@pytest.mark.parametrize(
-    "card", ["sm_75", *(pytest.param(c, marks=pytest.mark.slow) for c in ("sm_120", "gfx90a"))]
-)
+@pytest.mark.parametrize("card", ["sm_75", *(pytest.param(c, marks=pytest.mark.slow) for c in ("sm_120", "gfx90a"))])
 def test_what_a_card_gets_fits_there(card):
     """The model's own shapes; `python -m tests.kernels.aot.every_card` compiles for all cards, head dims and dtypes."""
     command = [sys.executable, "-m", "tests.kernels.aot.every_card", "--quick", "--cards", card]
