@@ -83,7 +83,8 @@ def cases(device: torch.device, providers: Callable | None = None, suffix: str =
 
 
 def sweep(device: torch.device) -> Iterator[Case]:
-    yield from cases(device, tile_providers, f" {table()}")
+    if cards.card(torch.cuda.current_device()).tensor_cores:  # else one tile is for all
+        yield from cases(device, tile_providers, f" {table()}")
 
 
 def table() -> str:

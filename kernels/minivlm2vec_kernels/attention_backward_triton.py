@@ -33,6 +33,7 @@ from .attention_triton import (
     store_rows,
     tile_for,
 )
+from .cards import Card
 from .custom_op import compiled_as_op
 from .launch import cdiv, empty_like, on_device_of
 
@@ -228,10 +229,10 @@ def _add_queries(
 # spill nowhere; `python -m bench.run --sweep --only attention_backward` times them beside others.
 TILES = {
     "dq": {
-        256: Tile(64, 32, 4, 2),
+        256: Tile(64, 32, 8, 2),
     },
     "dkv": {
-        96: Tile(32, 64, 4, 2),
+        96: Tile(32, 64, 8, 2),
         256: Tile(32, 64, 8, 2),
     },
 }
@@ -244,10 +245,10 @@ SMALL_TILES = {  # of both, for programs that have 64 KB
 }
 
 
-def choose_backward_tile(pass_: str, H: int, dtype: torch.dtype, small: bool = False) -> Tile:
-    if dtype == torch.float32:
+def choose_backward_tile(pass_: str, H: int, dtype: torch.dtype, card: Card | None = None) -> Tile:
+    if dtype == torch.float32 or (card is not None and not card.tensor_cores):
         return FP32_TILE
-    tiles = SMALL_TILES if small else TILES[pass_]
+    tiles = SMALL_TILES if card is not None and card.small else TILES[pass_]
     return next(tile for widest, tile in tiles.items() if widest >= H)
 
 
@@ -292,8 +293,8 @@ def attention_backward(
     """
     if cu_seqlens_q is None or max_seqlen_q is None:
         cu_seqlens_q, max_seqlen_q = cu_seqlens, max_seqlen
-    small = q.is_cuda and cards.card(q.get_device()).small
-    tiles = [choose_backward_tile(pass_, q.shape[2], q.dtype, small) for pass_ in ("dq", "dkv")]
+    card = cards.card(q.get_device()) if q.is_cuda else None
+    tiles = [choose_backward_tile(pass_, q.shape[2], q.dtype, card) for pass_ in ("dq", "dkv")]
     return launch_backward(dout, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q,
                            causal, scale, *tiles)  # fmt: skip
 

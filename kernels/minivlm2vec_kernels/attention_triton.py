@@ -275,6 +275,7 @@ TILES = {  # (causal, descriptors)
     },
 }
 FP32_TILE = Tile(16, 16, 4, 1)  # dots without tensor cores; larger tiles spill
+NO_TENSOR_CORES_TILE = Tile(16, 16, 8, 1)  # of any dtype, where Triton uses none
 
 
 def choose_tile(max_seqlen_q: int, max_seqlen_k: int, causal: bool, tma: bool, dtype: torch.dtype) -> Tile:
@@ -402,7 +403,10 @@ def scheduled(
 
 def tile_for(q: Tensor, k: Tensor, v: Tensor, max_seqlen_q: int, max_seqlen_k: int, causal: bool) -> Tile:
     """The tile of a call, on the card that its tensors are on."""
-    if q.is_cuda and cards.card(q.get_device()).small:
+    card = cards.card(q.get_device()) if q.is_cuda else None
+    if card is not None and not card.tensor_cores:
+        return NO_TENSOR_CORES_TILE
+    if card is not None and card.small:
         return choose_small_tile(q.shape[2], max_seqlen_q, max_seqlen_k, q.dtype)
     return choose_tile(max_seqlen_q, max_seqlen_k, causal, supports_tma(q, k, v), q.dtype)
 

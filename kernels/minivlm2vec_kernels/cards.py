@@ -24,6 +24,7 @@ class Card:
         tma: tiles come and go by tensor descriptors where a kernel can use them.
         bfloat16: its matrix units multiply it.
         e4m3: Triton converts to that 8-bit floating point for it.
+        tensor_cores: Triton multiplies on its matrix units.
         amd: of AMD, and not of NVIDIA.
     """
 
@@ -32,6 +33,7 @@ class Card:
     tma: bool = False
     bfloat16: bool = True
     e4m3: bool = True
+    tensor_cores: bool = True
     amd: bool = False
 
     @property
@@ -44,7 +46,7 @@ KB = 1024
 CARDS = {
     card.name: card
     for card in (
-        Card("sm_75", 64 * KB, bfloat16=False, e4m3=False),  # T4, RTX 20
+        Card("sm_75", 64 * KB, bfloat16=False, e4m3=False, tensor_cores=False),  # T4, RTX 20
         Card("sm_80", 163 * KB, e4m3=False),  # A100
         Card("sm_86", 99 * KB, e4m3=False),  # A10, A40, RTX 30
         Card("sm_89", 99 * KB),  # L4, L40, RTX 40
@@ -104,6 +106,11 @@ def refusal(device: int, bfloat16: bool, e4m3: bool = False) -> str:
 def takes_triton(device: int, bfloat16: bool, e4m3: bool = False) -> bool:
     """Whether kernels are taken where nobody says which. Warns once where they are not."""
     why = refusal(device, bfloat16, e4m3)
+    if not why and not card(device).tensor_cores:  # a T4 has 65 TFLOP/s on them and 8 beside them
+        why = (
+            f"on {card(device).name} Triton multiplies without the tensor cores, which torch's operators use; "
+            "backend='triton' or MINIVLM2VEC_BACKEND=triton asks for the kernels"
+        )
     if not why and card(device).amd:
         why = (
             f"on {card(device).name} (AMD) the kernels have been compiled and never run; after `minivlm2vec doctor` "

@@ -204,7 +204,7 @@ def run_quick_gelu(
     """Writes quick_gelu(x weight^T + bias) to `out`. `tiles` and `tma` are chosen here unless given."""
     (M, K), N = x.shape, weight.shape[0]
     tma = can_use_tma(x, weight, out) if tma is None else tma
-    tiles = tiles or settings("quick_gelu", x.dtype, tma, _is_small(x))
+    tiles = tiles or settings("quick_gelu", x.dtype, tma, _card(x))
     if out.numel() == 0:
         return
     with on_device_of(x):
@@ -225,7 +225,7 @@ def run_silu_mul(x: Tensor, weight: Tensor, out: Tensor, tiles: Tiles | None = N
     """Writes silu(x weight[:F]^T) * (x weight[F:]^T) to `out`. `tiles`, `tma`: chosen here unless given."""
     (M, K), F = x.shape, weight.shape[0] // 2
     tma = can_use_tma(x, weight, out) if tma is None else tma
-    tiles = tiles or settings("silu_mul", x.dtype, tma, _is_small(x))
+    tiles = tiles or settings("silu_mul", x.dtype, tma, _card(x))
     if out.numel() == 0:
         return
     with on_device_of(x):
@@ -249,16 +249,18 @@ def can_use_tma(*matrices: Tensor) -> bool:
     return all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in matrices)
 
 
-def settings(kernel: str, dtype: torch.dtype, tma: bool, small: bool = False) -> Tiles:
-    """small: of a card with 64 KB of shared memory, which four stages of 128 x 128 tiles fill to the last byte."""
+def settings(kernel: str, dtype: torch.dtype, tma: bool, card: cards.Card | None = None) -> Tiles:
+    """Four stages of 128 x 128 tiles fill a card's 64 KB of shared memory to the last byte."""
+    if card is not None and not card.tensor_cores:
+        return replace(FLOAT32, warps=8)
     if dtype == torch.float32:
         return FLOAT32
     tiles = CANDIDATES[kernel, "tma" if tma else "pointer"][0]
-    return replace(tiles, stages=min(tiles.stages, 3)) if small else tiles
+    return replace(tiles, stages=min(tiles.stages, 3)) if card is not None and card.small else tiles
 
 
-def _is_small(x: Tensor) -> bool:
-    return x.is_cuda and cards.card(x.get_device()).small
+def _card(x: Tensor) -> cards.Card | None:
+    return cards.card(x.get_device()) if x.is_cuda else None
 
 
 def _grid(x: Tensor, M: int, N: int, tiles: Tiles) -> tuple[int]:

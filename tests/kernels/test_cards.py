@@ -93,13 +93,20 @@ def test_nvidias_cards_take_triton_without_a_word(on, kind, dtype):
 def test_bfloat16_where_there_is_none(on):
     on((7, 5))
     half, brain = OnCard(torch.float16), OnCard(torch.bfloat16)
-    assert ops.choose_backend("auto", half) == ops.choose_backend("triton", half) == "triton"
+    assert ops.choose_backend("triton", half) == "triton"
     with pytest.warns(UserWarning, match=r"torch's own.*sm_75 has no bfloat16; float16") as said:
         assert [ops.choose_backend("auto", half, brain) for _ in range(3)] == ["torch"] * 3
         assert ops.choose_backend("auto", OnCard(torch.uint8), dtype=torch.bfloat16) == "torch"
     assert len(said) == 1
     with pytest.raises(RuntimeError, match=r"backend='triton': sm_75 has no bfloat16"):
         ops.choose_backend("triton", brain)
+
+
+def test_where_triton_uses_no_tensor_cores_torch_is_taken(on):
+    on((7, 5))
+    with pytest.warns(UserWarning, match="sm_75 Triton multiplies without the tensor cores.*backend='triton'") as said:
+        assert [ops.choose_backend("auto", OnCard(torch.float16)) for _ in range(3)] == ["torch"] * 3
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize(("kind", "there"), [((7, 5), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
@@ -146,7 +153,16 @@ def test_the_choice_is_a_constant_to_the_compiler(on, kind):
     assert compiled(torch.zeros(2)).tolist() == [1.0 if kind == (9, 0) else -1.0] * 2
 
 
-@pytest.mark.parametrize("kind", [(7, 5), "gfx942", (13, 7)])
+@pytest.mark.parametrize("H", HEAD_DIMS)
+def test_tiles_without_tensor_cores(on, H):
+    on((7, 5))
+    x, card = OnCard(torch.float16, H), cards.card(0)
+    assert attention_triton.tile_for(x, x, x, 777, 777, True) == attention_triton.NO_TENSOR_CORES_TILE
+    assert attention_backward_triton.choose_backward_tile("dkv", H, x.dtype, card).BM == 16
+    assert linear_triton.settings("quick_gelu", x.dtype, False, card).BM == 64
+
+
+@pytest.mark.parametrize("kind", ["gfx942", (13, 7)])
 @pytest.mark.parametrize("H", HEAD_DIMS)
 def test_small_cards_get_small_tiles(on, kind, H):
     on(kind)
@@ -155,4 +171,4 @@ def test_small_cards_get_small_tiles(on, kind, H):
     for queries, keys in [(1, 1), (30, 30), (40, 40), (1, 3000), (777, 777), (3000, 3000)]:
         tile = attention_triton.tile_for(x, x, x, queries, keys, True)
         assert tile in small and not tile.tma
-    assert attention_backward_triton.choose_backward_tile("dq", H, x.dtype, small=True).BM <= 32
+    assert attention_backward_triton.choose_backward_tile("dq", H, x.dtype, cards.card(0)).BM <= 32

@@ -46,7 +46,9 @@ def specs(card: Card, quick: bool) -> list[Spec]:
 def _attention(card: Card, causal: bool, H: int, dtype: str) -> list[Spec]:
     found = []
     for queries, keys in LENGTHS:
-        if card.small:
+        if not card.tensor_cores:
+            tiles = [attention_triton.NO_TENSOR_CORES_TILE]
+        elif card.small:
             tiles = [attention_triton.choose_small_tile(H, queries, keys, DTYPES[dtype])]
         else:
             tmas = (False, True) if card.name == "sm_90" else (False,)
@@ -55,7 +57,7 @@ def _attention(card: Card, causal: bool, H: int, dtype: str) -> list[Spec]:
             spec = attention._spec(H, causal, t, one_block=keys <= t.BN, dtype=_other(dtype))
             found.append(_in(spec, dtype))
     for pass_ in ("dq", "dkv"):
-        tile = attention_backward_triton.choose_backward_tile(pass_, H, DTYPES[dtype], card.small)
+        tile = attention_backward_triton.choose_backward_tile(pass_, H, DTYPES[dtype], card)
         found.append(_in(attention_backward._spec(pass_, H, causal, dtype=_other(dtype), tile=tile), dtype))
     return found
 
@@ -65,7 +67,7 @@ def _linear(card: Card, dtype: str) -> list[Spec]:
     found = []
     for kernel in linear.KERNELS:
         for path in paths:
-            tiles = linear_triton.settings(kernel, DTYPES[dtype], path == "tma", card.small)
+            tiles = linear_triton.settings(kernel, DTYPES[dtype], path == "tma", card)
             found.append(_in(linear._spec(kernel, path, tiles, True, bias_first=card.name != "sm_100"), dtype))
     return found
 
