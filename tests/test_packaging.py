@@ -147,7 +147,10 @@ def test_the_constraints_pin_what_the_core_needs_within_its_ranges():
     assert all(s.startswith("==") and "+" not in s for s in pins.values())
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (block,) = re.findall(r"^dependencies = \[\n(.*?)^\]", project, re.DOTALL | re.MULTILINE)
+    assert "triton" not in pins, "torch asks for one of its own"
     for requirement in map(Requirement, re.findall(r'"(.*)",', block)):
+        if requirement.name == "triton":
+            continue
         assert Version(pins[requirement.name][2:]) in requirement.specifier, requirement
     commands = re.findall(r"^python3 -m venv .*", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(commands) == 2 and all("pip install -c constraints.txt" in c for c in commands)

@@ -369,7 +369,7 @@ def launch(
     (H0, H1), tiles, order = split_head_dim(H), cdiv(max_seqlen_q, tile.BM), None
     programs = (cu_seqlens_q.shape[0] - 1) * N * tiles
     if schedule is not None:
-        check_schedule(schedule, q, k, cu_seqlens_q)
+        schedule.check(len(q), len(k), len(cu_seqlens_q) - 1, max_seqlen_q, max_seqlen_k)
         order = schedule.tiles(tile.BM, q.device)
         programs = order.shape[0] * N
     if T == 0 or programs == 0:
@@ -464,12 +464,3 @@ def _check_heads(name: str, x: Tensor, dtype: torch.dtype, device: torch.device)
 def _check_lengths(name: str, cu: Tensor, device: torch.device) -> None:
     if cu.dtype != torch.int32 or not cu.is_contiguous() or cu.device != device:
         raise ValueError(f"{name} must be dense int32 on {device}, got {cu.dtype}, {cu.stride()}, {cu.device}")
-
-
-def check_schedule(schedule: TileSchedule, q: Tensor, k: Tensor, cu_seqlens_q: Tensor) -> None:
-    if len(schedule) != len(cu_seqlens_q) - 1:
-        raise ValueError(f"schedule is of {len(schedule)} sequences, cu_seqlens of {len(cu_seqlens_q) - 1}")
-    if schedule.queries > len(q) or schedule.keys > len(k):
-        raise ValueError(
-            f"schedule is of {schedule.queries} queries and {schedule.keys} keys, q has {len(q)} and k {len(k)}"
-        )

@@ -108,8 +108,8 @@ def _store(x, tile, row, col, rows, cols, stride, BR: tl.constexpr, BC: tl.const
 @triton.jit
 def _sigmoid(x, factor: tl.constexpr):
     """1 / (1 + exp(-factor x)), by one exponential of base 2 and one approximate root: 1 / d = (1 / sqrt(d))^2, each a
-    single instruction of a relative error below 2^-21. A division is 8, for denormal numbers and infinities that
-    cannot come here: 1 <= d."""
+    single instruction of a relative error below 2^-21. A division is 8, for denormal numbers, which d >= 1 is not; an
+    infinite d gives 0, as it should."""
     root = tl.rsqrt(1.0 + tl.exp2(x * (-1.4426950408889634 * factor)))  # log2(e)
     return root * root
 
@@ -246,7 +246,7 @@ def can_use_tma(*matrices: Tensor) -> bool:
     x = matrices[0]
     if not x.is_cuda or x.element_size() != 2 or not cards.card(x.get_device()).tma:
         return False
-    return all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in matrices)
+    return all(t.data_ptr() % 16 == 0 and t.stride(0) > 0 and t.stride(0) % 8 == 0 for t in matrices)
 
 
 def settings(kernel: str, dtype: torch.dtype, tma: bool, card: cards.Card | None = None) -> Tiles:

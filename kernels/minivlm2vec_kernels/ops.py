@@ -95,7 +95,8 @@ def attention(
     Queries are aligned to the end of their keys: with `causal`, query i of Lq sees keys 0 .. Lk - Lq + i.
     `host_cu_seqlens`: cu_seqlens on the CPU, where the caller has them: torch then reads no lengths back from a device.
     `schedule`: a TileSchedule of the same lengths; the kernel then runs programs for the tiles that there are alone.
-    It changes no result. torch does not look at it, nor does torch.compile, nor a pass that needs a gradient.
+    It changes no result, where the lengths are those of cu_seqlens. Only the kernel follows it: not torch, nor
+    torch.compile, nor a pass that needs a gradient.
 
     Padding for CUDA graphs: a sequence may be empty, and a query without any key gets zeros. Rows beyond the last
     sequence are allowed; they have no influence and no gradient, and what is returned in their place is unspecified.
@@ -106,6 +107,9 @@ def attention(
         raise ValueError("cu_seqlens_q and max_seqlen_q go together")
     if cu_seqlens_q is None and q.shape[0] != k.shape[0]:
         raise ValueError(f"{q.shape[0]} queries but {k.shape[0]} keys: cu_seqlens_q is needed")
+    if schedule is not None:
+        most_q = max_seqlen if max_seqlen_q is None else max_seqlen_q
+        schedule.check(len(q), len(k), len(cu_seqlens) - 1, most_q, max_seqlen)
     if choose_backend(backend, q, k, v, backward=True) == "triton":
         from . import attention_backward_triton, attention_triton
 

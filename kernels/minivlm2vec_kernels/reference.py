@@ -122,7 +122,7 @@ def linear_silu_mul(x: Tensor, gate_up_weight: Tensor) -> Tensor:
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Each row divided by its scale, max |x| / 448, as e4m3 (Micikevicius et al., arXiv 2209.05433)."""
     scale = x.abs().amax(-1).float().clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
-    return (x.float() / scale[..., None]).to(torch.float8_e4m3fn), scale
+    return (x.float() / scale[..., None]).to(torch.float8_e4m3fn).contiguous(), scale.contiguous()
 
 
 def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ a sequence's end stop at once. A schedule names the tiles that there are, those 
 no long one begins when all else is done.
 """
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -15,18 +16,37 @@ class TileSchedule:
     """The tiles of B sequences, made on the host from lengths that are known there, and copied to a device once for all
     the layers that share them.
 
-    lengths_k: keys of each sequence. lengths_q: queries of each, where they are others.
+    lengths_k: keys of each sequence. lengths_q: queries of each, where they are others. They must be those of the
+    cu_seqlens that attention is called with: others give wrong numbers. A schedule serves one stream.
+
+    Raises ValueError for lengths that are no whole numbers of at least 0, or are 2^31 and more together.
     """
 
     def __init__(self, lengths_k: Sequence[int], lengths_q: Sequence[int] | None = None):
-        self.lengths_k, self.lengths_q = lengths_k, lengths_k if lengths_q is None else lengths_q
-        if len(self.lengths_q) != len(lengths_k):
-            raise ValueError(f"{len(lengths_k)} sequences of keys but {len(self.lengths_q)} of queries")
-        self.keys, self.queries = sum(lengths_k), sum(self.lengths_q)
+        self.lengths_k = _checked(lengths_k, "keys")
+        self.lengths_q = self.lengths_k if lengths_q is None else _checked(lengths_q, "queries")
+        if len(self.lengths_q) != len(self.lengths_k):
+            raise ValueError(f"{len(self.lengths_k)} sequences of keys but {len(self.lengths_q)} of queries")
+        self.keys, self.queries = sum(self.lengths_k), sum(self.lengths_q)
         self._kept: dict[tuple[int, torch.device], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.lengths_k)
+
+    def check(self, queries: int, keys: int, sequences: int, max_seqlen_q: int, max_seqlen_k: int) -> None:
+        """Raises ValueError where attention is called with fewer tokens, other sequences or shorter ones."""
+        if len(self) != sequences:
+            raise ValueError(f"schedule is of {len(self)} sequences, cu_seqlens of {sequences}")
+        if self.queries > queries or self.keys > keys:
+            raise ValueError(
+                f"schedule is of {self.queries} queries and {self.keys} keys, q has {queries} and k {keys}"
+            )
+        most_q, most_k = max((0, *self.lengths_q)), max((0, *self.lengths_k))
+        if most_q > max_seqlen_q or most_k > max_seqlen_k:
+            raise ValueError(
+                f"schedule has sequences of {most_q} queries and {most_k} keys, "
+                f"max_seqlen is {max_seqlen_q} and {max_seqlen_k}"
+            )
 
     def tiles(self, BM: int, device: torch.device) -> Tensor:
         """[W, 5] int32 on `device`, a row for each tile of BM queries: where its sequence's queries begin and how many
@@ -46,6 +66,16 @@ class TileSchedule:
         tile = torch.arange(len(sequence)) - _starts(count).repeat_interleave(count)
         entries = [_starts(Lq)[sequence], Lq[sequence], _starts(Lk)[sequence], Lk[sequence], tile]
         return torch.stack(entries, dim=1).to(torch.int32)
+
+
+def _checked(lengths: Sequence[int], what: str) -> tuple[int, ...]:
+    try:
+        found = tuple(map(operator.index, lengths))
+    except TypeError:
+        raise ValueError(f"lengths of {what} must be whole numbers, got {list(lengths)!r}"[:200]) from None
+    if min(found, default=0) < 0 or sum(found) >= 2**31:
+        raise ValueError(f"lengths of {what} must be from 0 on and below 2^31 together, got {list(found)!r}"[:200])
+    return found
 
 
 def _starts(lengths: Tensor) -> Tensor:

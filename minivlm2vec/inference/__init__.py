@@ -19,7 +19,7 @@ from ..decoder import Decoder, DecoderLayer
 from ..model import VLM2Vec, last_token
 from ..projector import Projector
 from ..vision import VisionLayer, VisionTower
-from .fp8 import KEEP, check_fp8, quantize, takes_fp8
+from .fp8 import KEEP, check_fp8, check_sizes, quantize, takes_fp8
 from .fused import FUSED, FusedVisionTower, FusedVLM2Vec, InferenceOnly, fuse, is_plain
 from .graphs import GraphedModel, GraphedTower, can_graph
 from .origin import keep_origin, origin, stored_bytes
@@ -59,6 +59,8 @@ def optimize(
     Raises ValueError where an option does not fit the model, before anything is changed.
     """
     _check(model, precision, prepack, cuda_graphs)
+    if precision == "fp8":
+        _check_sizes(model, fp8_keep)
     keep_origin(model, precision, fp8_keep)
     model.eval().requires_grad_(False)
     whole = _is_wholly_plain(model)
@@ -79,6 +81,15 @@ def optimize(
         fuse(model.vision.layers, model.backend)
         fuse(model.vision, model.backend)
     return _fuse_whole(model, share_prefixes, cuda_graphs) if whole else model
+
+
+def _check_sizes(model: VLM2Vec, keep: Sequence[str]) -> None:
+    """Of the matrices that are to be multiplied in 8 bits."""
+    for name, layer in model.named_modules():
+        if type(layer) in (VisionLayer, DecoderLayer, Projector):
+            for inner, module in layer.named_modules(prefix=name):
+                if isinstance(module, nn.Linear) and takes_fp8(inner, model.config.decoder.num_hidden_layers, keep):
+                    check_sizes(module, inner)
 
 
 def check_options(*, precision: str | None = None, prepack: bool | None = None, **_: object) -> None:

@@ -50,7 +50,7 @@ def _try_product(device: torch.device) -> None:
     try:
         y = scaled_mm(x, x.t(), scale, scale.t(), None, torch.bfloat16)
         wrong = None if bool((y == 16).all()) else "the product of ones is not 16"
-    except (RuntimeError, ValueError) as e:
+    except (RuntimeError, ValueError, TypeError, AttributeError) as e:  # a private operator may change its arguments
         wrong = str(e)
     if wrong is not None:
         raise ValueError(f"precision 'fp8' does not work on {torch.cuda.get_device_name(device)} with torch "
@@ -87,11 +87,17 @@ def takes_fp8(name: str, num_layers: int, keep: Sequence[str]) -> bool:
     return not any(fnmatchcase(name, p) for p in patterns)
 
 
-def quantize(layer: nn.Linear, backend: str | None) -> None:
-    """Turns a plain linear layer into an Fp8Linear, in place. Raises ValueError for sizes that 16 does not
-    divide."""
+def check_sizes(layer: nn.Linear, name: str) -> None:
+    """Raises ValueError for sizes that 16 does not divide."""
     if layer.out_features % 16 or layer.in_features % 16:
-        raise ValueError(f"an fp8 product needs multiples of 16, got a matrix {list(layer.weight.shape)}")
+        raise ValueError(
+            f"precision 'fp8' needs sizes that are multiples of 16, {name} is {list(layer.weight.shape)}; "
+            "fp8_keep leaves matrices as they are"
+        )
+
+
+def quantize(layer: nn.Linear, backend: str | None) -> None:
+    """Turns a plain linear layer, of sizes that 16 divides, into an Fp8Linear, in place."""
     weight, scale = ops.quantize_rows(layer.weight.detach(), backend=backend)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.scale = nn.Parameter(scale, requires_grad=False)

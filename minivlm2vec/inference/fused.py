@@ -23,7 +23,7 @@ from ..decoder import MLP, Attention, Decoder, DecoderLayer, Packing, RMSNorm
 from ..linear import Embedding, Linear
 from ..model import VLM2Vec
 from ..vision import LayerNorm, PatchEmbedding, VisionAttention, VisionEmbeddings, VisionLayer, VisionMLP, VisionTower
-from .prefix import FEWEST_ROWS, WEIGHT_BOUND_ROWS, SharedBatch, SharedPacking, share_prefixes
+from .prefix import LAUNCH_BOUND_ROWS, WEIGHT_BOUND_ROWS, SharedBatch, SharedPacking, share_prefixes
 
 
 def _refuse(what: str, instead: str = "") -> Any:
@@ -331,9 +331,11 @@ class FusedVLM2Vec(InferenceOnly, VLM2Vec):
         if not (self.sharing and type(table) in (Embedding, nn.Embedding) and is_unchanged(table)):
             return batch
         longest, kind = self.config.decoder.original_max_position_embeddings, self.device.type
-        fewest = FEWEST_ROWS.get(kind, 0) if self.graphs is not None else 0
-        bound = WEIGHT_BOUND_ROWS.get(kind, 256)
-        return share_prefixes(batch, longest, weight_bound_rows=bound, fewest_rows=fewest)
+        bound, launches = WEIGHT_BOUND_ROWS.get(kind, 256), LAUNCH_BOUND_ROWS.get(kind, 0)
+        replayed = self.graphs is not None and self.graphs.takes(batch)
+        return share_prefixes(
+            batch, longest, weight_bound_rows=bound, launch_bound_rows=launches, replayed=replayed
+        )  # fmt: skip
 
     def forward(self, batch: PackedBatch, *, normalize: bool = True) -> Tensor:
         if torch.compiler.is_compiling():  # as a part of something else

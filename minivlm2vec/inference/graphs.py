@@ -14,6 +14,7 @@ What a user may hook or replace stays outside: token and patch embeddings, the t
 T packed tokens, B sequences, D width, C crops, L positions.
 """
 
+import functools
 import threading
 import warnings
 from abc import ABC, abstractmethod
@@ -35,7 +36,7 @@ from ..rope import inverse_frequencies, rotations
 from .fused import FusedVisionTower, FusedVLM2Vec
 from .prefix import SharedBatch
 
-MAX_TOKENS = 2048  # above, launches take less than 2 % of the time and are hidden behind it
+MAX_TOKENS = 2048  # above, 3.3 ms of launches are at most 15 % of the time and hidden behind it
 MAX_CROPS = 8  # from here on the tower computes for longer than its launches take (bench/README.md)
 MAX_GRAPHS = 32
 MAX_SEEN = 128  # shapes that are remembered to have come once
@@ -79,6 +80,7 @@ class Buffers:
     def __init__(self, model: FusedVLM2Vec):
         weight = model.decoder.embed_tokens.weight
         self.x = weight.new_zeros(MAX_TOKENS, weight.shape[1])
+        self.frequencies, _ = inverse_frequencies(model.config.decoder, weight.device)  # graphs read them
         self.position_ids = torch.zeros(MAX_TOKENS, dtype=torch.int64, device=weight.device)
         self.cu_seqlens = torch.zeros(MAX_TOKENS + 1, dtype=torch.int32, device=weight.device)
 
@@ -93,11 +95,18 @@ class Buffers:
     def vectors(self, model: FusedVLM2Vec, bucket: Bucket, normalize: bool) -> Tensor:
         """[bucket.sequences, D], of which the batch's come first. Overwrites `x`; waits for nothing."""
         config, x = model.config.decoder, self.x[: bucket.tokens]
-        short, _ = inverse_frequencies(config, x.device)
-        cos, sin = (t.to(x.dtype) for t in rotations(self.position_ids[: bucket.tokens], short, config))
+        positions = self.position_ids[: bucket.tokens]
+        cos, sin = (t.to(x.dtype) for t in rotations(positions, self.frequencies, config))
         cu_seqlens = self.cu_seqlens[: bucket.sequences + 1]
         packing = Packing(cu_seqlens, bucket.max_seqlen, cos, sin)
         return model.decode_(x, packing, normalize=normalize)
+
+
+@functools.cache
+def _lock_of(device: torch.device) -> threading.RLock:  # type: ignore[valid-type]
+    """One for all programs of a device: no capture may meet another, nor the waits around it. The decoder's holds it
+    while the tower's run."""
+    return threading.RLock()
 
 
 Key = TypeVar("Key", bound=Hashable)
@@ -121,7 +130,7 @@ class Programs(ABC, Generic[Key, Given]):
         self.enabled = True
         self._seen: OrderedDict[Key, None] = OrderedDict()
         self._wrong: set[Key] = set()
-        self._lock = threading.Lock()
+        self._lock = _lock_of(model.device)
 
     @abstractmethod
     def __call__(self, *args: Any, **options: Any) -> Tensor:
@@ -225,6 +234,10 @@ class PaddedModel(Programs[Padded, PackedBatch]):
         if isinstance(tower, FusedVisionTower) and tower.graphs is not None:
             tower.graphs.recapture()
 
+    def takes(self, batch: PackedBatch) -> bool:
+        """Whether a batch has a program, or gets one when it comes again."""
+        return self.enabled and bucket_of(batch, self.model.config.decoder.original_max_position_embeddings) is not None
+
     @torch.inference_mode()
     def __call__(self, batch: PackedBatch, *, normalize: bool = True) -> Tensor:
         bucket = bucket_of(batch, self.model.config.decoder.original_max_position_embeddings)
@@ -323,12 +336,12 @@ class Captured(Programs[Key, Given]):
     def _make(self, run: Callable[[], Tensor]) -> Callable[[], Tensor] | None:
         """Runs it once on the stream of the capture, so that kernels are compiled and cuBLAS has its workspace, then
         captures it. Other threads may pin memory meanwhile ("thread_local")."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            run()
-        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
         try:
+            with torch.cuda.stream(self._stream):
+                run()
+            torch.cuda.current_stream().wait_stream(self._stream)
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 out = run()
         except RuntimeError as error:

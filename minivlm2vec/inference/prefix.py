@@ -27,10 +27,9 @@ from ..rope import rope_tables
 # FLOP/s over bandwidth in bytes/s, for bf16. H100: 798e12 / 3.0e12 = 266; H200: 183. On a CPU, some tens at most.
 WEIGHT_BOUND_ROWS = {"cuda": 256, "cpu": 16}  # by device type
 SMALLEST_SHARE = 1 / 16  # of the time; below, sharing is left alone. See `pays`.
-# On CUDA a pack of up to graphs.MAX_TOKENS tokens is replayed as a graph, and one with shared rows is not: kernel by
-# kernel its 330 launches of some 10 us take 3.3 ms of host time, in which a card computes 3.3 ms / 10.3 us = 320 rows
-# beyond the WEIGHT_BOUND_ROWS that it computes while it reads the weights. Below so many shared rows the host decides.
-FEWEST_ROWS = {"cuda": 600, "cpu": 0}
+# A pack with shared rows is not replayed as a graph, and launching its 330 kernels one by one takes the host as long as
+# a card needs for so many rows (330 x 19 us by bench/README.md's table of launches, at 10.3 us a row).
+LAUNCH_BOUND_ROWS = {"cuda": 600, "cpu": 0}
 
 
 @dataclass(frozen=True)
@@ -76,16 +75,15 @@ def share_prefixes(
     *,
     weight_bound_rows: int = 256,
     smallest_share: float = SMALLEST_SHARE,
-    fewest_rows: int = 0,
+    launch_bound_rows: int = 0,
+    replayed: bool = False,
 ) -> PackedBatch:
     """A `SharedBatch` of the same sequences in the same order, or `batch` itself where that does not pay.
 
     batch: on the CPU.
     longest: sequences of more tokens take no part (`original_max_position_embeddings`: beyond it the rotations are
         others). Neither do sequences with images.
-    weight_bound_rows, smallest_share: see `pays`.
-    fewest_rows: batches that would have fewer rows stay as they are: on CUDA they are replayed as graphs, see
-        FEWEST_ROWS.
+    weight_bound_rows, smallest_share, launch_bound_rows, replayed: see `pays`.
     """
     lengths, starts = batch.lengths, np.cumsum([0, *batch.lengths])
     with_images = set(np.searchsorted(starts, batch.image_index.numpy(), side="right") - 1)
@@ -93,20 +91,29 @@ def share_prefixes(
     ids = batch.input_ids.numpy()
     pairs, shared = _common_beginnings({b: ids[starts[b] : starts[b + 1]] for b in texts}, len(lengths))
     rows = len(ids) - sum(shared)
-    if rows < fewest_rows or not pays(len(ids), rows, weight_bound_rows, smallest_share):
+    if not pays(len(ids), rows, weight_bound_rows, smallest_share, launch_bound_rows, replayed):
         return batch
     return _shared(batch, starts, pairs, shared)
 
 
-def pays(tokens: int, rows: int, weight_bound_rows: int, smallest_share: float) -> bool:
+def pays(
+    tokens: int,
+    rows: int,
+    weight_bound_rows: int,
+    smallest_share: float,
+    launch_bound_rows: int = 0,
+    replayed: bool = False,
+) -> bool:
     """Whether `rows` instead of `tokens` save at least `smallest_share` of the time.
 
-    Time is that of the larger of rows and weight_bound_rows. The gathers of keys and values that sharing adds move
-    8 D bytes a token and layer (24.6 KB at D = 3072: 8 ns at 3 TB/s), against 226 MFLOP (320 ns at 700 TFLOP/s): 3 %
-    of the time. They are 2 launches of 10 in a layer. Twice that is asked of a gain.
+    Time is that of the largest of rows, weight_bound_rows and launch_bound_rows; replayed: the batch of tokens would be
+    a graph, which is not bound by launches. The gathers of keys and values that sharing adds move 8 D bytes a token and
+    layer (24.6 KB at D = 3072: 8 ns at 3 TB/s), against 226 MFLOP (320 ns at 700 TFLOP/s): 3 % of the time. They are 2
+    launches of 10 in a layer. Twice that is asked of a gain.
     """
-    floor = weight_bound_rows
-    return rows < tokens and max(tokens, floor) - max(rows, floor) >= smallest_share * max(tokens, floor)
+    shared = max(rows, weight_bound_rows, launch_bound_rows)
+    alone = max(tokens, weight_bound_rows, 0 if replayed else launch_bound_rows)
+    return rows < tokens and alone - shared >= smallest_share * alone
 
 
 def _common_beginnings(texts: dict[int, np.ndarray], count: int) -> tuple[list[tuple[int, int]], list[int]]:

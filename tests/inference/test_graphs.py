@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import threading
+import time
 import warnings
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from minivlm2vec.inference.graphs import (
     GraphedModel,
     GraphedTower,
     PaddedModel,
+    Programs,
     TowerPrograms,
     bucket_of,
 )
@@ -235,6 +237,26 @@ def test_threads_take_turns(e):
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     [t.start() for t in threads], [t.join() for t in threads]
     assert not wrong
+
+
+def test_programs_of_a_device_are_made_one_at_a_time(towered, monkeypatch):
+    """No capture of the decoder's beside one of the tower's, which a batch that fits no bucket reaches by itself."""
+    inside, most = [], []
+    programs = PaddedModel(towered, make_at=1), towered.vision.graphs
+
+    def make(self, run):
+        inside.append(self)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.remove(self)
+        return run
+
+    monkeypatch.setattr(Programs, "_make", make)
+    x = torch.randn(2, *programs[1].x.shape[1:])
+    calls = [lambda: programs[0](batch_of([5, 3])), lambda: programs[1](x)]
+    threads = [threading.Thread(target=call) for call in calls]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert most == [1, 1]
 
 
 def test_kernels_take_padding(device, generator, poison_empty):

@@ -178,17 +178,33 @@ def test_when_it_pays(tokens, rows, expected):
     assert pays(tokens, rows, 256, 1 / 16) is expected
 
 
+@pytest.mark.parametrize("tokens, rows, replayed, expected", [
+    (16348, 328, False, True),  # 268 texts of 61 tokens, 60 in common: 600 rows' time instead of 16,348
+    (1800, 207, True, True),
+    (300, 192, True, False),  # one replay against 330 launches
+    (300, 192, False, False),  # bound by launches either way
+    (720, 320, True, True),
+])  # fmt: skip
+def test_when_it_pays_where_launches_take_as_long_as_600_rows(tokens, rows, replayed, expected):
+    assert pays(tokens, rows, 256, 1 / 16, 600, replayed) is expected
+
+
+class Graphs:
+    def __init__(self, takes: bool):
+        self.takes = lambda batch: takes
+
+
 @pytest.mark.parametrize("kind, graphs, shared", [
-    ("cuda", object(), False), ("cuda", None, True), ("cpu", None, True),
-], ids=["replayed", "without graphs", "cpu"])  # fmt: skip
-def test_a_pack_that_is_replayed_shares_from_600_rows_on(folder, monkeypatch, kind, graphs, shared):
-    """Ten queries of 30 tokens, 12 in common, are one replay of a graph; 192 rows without one take longer."""
+    ("cuda", Graphs(True), False), ("cuda", Graphs(False), False), ("cuda", None, False), ("cpu", None, True),
+], ids=["replayed", "too large for a graph", "without graphs", "cpu"])  # fmt: skip
+def test_a_pack_shares_where_launches_leave_a_gain(folder, monkeypatch, kind, graphs, shared):
+    """Ten queries of 30 tokens, 12 in common, are bound by launches."""
     model = Embedder.from_pretrained(folder, device="cpu", show_progress=False).model
     monkeypatch.setattr(type(model), "device", property(lambda self: torch.device(kind)))
     monkeypatch.setitem(model.__dict__, "graphs", graphs)
     few, many = (pack([[*range(12), *(100 + i,) * 18] for i in range(n)]) for n in (10, 64))
     common = pack([[*range(200), *(250 + i,) * 40] for i in range(3)])  # 720 tokens in 320 rows
-    assert isinstance(model.prepare(common), SharedBatch) is shared
+    assert isinstance(model.prepare(common), SharedBatch)
     assert isinstance(model.prepare(many), SharedBatch)
     assert isinstance(model.prepare(few), SharedBatch) is shared
 

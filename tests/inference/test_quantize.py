@@ -7,12 +7,14 @@ import torch
 from PIL import Image
 
 from minivlm2vec import Embedder
+from minivlm2vec.config import VLM2VecConfig
 from minivlm2vec.decoder import RMSNorm
-from minivlm2vec.inference import optimize
+from minivlm2vec.inference import InferenceOnly, fp8, optimize
 from minivlm2vec.inference.fp8 import Fp8Linear, check_fp8, quantize
 from minivlm2vec.inference.fused import QuantizedRows, fuse
 from minivlm2vec.linear import Linear
-from minivlm2vec.new_checkpoint import new_checkpoint
+from minivlm2vec.new_checkpoint import base_config, new_checkpoint
+from minivlm2vec.weights import empty_model
 from minivlm2vec_kernels import quantize_rows
 from tests.support.golden import synth_image
 from tests.support.helpers import randomize
@@ -80,9 +82,25 @@ def test_rows_that_a_norm_has_quantised():
     assert torch.equal(norm.ahead_of(x, linear()), norm(x))
 
 
-def test_matrices_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"multiples of 16, got a matrix \[40, 64\]"):
-        quantize(linear(40, 64), None)
+def test_matrices_that_do_not_fit_are_named_before_anything_is_changed():
+    config = VLM2VecConfig.from_dict(base_config("tiny") | {"intermediate_size": 100})
+    model = empty_model(config).to_empty(device="cpu").bfloat16()
+    with pytest.raises(ValueError, match=r"multiples of 16, decoder\.layers\.1\.mlp\.gate_up_proj is \[200, 64\]"):
+        optimize(model, precision="fp8")
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert not any(isinstance(m, InferenceOnly) for m in model.modules())
+    optimize(model, precision="fp8", fp8_keep=("*.mlp.*", "vision.*", "projector.*"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, AttributeError])
+def test_a_product_that_cannot_be_tried_is_told(monkeypatch, error):
+    def refuse(*_, **__):
+        raise error("use_fast_accum is not known")
+
+    monkeypatch.setattr(fp8, "scaled_mm", refuse)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    with pytest.raises(ValueError, match=r"does not work on a card .*use_fast_accum is not known"):
+        fp8._try_product(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -89,8 +89,38 @@ def test_a_gradient_takes_no_schedule(generator):
 
 def test_another_packs_schedule_is_refused(generator):
     q, k, v, cu, _ = packed([40, 1], 1, 1, 32, torch.float32, generator)
-    for lengths, said in (([40], "of 1 sequences, cu_seqlens of 2"), ([41, 1], "of 42 queries and 42 keys, q has 41")):
-        with pytest.raises(ValueError, match=said):
-            attention(q, k, v, cu, 40, causal=True, schedule=TileSchedule(lengths), backend="triton")
+    for lengths, longest, said in (
+        ([40], 40, "of 1 sequences, cu_seqlens of 2"),
+        ([41, 1], 41, "of 42 queries and 42 keys, q has 41"),
+        ([40, 1], 8, "sequences of 40 queries and 40 keys, max_seqlen is 8 and 8"),
+    ):
+        for backend in ("triton", "torch"):
+            with pytest.raises(ValueError, match=said):
+                attention(q, k, v, cu, longest, causal=True, schedule=TileSchedule(lengths), backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [
+        ([-5, 50], "from 0 on and below 2.31 together"),
+        ([2**31, 5], "from 0 on and below 2.31 together"),
+        ([2.7, 3.2], "whole numbers"),
+    ],
+)
+def test_lengths_that_cannot_be_are_refused(lengths, said):
+    with pytest.raises(ValueError, match=said):
+        TileSchedule(lengths)
+    with pytest.raises(ValueError, match=said):
+        TileSchedule([1, 1], lengths)
+
+
+def test_lengths_that_are_changed_later_change_nothing():
+    lengths = [5, 40]
+    schedule = TileSchedule(lengths)
+    lengths[1] = 400
+    assert schedule.tiles(64, CPU).tolist() == TileSchedule([5, 40]).tiles(64, CPU).tolist()
+
+
+def test_as_many_queries_as_keys():
     with pytest.raises(ValueError, match="2 sequences of keys but 1 of queries"):
         TileSchedule([40, 1], [40])

@@ -217,6 +217,20 @@ def test_a_capture_that_fails(card, monkeypatch):
         strict.encode(["a cat"])
 
 
+@torch.inference_mode()
+def test_no_memory_for_a_capture(card, monkeypatch):
+    """The vectors are there already, and are given."""
+    graphed = GraphedModel(model(), make_at=1, strict=False)
+
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(graphed.buffers, "vectors", full)
+    with pytest.warns(UserWarning, match="CUDA graphs are off.*out of memory"):
+        assert graphed(batch("a1")).shape == (1, 3072)
+    assert not graphed.enabled
+
+
 # ----------------------------------------------------------------------------------------------- kernels
 
 
