@@ -159,6 +159,7 @@ def model_case(config, device, kernel: str, name: str, work: Workload, providers
     return Case(
         kernel, name, dtype_of(device, kernel),
         flops=flops_of(config, batch, work.in_common), bytes=bytes_of(model, images), memory_bound=False,
+        host_counts=True,
         items={"tokens": batch.num_tokens, "images": len(batch.grids)} if images else {"tokens": batch.num_tokens},
         build=functools.partial(build, config, device, dtype_of(device, kernel), work, providers),
         check=functools.partial(check_vectors, least=FP8_COSINE if kernel == "model_fp8" else None),
@@ -239,6 +240,7 @@ def tower_case(config, device, kernel: str, crops: int) -> Case:
     return Case(
         kernel, f"{crops} crops", dtype,
         flops=tower_flops(config, crops), bytes=weights, memory_bound=False,
+        host_counts=True,
         items={"crops": crops},
         build=functools.partial(build_tower, config, device, dtype, grid, kernel == "tower_graphs"),
         check=check_vectors, warm_ups=WARM_UPS,

@@ -28,8 +28,9 @@ SHOWN = {REFERENCE: "reference"}  # what the csv calls it: attention's reads len
 WARM_UPS, REPETITIONS, SECONDS = 25, 100, 1.0  # of each provider: so many runs, or so many seconds of them
 FEWEST = 10  # runs that a median, a 10th and a 90th percentile need in any case
 FLUSH_BYTES = 256 << 20  # several times the L2 of any card
-SLEEP_CYCLES = 1_000_000  # about 0.5 ms: as long as the host takes to queue a run of some forty launches
+SLEEP_CYCLES, LONGEST_SLEEP = 1_000_000, 16_000_000  # about 0.5 and 8 ms; doubled until the host has queued the run
 SHORT, LAUNCHES = 0.02, 10  # ms; of what is shorter so many calls share a pair of events
+COPY = "copy of as many bytes"
 
 Outputs = Tensor | tuple[Tensor, ...]
 Provider = Callable[[], Outputs]
@@ -51,7 +52,8 @@ class Case:
     flops: float  # useful ones
     bytes: float  # that have to move: each input and each output once
     build: Callable[[], Work]
-    memory_bound: bool = True  # the L2 cache is flushed before each run
+    memory_bound: bool = True  # L2 is flushed before each call, and a copy of as many bytes is timed too
+    host_counts: bool = False  # the time to queue the launches is part of a run's, as in the whole model
     check: Callable[[Work, "Case"], dict[str, tuple[float, bool]]] | None = None  # instead of `check` below
     warm_ups: int | None = None  # instead of WARM_UPS
     items: dict[str, int] | None = None  # how many tokens, images, crops a run takes: for rates a second
@@ -92,6 +94,7 @@ class Row:
     crops_s: float | str = ""
     launches: int = 1  # calls in each run, of whose time `ms` is one's share
     sm_mhz_min: str = ""  # the lowest clock while the case was timed
+    copy_gbs: float | str = ""  # of a copy of as many bytes, timed by turns with a memory-bound case
 
 
 class Session:
@@ -118,11 +121,18 @@ class Session:
         errors = (case.check or check)(work, case)
         providers = {name: work.providers[name] for name in errors if errors[name][1]}
         memory = {name: peak_memory(fn, self.device) for name, fn in providers.items()}
-        launches = launches_a_run(providers, self.device)
+        launches = 1 if case.memory_bound else launches_a_run(providers, self.device)
+        copies = {COPY: copy_of(case.bytes, self.device)} if case.memory_bound and self.device.type == "cuda" else {}
         with Clock(self.device) as clock:
             times = time_interleaved(
-                providers, self.device, flush=case.memory_bound, warm_ups=case.warm_ups, launches=launches
+                providers | copies,
+                self.device,
+                flush=case.memory_bound,
+                warm_ups=case.warm_ups,
+                launches=launches,
+                host_counts=case.host_counts,
             )
+        copy_gbs = case.bytes / percentile(times.pop(COPY), 50) / 1e6 if copies else ""
         medians = {name: percentile(t, 50) for name, t in times.items()}
         rows = []
         for name, t in times.items():
@@ -152,6 +162,7 @@ class Session:
                     error_torch=errors[REFERENCE][0] if REFERENCE in errors else "",
                     matmul_peak="",
                     copy_peak="",
+                    copy_gbs=copy_gbs,
                     **{f"{item}_s": n / medians[name] * 1e3 for item, n in (case.items or {}).items()},
                 )
             )
@@ -170,7 +181,7 @@ class Session:
         for row in self.rows:
             row.matmul_peak, row.copy_peak = matmul, copy
             row.pct_matmul = 100 * row.tflops / matmul if row.tflops != "" else ""
-            row.pct_copy = 100 * row.gbs / copy
+            row.pct_copy = 100 * row.gbs / (row.copy_gbs or copy)
         return self.rows
 
 
@@ -279,66 +290,105 @@ def time_interleaved(
     flush: bool,
     warm_ups: int | None = None,
     launches: int = 1,
+    host_counts: bool = False,
 ) -> dict[str, list[float]]:
     """Milliseconds of each run of each provider, by turns, so that drifting clocks hit all alike. launches: calls that
-    share a run, whose time is divided by them."""
-    timer = cuda_timer(device, flush) if device.type == "cuda" else cpu_time
+    share a run, whose time is divided by them. Names each provider whose times have the host's in them unasked."""
+    timer = cuda_timer(device, flush, host_counts) if device.type == "cuda" else cpu_time
     for _ in range((warm_ups or WARM_UPS) if device.type == "cuda" else 1):
         for provider in providers.values():
             provider()
     times: dict[str, list[float]] = {name: [] for name in providers}
+    late = dict.fromkeys(providers, 0)
     start = time.monotonic()
     for run in range(REPETITIONS):
         pending = {name: timer(provider, launches) for name, provider in providers.items()}
         for name, read in pending.items():
-            times[name].append(read())
+            ms, was_late = read()
+            times[name].append(ms)
+            late[name] += was_late
         if run + 1 >= FEWEST and time.monotonic() - start > SECONDS * len(providers):
             break
+    for name, runs in late.items():
+        if runs:
+            print(f"{name}: {runs} of {len(times[name])} runs waited for the host, whose time is in theirs")
     return times
 
 
 def launches_a_run(providers: dict[str, Provider], device: torch.device) -> int:
     """How many calls share a pair of events: LAUNCHES where one of the providers takes less than SHORT ms, as events
-    are read to 0.5 us and what lies between two is some 2 us. All but the first of them find L2 as they left it."""
+    are read to 0.5 us and what lies between two is some 2 us. All but the first of them find L2 as they left it, so
+    this is nothing for memory-bound cases."""
     if device.type != "cuda":
         return 1
     timer = cuda_timer(device, flush=False)
     for provider in providers.values():
         provider()  # compiled by then
-    fastest = min((min(timer(p)() for _ in range(3)) for p in providers.values()), default=SHORT)
+    fastest = min((min(timer(p)()[0] for _ in range(3)) for p in providers.values()), default=SHORT)
     return LAUNCHES if fastest < SHORT else 1
 
 
-def cuda_timer(device: torch.device, flush: bool) -> Callable[..., Callable[[], float]]:
-    """A function that queues one timed run of so many calls and returns a function that waits for a call's time."""
-    written, read_after = (torch.zeros(FLUSH_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
+def cuda_timer(
+    device: torch.device, flush: bool, host_counts: bool = False
+) -> Callable[..., Callable[[], tuple[float, bool]]]:
+    """A function that queues one timed run of so many calls and returns a function that waits for a call's time in ms,
+    and says whether the card had begun before all were queued.
 
-    def queue(provider: Provider, calls: int = 1) -> Callable[[], float]:
+    The card sleeps while the host queues. A run that it begins too early is queued again after twice the sleep, which
+    the provider keeps. One that waits for the card is too late after any: it goes back to the shortest, as a card that
+    sleeps long is cool and fast. host_counts: the card does not sleep, and has nothing else to do.
+    """
+    written, read_after = (torch.zeros(FLUSH_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
+    sleeps: dict[Provider, int] = {}
+    waiting: set[Provider] = set()
+
+    def queue_once(provider: Provider, calls: int, sleep: int) -> tuple[torch.cuda.Event, torch.cuda.Event, bool]:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         if flush:
             written.zero_()  # out go the inputs from L2, which is now full of lines that have to be written back
             read_after.view(torch.int64).sum()  # they are, before the run: what is read takes their place
-        torch.cuda._sleep(SLEEP_CYCLES)  # meanwhile the host queues the run: its own time must not show
+        if host_counts:
+            torch.cuda.synchronize(device)
+        else:
+            torch.cuda._sleep(sleep)
         start.record()
         for _ in range(calls):
             provider()
         end.record()
+        return start, end, not host_counts and start.query()
 
-        def read() -> float:
+    def queue(provider: Provider, calls: int = 1) -> Callable[[], tuple[float, bool]]:
+        sleep = sleeps.get(provider, SLEEP_CYCLES)
+        start, end, late = queue_once(provider, calls, sleep)
+        while late and sleep < LONGEST_SLEEP and provider not in waiting:
+            sleep *= 2
+            start, end, late = queue_once(provider, calls, sleep)
+        if late:
+            waiting.add(provider)
+        sleeps[provider] = SLEEP_CYCLES if late else sleep
+
+        def read() -> tuple[float, bool]:
             end.synchronize()
-            return start.elapsed_time(end) / calls
+            return start.elapsed_time(end) / calls, late
 
         return read
 
     return queue
 
 
-def cpu_time(provider: Provider, calls: int = 1) -> Callable[[], float]:
+def cpu_time(provider: Provider, calls: int = 1) -> Callable[[], tuple[float, bool]]:
     start = time.perf_counter()
     for _ in range(calls):
         provider()
     ms = (time.perf_counter() - start) * 1e3 / calls
-    return lambda: ms
+    return lambda: (ms, False)
+
+
+def copy_of(size: float, device: torch.device) -> Provider:
+    """Reads and writes `size` bytes in all."""
+    source = torch.randint(256, (max(1, int(size) // 2),), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
 
 
 def percentile(values: list[float], percent: float) -> float:
@@ -363,11 +413,10 @@ def peaks(device: torch.device) -> tuple[float, float] | None:
         return None
     n = 8192
     a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    providers = {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}
+    moved = 2 << 30
+    providers = {"matmul": lambda: a @ b, "copy": copy_of(moved, device)}
     ms = {k: percentile(v, 50) for k, v in time_interleaved(providers, device, flush=False).items()}
-    return 2 * n**3 / ms["matmul"] / 1e9, 2 * source.numel() / ms["copy"] / 1e6
+    return 2 * n**3 / ms["matmul"] / 1e9, moved / ms["copy"] / 1e6
 
 
 # Writing down

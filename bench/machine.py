@@ -17,7 +17,7 @@ def describe_machine(device: torch.device) -> dict[str, str]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
         "gpu": torch.cuda.get_device_name(device) if cuda else f"CPU {platform.machine()}",
-        "driver": nvidia_smi("driver_version") if cuda else "",
+        "driver": nvidia_smi("driver_version", uuid(device)) if cuda else "",
         "torch": torch.__version__,
         "triton": triton_version(),
         "cudnn": str(torch.backends.cudnn.version() or "") if cuda else "",
@@ -43,8 +43,14 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def nvidia_smi(query: str) -> str:
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+def uuid(device: torch.device) -> str:
+    """As nvidia-smi writes it: its indices know nothing of CUDA_VISIBLE_DEVICES."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def nvidia_smi(query: str, gpu: str) -> str:
+    """What it says of the card with this UUID; empty where it says nothing."""
+    command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
@@ -53,13 +59,15 @@ def nvidia_smi(query: str) -> str:
 
 
 class Clock:
-    """The SM clock in MHz, sampled by a thread while the block runs: after it the card has nothing to do, and clocks
-    fall or rise at once. Nothing on a CPU."""
+    """The device's SM clock in MHz, sampled by a thread while the block runs: after it the card has nothing to do, and
+    clocks fall or rise at once. Nothing on a CPU."""
 
     def __init__(self, device: torch.device):
         self.samples: list[float] = []
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True) if device.type == "cuda" else None
+        self._thread = None
+        if device.type == "cuda":
+            self._thread = threading.Thread(target=self._sample, args=(uuid(device),), daemon=True)
 
     def __enter__(self) -> "Clock":
         if self._thread:
@@ -71,9 +79,9 @@ class Clock:
         if self._thread:
             self._thread.join()
 
-    def _sample(self) -> None:
+    def _sample(self, gpu: str) -> None:
         while not self._over.is_set():
-            reading = nvidia_smi("clocks.sm")
+            reading = nvidia_smi("clocks.sm", gpu)
             if reading.replace(".", "", 1).isdigit() and not self._over.is_set():  # one that ended within the block
                 self.samples.append(float(reading))
             self._over.wait(CLOCK_SECONDS)

@@ -242,12 +242,14 @@ def test_run_without_a_gpu_says_so_and_writes_nothing():
 
 
 class FakeCard:
-    """Writes down what a timed run queues, in order; events are the count of what came before them."""
+    """Writes down what a timed run queues, in order. A run takes 1 ms, of which the host takes `host_ms` to queue it;
+    the card does nothing before it has slept, at 2 GHz."""
 
-    def __init__(self, monkeypatch, ms=1.0):
-        self.queue, self.ms, zeros = [], ms, torch.zeros
+    def __init__(self, monkeypatch, host_ms=0.0):
+        self.queue, self.host_ms, zeros = [], host_ms, torch.zeros
         monkeypatch.setattr(torch.cuda, "Event", self.event)
         monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.queue.append(("sleep", cycles)))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.queue.append("idle"))
         monkeypatch.setattr(common, "FLUSH_BYTES", 64)
         monkeypatch.setattr(torch, "zeros", lambda *shape, **kw: self.buffer(zeros(*shape, dtype=torch.uint8)))
 
@@ -272,41 +274,118 @@ class FakeCard:
             def record(self):
                 card.queue.append("event")
 
+            def query(self):
+                """Whether the card has come to the first event of the last run when all of that is queued."""
+                slept = max(i for i, x in enumerate(card.queue) if x[0] == "sleep")
+                return card.host_ms * card.queue[slept:].count("run") > card.queue[slept][1] / 2e6
+
             def synchronize(self): ...
 
             def elapsed_time(self, end):
-                return card.ms * card.queue.count("run")
+                return 1.0 * card.queue.count("run")
 
         return Event()
+
+    def run(self):
+        self.queue.append("run")
 
 
 def test_what_a_timed_run_queues(monkeypatch):
     """L2 is emptied and its dirty lines are gone, and the card is busy, before the first event."""
     card = FakeCard(monkeypatch)
-    run_once = lambda: card.queue.append("run")  # noqa: E731
-    read = common.cuda_timer(CPU, flush=True)(run_once, 3)
+    read = common.cuda_timer(CPU, flush=True)(card.run, 3)
     assert card.queue == ["written", "read", ("sleep", common.SLEEP_CYCLES), "event", *["run"] * 3, "event"]
-    assert read() == 1.0  # of three calls, one's share
+    assert read() == (1.0, False)  # of three calls, one's share
     assert common.SLEEP_CYCLES / 2e9 >= 0.5e-3  # at 2 GHz
     card.queue.clear()
-    common.cuda_timer(CPU, flush=False)(run_once)
+    common.cuda_timer(CPU, flush=False)(card.run)
     assert card.queue == [("sleep", common.SLEEP_CYCLES), "event", "run", "event"]
+
+
+def test_a_run_that_the_host_queued_too_late_is_repeated(monkeypatch):
+    """Ten calls of 56 us each take longer to queue than the first sleep; the provider keeps the longer one."""
+    card = FakeCard(monkeypatch, host_ms=0.056)
+    queue, late = common.cuda_timer(CPU, flush=True), card.run
+    once = lambda cycles: ["written", "read", ("sleep", cycles), "event", *["run"] * 10, "event"]  # noqa: E731
+    assert queue(late, 10)()[1] is False
+    assert card.queue == once(common.SLEEP_CYCLES) + once(2 * common.SLEEP_CYCLES)
+    card.queue.clear()
+    assert queue(late, 10)() == (1.0, False)
+    assert card.queue == once(2 * common.SLEEP_CYCLES)
+    card.queue.clear()
+    queue(lambda: late(), 10)
+    assert card.queue == once(common.SLEEP_CYCLES) + once(2 * common.SLEEP_CYCLES)  # another provider begins anew
+
+
+def test_a_provider_that_waits_for_the_card_is_named(monkeypatch, capsys):
+    """No sleep is long enough for it, so it is tried once, and is given the shortest from then on."""
+    card = FakeCard(monkeypatch, host_ms=1e9)
+    monkeypatch.setattr(common, "REPETITIONS", 3)
+    common.time_interleaved({"waits": card.run}, torch.device("cuda"), flush=False)
+    sleeps = [x[1] / common.SLEEP_CYCLES for x in card.queue if x[0] == "sleep"]
+    assert sleeps == [1, 2, 4, 8, 16, 1, 1] and 16 * common.SLEEP_CYCLES == common.LONGEST_SLEEP
+    assert capsys.readouterr().out == "waits: 3 of 3 runs waited for the host, whose time is in theirs\n"
+    card.host_ms = 0
+    common.time_interleaved({"runs": card.run}, torch.device("cuda"), flush=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_where_the_host_counts_the_card_is_idle_before_a_run(monkeypatch, capsys):
+    card = FakeCard(monkeypatch, host_ms=1e9)
+    monkeypatch.setattr(common, "REPETITIONS", 2)
+    monkeypatch.setattr(common, "WARM_UPS", 0)
+    common.time_interleaved({"model": card.run}, torch.device("cuda"), flush=False, host_counts=True)
+    assert card.queue == ["idle", "event", "run", "event"] * 2 and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("memory_bound", [True, False])
+def test_a_memory_bound_call_is_held_to_a_copy_as_large(monkeypatch, memory_bound):
+    """Each of its calls finds L2 flushed, and so does the copy's; what is not memory-bound shares events."""
+    given = {}
+
+    def times(providers, device, *, flush, launches, host_counts, warm_ups):
+        given.update(names=list(providers), flush=flush, launches=launches)
+        return {name: [0.5 if name == common.COPY else 1.0] for name in providers}
+
+    copied = []
+    monkeypatch.setattr(common, "copy_of", lambda size, device: copied.append(size) or off_by(0))
+    monkeypatch.setattr(common, "time_interleaved", times)
+    monkeypatch.setattr(common, "launches_a_run", lambda *_: common.LAUNCHES)
+    monkeypatch.setattr(common, "peak_memory", lambda *_: 0.0)
+    monkeypatch.setattr(common, "Clock", lambda device: machine.Clock(CPU))
+    monkeypatch.setattr(common, "peaks", lambda device: (800.0, 1000.0))
+    session = common.Session(CPU)
+    session.device = torch.device("cuda")
+    session.run([dataclasses.replace(case(torch=off_by(0)), memory_bound=memory_bound)])
+    (row,) = session.finish()
+    assert (row.gbs, row.copy_peak, row.launches) == (4.0, 1000, 1 if memory_bound else common.LAUNCHES)
+    assert given["launches"] == row.launches and given["flush"] is memory_bound
+    if memory_bound:  # 4 MB, copied in 0.5 ms
+        assert copied == [4e6] and (row.copy_gbs, row.pct_copy) == (8.0, 50.0)
+    else:
+        assert not copied and (row.copy_gbs, row.pct_copy) == ("", pytest.approx(0.4))
+    assert given["names"] == ["torch", common.COPY][: 1 + memory_bound]
+
+
+def test_a_copy_moves_as_many_bytes():
+    y = common.copy_of(4e6, CPU)()
+    assert y.numel() * y.element_size() == 2e6 and y.float().std() > 50  # read, and written; no zeros
 
 
 @pytest.mark.parametrize("ms, launches", [(0.001, 10), (0.019, 10), (0.021, 1), (5.0, 1)])
 def test_short_calls_share_a_pair_of_events(monkeypatch, ms, launches):
     times = {"torch": 3 * ms, "triton": ms}
-    monkeypatch.setattr(common, "cuda_timer", lambda device, flush: lambda name, calls=1: lambda: times[name()])
     providers = {name: lambda name=name: name for name in times}
-    monkeypatch.setattr(common, "cuda_timer", lambda *_, **__: lambda fn: lambda: times[fn()])
+    monkeypatch.setattr(common, "cuda_timer", lambda *_, **__: lambda fn: lambda: (times[fn()], False))
     assert common.launches_a_run(providers, torch.device("cuda")) == launches
     assert common.launches_a_run(providers, CPU) == 1
 
 
 def test_the_clock_is_sampled_while_the_block_runs(monkeypatch):
-    readings, sampled = iter(["1980", "1200", "[N/A]"]), threading.Event()
+    readings, sampled, cards = iter(["1980", "1200", "[N/A]"]), threading.Event(), set()
 
-    def nvidia_smi(query):
+    def nvidia_smi(query, gpu):
+        cards.add(gpu)
         reading = next(readings, None)
         if reading is None:
             sampled.set()
@@ -314,12 +393,23 @@ def test_the_clock_is_sampled_while_the_block_runs(monkeypatch):
 
     monkeypatch.setattr(machine, "nvidia_smi", nvidia_smi)
     monkeypatch.setattr(machine, "CLOCK_SECONDS", 0)
-    with machine.Clock(torch.device("cuda")) as clock:
+    uuids = lambda device: SimpleNamespace(uuid=f"5e2c-{device.index}")  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "get_device_properties", uuids)
+    with machine.Clock(torch.device("cuda", 1)) as clock:
         assert sampled.wait(60)
+    assert cards == {"GPU-5e2c-1"}
     assert clock.samples == [1980, 1200] and clock.median() == "1590" and clock.lowest() == "1200"
     with machine.Clock(CPU) as none:
         pass
     assert none.median() == none.lowest() == ""
+
+
+def test_nvidia_smi_is_asked_about_one_card(tmp_path, monkeypatch):
+    """Of two it would print a line each, and the first is not always the one that is timed."""
+    (tmp_path / "nvidia-smi").write_text('#!/bin/sh\n[ "$1" = --id=GPU-b ] && echo 1200 || printf "1980\\n1200\\n"\n')
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert (machine.nvidia_smi("clocks.sm", "GPU-b"), machine.nvidia_smi("clocks.sm", "GPU-a")) == ("1200", "1980")
 
 
 def test_the_reference_is_no_rival(monkeypatch):

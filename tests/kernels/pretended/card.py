@@ -39,7 +39,7 @@ from minivlm2vec_kernels import cards
 
 aten = torch.ops.aten
 
-H100 = {"name": "NVIDIA H100 (pretended)", "multi_processor_count": 132, "total_memory": 80 << 30}
+H100 = {"name": "NVIDIA H100 (pretended)", "multi_processor_count": 132, "total_memory": 80 << 30, "uuid": "pretended"}
 AMD_CAPABILITIES = {"gfx90a": (9, 0), "gfx942": (9, 4), "gfx1100": (11, 0)}  # what torch says that they are
 RANDOM = {getattr(aten, name).default for name in ("uniform_", "normal_", "random_")}
 LARGEST_GRID = (2**31 - 1, 65_535, 65_535)
