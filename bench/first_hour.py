@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import datetime
 import fcntl
+import importlib.util
 import json
 import os
 import signal
@@ -33,6 +34,8 @@ RESULTS = Path(__file__).with_name("results")
 MINUTES, SPARE = 9.0, 20.0  # of a call; seconds in which nothing is begun
 LAST_CASE = 90.0  # seconds that the case may take which a bench is at when its budget ends
 MOST_CUT, MOST_TRIES = 2, 12  # how often in a row a step may be cut short; how often it may be run
+KEPT = {"begun": str, "code": (int, type(None)), "seconds": (int, float), "tries": int, "cut": int}  # of each step
+PIPE_CLOSED = 141  # what a shell gives a command that SIGPIPE ends
 BENCHES = ("linear", "attention", "rms_norm", "layer_norm", "activation", "rope", "image_patches", "merge_crops",
            "pooling", "quantize_rows", "attention_backward")  # fmt: skip
 MODEL = ("model a", "model b", "model c", "model d", "model_", "tower")
@@ -75,6 +78,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--again", action="append", default=[], metavar="STEP", help="forget that this was done")
     parser.add_argument("--list", action="store_true", help="what is done and what is to come")
     args = parser.parse_args(argv)
+    if not args.minutes > SPARE / 60:
+        parser.error(f"--minutes {args.minutes:g} leaves no time: a call needs more than {SPARE:g} seconds")
+    if args.through is not None and not can_run(args.through):
+        parser.error(f"--through {args.through}: python -m finds no such module")
     end = time.monotonic() + 60 * args.minutes
     results = args.results.resolve()
     todo = steps(results)
@@ -82,9 +89,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"no step is called {', '.join(sorted(unknown))}; --list names them")
     results.mkdir(parents=True, exist_ok=True)
     with (results / "first_hour.lock").open("w") as lock:
-        if not args.list and not alone(lock):
+        if (args.again or not args.list) and not alone(lock):
             parser.error(f"another first hour is at work in {results}")
-        state = State(results / "first_hour.json")
+        try:
+            state = State(results / "first_hour.json")
+        except ValueError as error:
+            parser.error(str(error))
         for name in args.again:
             state.forget(name)
         if args.list:
@@ -94,6 +104,17 @@ def main(argv: list[str] | None = None) -> int:
             _readme(results)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what runs is then ended as well
         return work(todo, state, end, args.through, lock.fileno())
+
+
+def can_run(module: str) -> bool:
+    """Whether python -m finds it."""
+    try:
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{module}.__main__")
+    except (ImportError, ValueError):
+        return False
+    return spec is not None
 
 
 def alone(lock: IO[str], seconds: float = SPARE) -> bool:
@@ -110,12 +131,25 @@ def alone(lock: IO[str], seconds: float = SPARE) -> bool:
 
 
 class State:
-    """Of each step when it began, its exit code and seconds, in a file that is always whole."""
+    """Of each step when it began, its exit code and seconds, in a file that is always whole.
+
+    Raises ValueError where something else has damaged the file.
+    """
 
     def __init__(self, path: Path):
         self.path, self.logs = path, path.with_suffix("")
         self.logs.mkdir(parents=True, exist_ok=True)
-        self.steps: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+        self.steps: dict[str, dict[str, Any]] = self._read() if path.is_file() else {}
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            found = json.loads(self.path.read_bytes())
+        except ValueError:
+            found = None
+        steps = found.values() if isinstance(found, dict) else [None]
+        if all(isinstance(s, dict) and all(isinstance(s.get(k, ...), t) for k, t in KEPT.items()) for s in steps):
+            return found
+        raise ValueError(f"{self.path} is damaged: delete it, and every step is run again")
 
     def done(self, name: str) -> bool:
         found = self.steps.get(name)
@@ -230,4 +264,10 @@ def _readme(results: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        exit_code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes
+        exit_code = PIPE_CLOSED
+    sys.exit(exit_code)

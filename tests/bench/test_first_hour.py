@@ -121,14 +121,62 @@ def wait_for(condition, seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-def test_two_at_a_time_are_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(first_hour, "SPARE", 0.3)
+@pytest.mark.parametrize("more", [[], ["--list", "--again", "doctor"]])
+def test_two_at_a_time_are_refused(tmp_path, monkeypatch, capsys, more):
     monkeypatch.setattr(first_hour, "alone", lambda lock, plain=first_hour.alone: plain(lock, 0.3))
+    State(tmp_path / "first_hour.json").begin("doctor")
     with (tmp_path / "first_hour.lock").open("w") as lock:
         assert first_hour.alone(lock)
         with pytest.raises(SystemExit):
-            first_hour.main(["--results", str(tmp_path)])
-    assert "another first hour is at work" in capsys.readouterr().err
+            first_hour.main(["--results", str(tmp_path), *more])
+        assert "another first hour is at work" in capsys.readouterr().err
+        assert first_hour.main(["--results", str(tmp_path), "--list"]) == 0, "reading takes no lock"
+    assert "to go on  doctor" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--minutes", "0"], "--minutes 0 leaves no time"),
+        (["--minutes", "-1"], "--minutes -1 leaves no time"),
+        (["--minutes", "nan"], "--minutes nan leaves no time"),
+        (["--through", "no.such"], "--through no.such: python -m finds no such module"),
+        (["--through", "tests.bench"], "--through tests.bench: python -m finds no such module"),
+        (["--through", ""], "--through : python -m finds no such module"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_step(tmp_path, capsys, options, words):
+    with pytest.raises(SystemExit) as stopped:
+        first_hour.main(["--results", str(tmp_path), *options])
+    assert stopped.value.code == 2 and words in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_modules_that_python_m_runs():
+    assert all(map(first_hour.can_run, ("tests.bench.on_pretended_card", "minivlm2vec", "bench.run")))
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "", "[]", "3", '{"doctor": 1}', '{"doctor": {}}', '{"doctor": {"begun": "", "code": "0"}}', "\xff"]
+)
+def test_a_damaged_state_is_named(tmp_path, capsys, text):
+    path = tmp_path / "first_hour.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(SystemExit) as stopped:
+        first_hour.main(["--results", str(tmp_path), "--list"])
+    assert stopped.value.code == 2 and f"{path} is damaged: delete it" in capsys.readouterr().err
+    assert path.read_text(encoding="latin-1") == text
+
+
+def test_a_list_of_which_little_is_read(tmp_path):
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "bench.first_hour", "--results", str(tmp_path), "--list"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=env, stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (first_hour.PIPE_CLOSED, "")
 
 
 def test_the_order(tmp_path, capsys):

@@ -117,6 +117,7 @@ def test_winners_are_put_into_the_source(copy, monkeypatch, capsys):
         assert formatted.returncode == 0, formatted.stdout
 
 
+@pytest.mark.slow
 def test_what_cannot_run_is_refused_by_name(copy, capsys):
     """Compiled in earnest: what spills, what wants too much shared memory, what is no setting; the rest is applied."""
     silu = {"file": "activation_triton", "row": "SETTINGS['silu_mul_backward']", "gain": 2.0}
