@@ -12,6 +12,7 @@ compile. After it: python -m tests.kernels.aot --write, the tests, and the bench
 
 import argparse
 import ast
+import csv
 import json
 import math
 import re
@@ -25,6 +26,7 @@ from bench import common
 
 KERNELS = Path(__file__).parents[1] / "kernels" / "minivlm2vec_kernels"
 WINNERS = "winners.json"
+COLUMNS = {"date", "kernel", "case", "dtype", "provider", "ms"}  # of a sweep, that are read here
 GAIN = 1.02  # below, the setting in use stays
 
 
@@ -79,18 +81,56 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what would change; compile and change nothing")
     args = parser.parse_args(argv)
     path = args.results / WINNERS
-    if args.what == "find":
-        sweeps = [list(common.read_rows(file)) for file in args.results.glob("*-sweep.csv")]
-        found = find(max(sweeps, key=lambda rows: rows[-1]["date"], default=[]))  # of several cards' the latest
+    try:
+        if args.what == "apply":
+            return apply(read_winners(path), args.kernels, args.dry_run)
+        found = find_latest(args.results)
         path.write_text(json.dumps(found, indent=2) + "\n")
-        print(f"{len(found)} rows of tables, in {path.name}")
-        return 0
-    if not path.is_file():
-        parser.error(f"there is no {path.name}: python -m bench.winners find")
-    return apply(json.loads(path.read_text()), args.kernels, args.dry_run)
+    except (OSError, ValueError) as error:
+        print(f"bench.winners: {error}", file=sys.stderr)
+        return 1
+    print(f"{len(found)} rows of tables, in {path.name}")
+    return 0
 
 
 # ------------------------------------------------------------------------------------------------------- which win
+
+
+def find_latest(results: Path) -> list[dict]:
+    """As `find`, of the sweep in a folder that ended last: of several cards', one. Raises ValueError, which names the
+    file, where one cannot be read."""
+    if not results.is_dir():
+        raise ValueError(f"there is no folder {results}")
+    sweeps = {path: read_sweep(path) for path in sorted(results.glob("*-sweep.csv"))}
+    if not sweeps:
+        return []
+    path, rows = max(sweeps.items(), key=lambda item: item[1][-1]["date"])
+    try:
+        return find(rows)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_sweep(path: Path) -> Rows:
+    """Raises ValueError, which names the file, where there is no row, or one without a time or another of COLUMNS."""
+    try:
+        rows = list(common.read_rows(path))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no csv file: {error}") from None
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    if missing := COLUMNS - rows[0].keys():
+        raise ValueError(f"{path} has no column {', '.join(sorted(missing))}")
+    for number, row in enumerate(rows, 1):
+        if missing := {c for c in COLUMNS if not row[c]}:
+            raise ValueError(f"{path}, row {number}: {', '.join(sorted(missing))} is empty")
+        try:
+            right = 0 < float(row["ms"]) < math.inf
+        except ValueError:
+            right = False
+        if not right:
+            raise ValueError(f"{path}, row {number}: ms is {row['ms']}, which is no time")
+    return rows
 
 
 def find(rows: Rows) -> list[dict]:
@@ -127,7 +167,11 @@ def settings(kernel: str, case: str, times: Times) -> dict[Place, Times]:
     attention = ATTENTION.fullmatch(kernel)
     ours = {p: ms for p, ms in times.items() if p == common.OURS}
     found: dict[Place, Times] = {}
-    for place, pattern, value in _attention(attention, case) if attention else TABLES.get(kernel, []):
+    try:
+        rows = _attention(attention, case) if attention else TABLES.get(kernel, [])
+    except StopIteration:
+        raise ValueError(f"no table has a row for {kernel}, {case}") from None
+    for place, pattern, value in rows:
         matches = {p: m for p in times if (m := re.fullmatch(pattern, p))}
         if matches:
             found.setdefault(place, dict(ours)).update(
@@ -163,6 +207,22 @@ def _attention(kernel: re.Match, case: str) -> list[tuple[Place, str, str]]:
 # ----------------------------------------------------------------------------------------------------- the source
 
 
+def read_winners(path: Path) -> list[dict]:
+    """What `find` returned. Raises ValueError, which names the file, where that is not there or is something else."""
+    if not path.is_file():
+        raise ValueError(f"there is no {path}: python -m bench.winners find")
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    for winner in found if isinstance(found, list) else [None]:
+        if not isinstance(winner, dict) or not all(isinstance(winner.get(k), str) for k in ("file", "row", "value")):
+            raise ValueError(f"{path} is no list of winners, each with file, row and value: find writes it anew")
+        if not isinstance(winner.get("gain"), (int, float, type(None))):
+            raise ValueError(f"{path}: the gain of {winner['row']} is {winner['gain']!r}, which is no number")
+    return found
+
+
 def apply(winners: list[dict], kernels: Path, dry_run: bool = False) -> int:
     """Puts winners into the files of a folder, one after another. Returns 1 where one is refused, which is named."""
     from tests.kernels.aot.changed import compile_all_but
@@ -172,8 +232,10 @@ def apply(winners: list[dict], kernels: Path, dry_run: bool = False) -> int:
         place = Place(winner["file"], winner["row"])
         file = kernels / f"{place.file}.py"
         try:
+            if not (place.file.isidentifier() and file.is_file()):
+                raise ValueError(f"{place.file} is no file of the kernels")
             before = file.read_text()
-            after = applied(before, place.row, winner["value"])
+            after = applied(before, place.row, checked(winner["value"]))
             if after != before and not dry_run:
                 with tempfile.TemporaryDirectory() as folder:
                     copy = Path(folder) / "minivlm2vec_kernels"
@@ -190,9 +252,26 @@ def apply(winners: list[dict], kernels: Path, dry_run: bool = False) -> int:
             refused += 1
             continue
         verb = "already" if after == before else "would be" if dry_run else "now"
-        gain = f" ({winner['gain']:.2f}x)" if winner["gain"] else ""
+        gain = f" ({winner['gain']:.2f}x)" if winner.get("gain") else ""
         print(f"{place}: {verb} {winner['value']}{gain}", flush=True)
     return 1 if refused else 0
+
+
+def checked(text: str) -> str:
+    """A number, a tuple of numbers, or a call of Tile or Tiles, as the source writes it. Raises ValueError for anything
+    else, which must not reach the source."""
+    try:
+        node = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError):
+        node = None
+    parts, types = [node], (int, float)
+    if isinstance(node, ast.Tuple):
+        parts = node.elts
+    elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("Tile", "Tiles") and not node.keywords:
+        parts, types = node.args, (int, float, bool)
+    if not all(isinstance(p, ast.Constant) and type(p.value) in types for p in parts):
+        raise ValueError("it is no number, no tuple of numbers and no Tile or Tiles of numbers")
+    return ast.unparse(node)
 
 
 def in_use(place: Place) -> str:
@@ -204,7 +283,10 @@ def in_use(place: Place) -> str:
 def entry(source: str, row: str) -> ast.expr:
     """The value of a row, such as TABLE[True, False][ANY, ANY], of a table that a file assigns to a name at its top."""
     keys: list[ast.expr] = []
-    table = ast.parse(row, mode="eval").body
+    try:
+        table = ast.parse(row, mode="eval").body
+    except SyntaxError:
+        raise ValueError(f"{row} is no row of a table") from None
     while isinstance(table, ast.Subscript):
         keys.insert(0, table.slice)
         table = table.value

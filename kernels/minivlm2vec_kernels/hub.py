@@ -14,6 +14,7 @@ import argparse
 import base64
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 NAME = "minivlm2vec_kernels"
@@ -57,7 +58,8 @@ out = ops.attention(q, k, v, cu_seqlens, max_seqlen, causal=True)
 def write_build(folder: str | Path) -> Path:
     """Writes README.md and build/torch-universal into `folder`, which is made if needed. Returns the latter's path.
 
-    Raises FileExistsError where there is such a build already.
+    Raises FileExistsError where there is such a build already, or a README.md with another text; OSError where the
+    folder cannot be made.
     """
     from . import __all__ as ops
 
@@ -74,13 +76,17 @@ def write_build(folder: str | Path) -> Path:
         "backend": {"type": "cuda"},  # there is no word for all; without `archs` no card is refused
         "digest": {"algorithm": "sha256", "files": {k: _sha256_64(v) for k, v in files.items()}},
     }
-    build = Path(folder, "build", VARIANT)
+    about = README.format(ops=", ".join(f"`{op}`" for op in ops), version=VERSION).encode()
+    readme, build = Path(folder, "README.md"), Path(folder, "build", VARIANT)
+    if build.exists():
+        raise FileExistsError(f"{build} is there already: remove it first")
+    if readme.exists() and readme.read_bytes() != about:
+        raise FileExistsError(f"{readme} has another text, which would be lost: move it away")
     (build / NAME).mkdir(parents=True)
     for name, content in files.items():
         (build / name).write_bytes(content)
     (build / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
-    about = README.format(ops=", ".join(f"`{op}`" for op in ops), version=VERSION)
-    Path(folder, "README.md").write_text(about, encoding="utf-8")
+    readme.write_bytes(about)
     return build
 
 
@@ -92,11 +98,17 @@ def _sha256_64(content: bytes) -> str:
     return base64.b64encode(_sha256(content)).decode()
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m minivlm2vec_kernels.hub", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="where README.md and build/ are written")
-    print(write_build(parser.parse_args().folder))
+    args = parser.parse_args()
+    try:
+        print(write_build(args.folder))
+    except OSError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

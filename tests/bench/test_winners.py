@@ -145,6 +145,94 @@ def test_what_cannot_run_is_refused_by_name(copy, capsys):
     assert (copy / "attention_triton.py").read_text() == (KERNELS / "attention_triton.py").read_text()
 
 
+def sweep_csv(folder, *rows: str, header: str = "date,kernel,case,dtype,provider,ms") -> str:
+    path = folder / "card-sweep.csv"
+    path.write_text("\n".join([header, *rows]) + "\n", encoding="latin-1")
+    return str(path)
+
+
+RIGHT = "2030-01-01 10:00,rope,8 x (32+32) x 96,bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], " has no rows"),
+        ([f"{RIGHT},w4,1.0", f"{RIGHT},w8,"], ", row 2: ms is empty"),
+        ([f"{RIGHT},w4"], ", row 1: ms is empty"),
+        ([f",{RIGHT.partition(',')[2]},w4,1.0"], ", row 1: date is empty"),
+        ([f"{RIGHT},w4,0"], ", row 1: ms is 0, which is no time"),
+        ([f"{RIGHT},w4,fast"], ", row 1: ms is fast, which is no time"),
+        ([f"{RIGHT},w4,nan"], ", row 1: ms is nan, which is no time"),
+        (["2030,attention causal 96 tma,lunch,bf,triton,1"], ": no table has a row for attention causal 96 tma, lunch"),
+        (["2030,attention_backward full 999 small,x,bf,triton,1"], ": no table has a row for attention_backward full"),
+        (["\xff"], " is no csv file: "),
+    ],
+)  # fmt: skip
+def test_a_sweep_that_cannot_be_read_is_named(tmp_path, capsys, rows, words):
+    path = sweep_csv(tmp_path, *rows)
+    assert winners.main(["find", "--results", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{path}{words}" in line and not (tmp_path / "winners.json").exists()
+
+
+def test_a_sweep_without_a_column_and_a_folder_that_is_not_there(tmp_path, capsys):
+    path = sweep_csv(tmp_path, "rope,1", header="kernel,ms")
+    assert winners.main(["find", "--results", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"bench.winners: {path} has no column case, date, dtype, provider\n"
+    assert winners.main(["find", "--results", str(tmp_path / "no")]) == 1
+    assert capsys.readouterr().err == f"bench.winners: there is no folder {tmp_path / 'no'}\n"
+
+
+def test_of_several_sweeps_the_latest_is_taken(tmp_path):
+    for name, date, best in (("a", "2030-01-02", 4), ("b", "2030-01-01", 2)):
+        rows = [f"{date}{RIGHT[10:]},{p},{ms}" for p, ms in (("triton", 2), ("w8", 2), (f"w{best}", 1))]
+        (tmp_path / f"{name}-sweep.csv").write_text("\n".join(["date,kernel,case,dtype,provider,ms", *rows]))
+    assert winners.main(["find", "--results", str(tmp_path)]) == 0
+    assert [w["value"] for w in json.loads((tmp_path / "winners.json").read_text())] == ["4"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "there is no {}: "),
+        ("{", "{} is no JSON: "),
+        ("{}", "{} is no list of winners"),
+        ("[1]", "{} is no list of winners"),
+        ('[{"file": "launch", "row": "ROW_SETTINGS[4096]", "value": 4}]', "{} is no list of winners"),
+        ('[{"file": "a", "row": "B[1]", "value": "4", "gain": "2"}]', "{}: the gain of B[1] is '2', "),
+    ],
+)
+def test_winners_that_cannot_be_read_are_named(tmp_path, capsys, text, words):
+    path = tmp_path / "winners.json"
+    if text is not None:
+        path.write_text(text)
+    assert winners.main(["apply", "--results", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"bench.winners: {words.replace('{}', str(path))}" in line
+
+
+def test_nothing_but_settings_reaches_the_source_and_no_other_file_is_changed(copy, monkeypatch, capsys):
+    monkeypatch.setattr(changed, "compile_all_but", lambda known, kernels: pytest.fail("it was to be compiled"))
+    (copy.parent / "setup.py").write_text("ROW_SETTINGS = {4096: (1, 4)}\n")
+    before = {file: file.read_text() for file in [copy.parent / "setup.py", *copy.glob("*.py")]}
+    row = {"file": "launch", "row": "ROW_SETTINGS[4096]", "value": "(2, 8)", "gain": None}
+    wrong = [row | {"file": file} for file in ("../setup", str(copy / "launch"), "no", "", "\0")]
+    values = ["print(1)", "Tile(f())", "Tile(BM=1)", "Tile(*a)", "a.b(1)", "True", "'4'", "(1, a)", "[1]", "1 +", "\0"]
+    wrong += [row | {"value": value} for value in values]
+    wrong.append(row | {"row": "ROW_SETTINGS["})
+    (copy.parent / "winners.json").write_text(json.dumps(wrong))
+    assert command(copy) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert all("is no file of the kernels" in line for line in lines[:5]), lines
+    assert all("it is no number, no tuple" in line for line in lines[5:-1]), lines
+    assert "ROW_SETTINGS[ is no row of a table" in lines[-1] and len(lines) == len(wrong)
+    assert {file: file.read_text() for file in before} == before
+    for value in ("4", "(2, 8)", "Tile(64, 64, 4, 2, True)", "Tiles(256, 64, 64, 8, 3, 1)"):
+        assert winners.checked(value) == value
+    assert winners.checked("(2,8)  # and more") == "(2, 8)", "a comment would swallow what follows"
+
+
 @pytest.mark.parametrize(("table", "rows"), [("tma", {"dq": 256, "dkv": 96}), ("small", {"both": 96})])
 def test_a_sweep_backward_puts_tiles_where_their_winner_goes(monkeypatch, table, rows):
     """On a pretended card there are no gradients, so that this is not rehearsed."""

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,38 @@ def test_old_loaders_find_the_same(folder):
     torch.testing.assert_close(module.silu_mul(x), minivlm2vec_kernels.silu_mul(x))
 
 
-def test_a_build_is_not_overwritten(folder):
+def refusal(folder: Path, monkeypatch, capsys) -> str:
+    """What the command says on stderr, which is one line."""
+    monkeypatch.setattr(sys, "argv", ["hub", str(folder)])
+    assert hub.main() == 1
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert out == "" and line.startswith("python -m minivlm2vec_kernels.hub: ")
+    return line
+
+
+def test_a_build_is_not_overwritten(folder, monkeypatch, capsys):
     with pytest.raises(FileExistsError):
         hub.write_build(folder)
+    assert f"{folder / 'build' / 'torch-universal'} is there already" in refusal(folder, monkeypatch, capsys)
+
+
+def test_a_file_in_the_way_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert str(tmp_path / "file") in refusal(tmp_path / "file", monkeypatch, capsys)
+    assert str(tmp_path / "file" / "below") in refusal(tmp_path / "file" / "below", monkeypatch, capsys)
+    (tmp_path / "build").write_text("mine")
+    assert str(tmp_path / "build") in refusal(tmp_path, monkeypatch, capsys)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"file": "mine", "build": "mine"}
+
+
+def test_a_readme_of_others_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    (tmp_path / "README.md").write_bytes(b"mine \xff")
+    assert f"{tmp_path / 'README.md'} has another text" in refusal(tmp_path, monkeypatch, capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
+    assert (tmp_path / "README.md").read_bytes() == b"mine \xff"
+
+
+def test_a_build_that_was_removed_is_written_again(tmp_path):
+    shutil.rmtree(hub.write_build(tmp_path))
+    assert (hub.write_build(tmp_path) / "metadata.json").is_file()
