@@ -24,11 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..doctor import examine
-    from ..errors import Option, OptionError
     from .messages import visible
 
-    if not args.seconds > 0:
-        raise OptionError(Option("seconds"), f" is {args.seconds:g}; more than 0 is needed")
     show = Line(sys.stderr) if sys.stderr.isatty() else None
     options = {name: getattr(args, name) for name in ("quick", "device", "interpret", "seconds")}
     report = examine(**options, progress=show)

@@ -369,13 +369,24 @@ def test_the_command(quickly, capsys, monkeypatch):
     [
         (["--device", "toaster"], "--device is 'toaster'"),
         (["--device", "meta"], "--device is meta; cuda, mps and cpu can be examined"),
+        (["--device", "cpu:5"], "--device is cpu:5, and there is one cpu"),
         (["--seconds", "0"], "--seconds is 0; more than 0 is needed"),
+        (["--seconds", "nan"], "--seconds is nan; more than 0 is needed"),
+        (["--seconds", "inf"], "--seconds is inf; the most is 86400, a day"),
+        (["--seconds", "1e12"], "--seconds is 1e+12; the most is 86400, a day"),
         (["--interpret", "--device", "meta"], "--interpret is for a CPU, and --device is meta"),
     ],
 )
 def test_bad_arguments_are_named(arguments, words, capsys):
     assert cli.main(["doctor", *arguments]) == 1
     assert words in capsys.readouterr().err
+
+
+def test_kernels_are_not_interpreted_in_a_process_without_the_interpreter(monkeypatch):
+    """They would be torch's, and be called right."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="interpret with isolate off needs TRITON_INTERPRET=1"):
+        doctor.examine(interpret=True, isolate=False)
 
 
 def test_ops_that_are_examined_are_the_public_ones(torch_path, monkeypatch):
