@@ -61,7 +61,7 @@ def examine(
     if isolate:
         facts, rows = isolated.run(options, seconds=seconds, progress=progress)
     else:
-        state = isolated.State(progress)
+        state = isolated.State(options, progress)
         worker.work(options, set(), state.take)
         facts, rows = state.facts, list(state.rows.values())
     checks = [r for r in rows if isinstance(r, Check)]

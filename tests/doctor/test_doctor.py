@@ -1,9 +1,11 @@
 """`minivlm2vec doctor` on a CPU, with what is wrong on purpose, and on a pretended card of every capability."""
 
 import getpass
+import inspect
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -211,17 +213,90 @@ def test_a_process_that_cannot_begin_is_a_row_too(monkeypatch):
     monkeypatch.setattr(isolated, "COMMAND", [sys.executable, "-c", "raise SystemExit('no torch here')"])
     report = doctor.examine(device="cpu")
     (row,) = report.failed
+    assert row.name == "the process that examines" and not row.way_round, "a CPU is not the way round a CPU"
     assert "could not begin" in row.reason and "no torch here" in row.reason and not report.passed
+
+
+TELLING = """
+import json, os, signal, sys, time
+asked = json.loads(sys.stdin.readline())
+def send(**message): print(json.dumps(message), flush=True)
+def key(row): return [row[0], row[1], row[2], "float32"]
+rows = ROWS
+send(plan=[[*key(row), ""] for row in rows])
+for row in rows:
+    if key(row) in asked["done"]:
+        continue
+    send(begin=key(row))
+    if row[3] == "crashes":
+        os._exit(3)
+    fields = dict(zip(("section", "name", "case", "dtype"), key(row)), reason=row[3])
+    send(row=fields | {"verdict": "failed" if row[3] else "passed"})
+    if row[3]:
+        sys.exit()
+send(end=True)
+"""
+
+
+def telling(monkeypatch, rows: list[tuple[str, str, str, str]]) -> None:
+    """A worker that imports nothing and tells of these: section, name, case, how it fails."""
+    monkeypatch.setattr(isolated, "COMMAND", [sys.executable, "-c", TELLING.replace("ROWS", repr(rows))])
+
+
+def test_what_crashes_twice_is_not_run_again(monkeypatch):
+    """So that its many rows do not use up the starts of the others."""
+    monkeypatch.setattr(isolated, "MOST_STARTS", 5)
+    cases = [str(n) for n in range(9)]
+    many = [("kernels", "dies", n, "crashes") for n in cases]
+    poison = [("kernels", "poisons", n, "CUDA error: misaligned address") for n in cases]
+    telling(monkeypatch, [*many, *poison, ("kernels", "good", "", ""), ("speed", "dies", "", "crashes")])
+    report = doctor.examine(device="cpu")
+    for name in ("dies", "poisons"):
+        verdicts = [c.verdict for c in report.kernels if c.name == name]
+        assert verdicts == ["failed"] * 2 + ["not run"] * 7, name
+    assert [c.verdict for c in report.kernels if c.name == "good"] == ["passed"]
+    assert {c.reason for c in report.checks if c.verdict == "not run"} == {"it crashed or hung twice before"}
+    assert [t.reason for t in report.speed] == ["it crashed or hung twice before"]
 
 
 def test_a_process_that_always_ends_is_given_up(monkeypatch):
     monkeypatch.setattr(isolated, "MOST_STARTS", 2)
-    monkeypatch.setattr(isolated, "COMMAND", [sys.executable, "-c", STUB.replace("worker.main()", "") + """
-worker.planned = lambda options: [bad(str(n), crash) for n in range(4)]
-worker.main()
-"""])  # fmt: skip
+    telling(monkeypatch, [("kernels", str(n), "", "crashes") for n in range(4)])
     verdicts = [c.verdict for c in doctor.examine(device="cpu").kernels]
     assert verdicts == ["failed", "failed", "not run", "not run"]
+
+
+def test_the_plain_model_is_examined_before_what_may_crash():
+    names = [t.name for t in worker.planned(CPU)]
+    assert names[:5] == [worker.DEVICE[1], *[model.PLAIN] * 3, "rms_norm"]
+
+
+def test_files_in_the_current_folder_do_not_break_the_process(tmp_path):
+    """A file of the name of one of Python's modules is not imported, and Python says nothing of its own."""
+    package = tmp_path / "package" / "minivlm2vec" / "doctor"
+    package.mkdir(parents=True)
+    (package / "worker.py").write_text("import queue\ndef main(): print('begun')")
+    (tmp_path / "queue.py").write_text("raise SystemExit('the wrong queue')")
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "package")}
+    done = subprocess.run(isolated.COMMAND, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("begun\n", "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups")
+def test_the_process_ends_with_its_parent():
+    """Though it computes: the end of its stdin is the end of it and of what it started, which holds its stdout too."""
+    command = f"""
+import os, signal, subprocess, time
+{inspect.getsource(worker._end_with_parent)}
+subprocess.Popen(["sleep", "600"])
+print("begun", flush=True)
+_end_with_parent()
+"""
+    process = subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               start_new_session=True)  # fmt: skip
+    assert process.stdout.readline() == b"begun\n" and process.poll() is None
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
 
 
 # ------------------------------------------------------------------------------------------------ pretended cards
@@ -344,7 +419,7 @@ def small_plan(options: Options) -> list[Task]:
 @pytest.fixture
 def quickly(monkeypatch):
     def run(options, *, seconds, progress):
-        state = isolated.State(progress)
+        state = isolated.State(options, progress)
         worker.work(options, set(), state.take)
         return state.facts, list(state.rows.values())
 
