@@ -45,6 +45,8 @@ def examine(
         isolate: in a process of its own, so that what crashes or hangs is a row too. False: in this process.
         progress: called with (rows done, rows in all, what comes now).
 
+    On KeyboardInterrupt it returns what it has found until then, with `stopped`.
+
     Raises ValueError for a device that torch has not got, for `interpret` on another than a CPU or in a process without
     TRITON_INTERPRET=1, and for `seconds` out of range.
     """
@@ -58,24 +60,29 @@ def examine(
             Option("interpret"), " with ", Option("isolate"), " off needs TRITON_INTERPRET=1 before Triton is imported"
         )
     options = Options(str(_device(device, interpret)), quick, interpret)
-    if isolate:
-        facts, rows = isolated.run(options, seconds=seconds, progress=progress)
-    else:
-        state = isolated.State(options, progress)
-        worker.work(options, set(), state.take)
-        facts, rows = state.facts, list(state.rows.values())
+    state, stopped = isolated.State(options, progress), False
+    try:
+        if isolate:
+            isolated.run(options, state, seconds=seconds)
+        else:
+            worker.work(options, set(), state.take)
+    except KeyboardInterrupt:
+        stopped = True
+        state.give_up(state.plan, "the examination was stopped")
+    rows = list(state.rows.values())
     checks = [r for r in rows if isinstance(r, Check)]
     timings = [r for r in rows if isinstance(r, Timing)]
     return Report(
         version=__version__,
         device=options.device,
         backend=options.backend,
-        environment=tuple(Fact(**f) for f in facts),
+        environment=tuple(Fact(**f) for f in state.facts),
         kernels=tuple(c for c in checks if c.section != "model"),
         model=tuple(c for c in checks if c.section == "model"),
         peaks=tuple(t for t in timings if t.section == TIMED[0]),
         speed=tuple(t for t in timings if t.section == TIMED[1]),
         seconds=round(time.monotonic() - start, 1),
+        stopped=stopped,
     )
 
 

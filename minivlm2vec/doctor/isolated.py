@@ -32,16 +32,14 @@ START_SECONDS = 300  # until the worker has imported torch and found its device
 
 Progress = Callable[[int, int, str], Any]  # rows done, rows in all, what comes now
 Messages = queue.Queue[Message | None]
-Found = tuple[list[dict[str, str]], list[Check | Timing]]  # facts, rows
 
 
 class Ended(Exception):
     """The worker is no more; says how."""
 
 
-def run(options: Options, *, seconds: float, progress: Progress | None = None) -> Found:
-    """All facts and rows. seconds: how long one task may take."""
-    state = State(options, progress)
+def run(options: Options, state: "State", *, seconds: float) -> None:
+    """Fills `state`. seconds: how long one task may take."""
     for _ in range(MOST_STARTS):
         with started(options, state.rows) as (messages, how_it_ended):
             try:
@@ -52,7 +50,6 @@ def run(options: Options, *, seconds: float, progress: Progress | None = None) -
         if state.complete:
             break
     state.give_up(state.plan, f"the process of the examination ended {MOST_STARTS} times before")
-    return state.facts, list(state.rows.values())
 
 
 class State:

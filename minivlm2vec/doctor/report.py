@@ -92,6 +92,7 @@ class Report:
         kernels, model: the checks; those of torch alone are the first of `kernels`.
         peaks, speed: what was timed.
         seconds: all of it took.
+        stopped: whether it was interrupted; what it had not come to is "not run".
     """
 
     version: str
@@ -103,6 +104,7 @@ class Report:
     peaks: tuple[Timing, ...] = ()
     speed: tuple[Timing, ...] = ()
     seconds: float = 0.0
+    stopped: bool = False
 
     @property
     def checks(self) -> tuple[Check, ...]:
@@ -114,15 +116,18 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether something was compared, and nothing was wrong."""
-        return not self.failed and any(c.verdict == "passed" for c in self.checks)
+        """Whether it came to its end, something was compared, and nothing was wrong."""
+        return not self.stopped and not self.failed and any(c.verdict == "passed" for c in self.checks)
 
     @property
     def verdict(self) -> str:
-        """One line, whose first word is PASSED or FAILED."""
+        """One line, whose first word is PASSED, FAILED or STOPPED."""
         counts = {v: sum(c.verdict == v for c in self.checks) for v in ("passed", "failed", "not run")}
         rest = f", {counts['not run']} not run" if counts["not run"] else ""
         where = f"minivlm2vec {self.version} with {self.backend} kernels on {self.device}, {self.seconds:.0f} s"
+        if self.stopped:
+            wrong = f"{counts['failed']} of {_checks(counts['passed'] + counts['failed'])} wrong"
+            return f"STOPPED before its end: {wrong}{rest}. {where}"
         if self.passed:
             return f"PASSED: {_checks(counts['passed'])} right{rest}. {where}"
         if not self.failed:

@@ -2,6 +2,7 @@
 
 import getpass
 import inspect
+import io
 import json
 import os
 import platform
@@ -228,9 +229,14 @@ for row in rows:
     if key(row) in asked["done"]:
         continue
     send(begin=key(row))
+    if row[3] == "stops":
+        time.sleep(0.5)  # until what came before is read
+        os.kill(os.getppid(), getattr(signal, row[2]))
+        time.sleep(600)
     if row[3] == "crashes":
         os._exit(3)
-    fields = dict(zip(("section", "name", "case", "dtype"), key(row)), reason=row[3])
+    numbers = {} if row[3] else {"error": 0.0, "tolerance": 1.0}
+    fields = numbers | dict(zip(("section", "name", "case", "dtype"), key(row)), reason=row[3])
     send(row=fields | {"verdict": "failed" if row[3] else "passed"})
     if row[3]:
         sys.exit()
@@ -418,10 +424,8 @@ def small_plan(options: Options) -> list[Task]:
 
 @pytest.fixture
 def quickly(monkeypatch):
-    def run(options, *, seconds, progress):
-        state = isolated.State(options, progress)
+    def run(options, state, *, seconds):
         worker.work(options, set(), state.take)
-        return state.facts, list(state.rows.values())
 
     monkeypatch.setattr(worker, "planned", small_plan)
     monkeypatch.setattr(isolated, "run", run)
@@ -437,6 +441,28 @@ def test_the_command(quickly, capsys, monkeypatch):
     monkeypatch.setattr(worker, "planned", lambda o: [Task("kernels", "rms_norm", "3 x 4", "float32", lambda: wrong)])
     assert cli.main(["doctor", "--device", "cpu"]) == 1
     assert "until it is mended: MINIVLM2VEC_BACKEND=torch" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_stopped_command_says_what_it_knows(monkeypatch, capsys, name):
+    telling(monkeypatch, [("kernels", "good", "", ""), ("kernels", "long", name, "stops"), ("model", "later", "", "")])
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["doctor", "--device", "cpu"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "STOPPED before its end: 0 of 1 check wrong, 2 not run." in said
+    assert "the examination was stopped: long float32, later float32" in said and "good 0.0e+00" in said
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_report_is_printed_where_only_ascii_can_be(quickly, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(machine, "processor", lambda: "Prozessor für …")
+    assert cli.main(["doctor", "--device", "cpu"]) == 0
+    out.flush()
+    said = out.buffer.getvalue().decode()
+    assert "Prozessor f?r ?" in said and "PASSED" in said
 
 
 @pytest.mark.parametrize(
