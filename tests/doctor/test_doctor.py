@@ -383,6 +383,33 @@ def test_reports_name_nobody():
     assert len(anonymous("x" * 999)) == 400
 
 
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("at https://jane:p/w@d@proxy.example:80/x, retry", "at https://…@proxy.example:80/x, retry"),
+        ("at https://token@example.org/a and me@example.org", "at https://…@example.org/a and me@example.org"),
+        ("https://example.org/a@b http://example.org:80/x", "https://example.org/a@b http://example.org:80/x"),
+        ("in /srv/jane/My Secret Project/app.py:3", "in …/app.py:3"),
+        ("C:\\Users\\Jane Doe\\My Files\\a.dll is missing", "…/a.dll is missing"),
+        ("No such file: '/srv/jane/My, Secret (old)/app.py'", "No such file: '…/app.py'"),
+        ("\"/srv/My, Secret/\" and '/'", "\"…\" and '…'"),
+        ("/srv/a.so needs /srv/b.so", "…/a.so needs …/b.so"),
+        ("1/2 of and/or, 3 / 4", "1/2 of and/or, 3 / 4"),
+    ],
+)
+def test_passwords_and_folders_with_spaces_are_hidden(said, shown):
+    assert anonymous(said) == shown
+
+
+def test_a_user_without_a_home_is_anonymous_too(monkeypatch):
+    def nobody(*_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    monkeypatch.setattr(getpass, "getuser", lambda: {}["no passwd entry"])
+    assert anonymous("in /srv/jane/app.py") == "in …/app.py"
+
+
 def test_facts_of_this_machine():
     facts = {f.name: f.value for f in machine.facts(torch.device("cpu"))}
     assert torch.__version__ in facts["torch"] and {"triton", "numpy", "processor", "its features"} <= facts.keys()
