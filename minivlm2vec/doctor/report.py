@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 Verdict = Literal["passed", "failed", "not run"]
 NARROWEST, WIDEST = 60, 120  # columns
+SMALLER = {"TFLOP/s": ("GFLOP/s", "MFLOP/s"), "GB/s": ("MB/s", "KB/s")}  # units, each a thousandth of the one before
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -223,7 +224,10 @@ def _speed(peaks: Sequence[Timing], timings: Sequence[Timing], width: int) -> It
     names = width - numbers - 2
     rows = [f"  {'':{names}}{'ms':>9}{'torch ms':>10}{'faster by':>11}{'rate':>12}{'peak':>6}"]
     for t in timings:
-        head = _cut(f"{t.name}, {t.case}", names - 1)
+        head = f"{t.name}, {t.case}"
+        if len(head) >= names:  # a line of its own
+            rows += _wrapped(head, width, "  ", "    ")
+            head = ""
         if t.ms is None:
             rows.append(f"  {head:{names}}{'not timed':>9}")
             continue
@@ -237,7 +241,10 @@ def _speed(peaks: Sequence[Timing], timings: Sequence[Timing], width: int) -> It
 def _rate(t: Timing, short: bool = False) -> str:
     if t.rate is None:
         return "not measured"
-    rate, unit = (t.rate, t.unit) if t.rate >= 1 or t.unit != "TFLOP/s" else (1e3 * t.rate, "GFLOP/s")
+    rate, unit = t.rate, t.unit
+    for smaller in SMALLER.get(unit, ()):
+        if rate < 1:
+            rate, unit = 1e3 * rate, smaller
     number = f"{rate:.3g}" if rate < 100 else f"{rate:,.0f}"
     return f"{number} {unit.replace('FLOP', 'F') if short else unit}"
 

@@ -6,9 +6,11 @@ import io
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,18 @@ def test_a_broken_kernel_is_named(torch_path, monkeypatch, broken, words):
         if not words:
             assert row.error > row.tolerance
     assert all(row.verdict == "passed" for row in few("silu_mul"))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("wrong", ["exact", "same"])
+def test_nothing_is_compared_with_a_reference_that_is_not_finite(number, wrong):
+    """A tolerance that is infinite would let anything pass, and one that is NaN too."""
+    case = next(kernels.row_cases(CPU))
+    tensors = {name: [torch.ones(2, 3)] for name in ("outputs", "exact", "same")} | {
+        wrong: [torch.full((2, 3), number)]
+    }
+    row = kernels.compared(case, "", torch.float32, **tensors, options=CPU)
+    assert (row.verdict, row.reason) == ("not run", "the reference is not finite")
 
 
 def test_a_broken_triton_kernel_is_named_with_the_way_round(monkeypatch):
@@ -355,6 +369,19 @@ def test_no_line_of_the_text_is_wider_than_the_terminal(width):
     text = a_report().text(width)
     assert max(map(len, text.splitlines())) <= max(60, min(width, 120))
     assert "A=torch" in text and "not timed" in text and text.splitlines()[-1]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_numbers_of_small_and_long_named_rows_stand_apart(width):
+    slow = Timing(
+        "speed", "linear_quick_gelu", "577 x 4096 x 1024", "float32", 12.5, 12.5, "eager", 0.00153, "GB/s", 0.01
+    )
+    tiny = replace(slow, name="rope", case="1", ms=0.001, rate=1.234e-5, unit="TFLOP/s")
+    text = a_report(speed=(slow, tiny)).text(width)
+    assert "linear_quick_gelu, 577 x 4096 x 1024" in text
+    assert re.search(r"12\.5 +12\.5 +1\.00x +1\.53 MB/s +1%", text)
+    assert re.search(r"rope, 1 +0\.001 +12\.5 +12500\.00x +12\.3 MF/s +1%", text)
+    assert max(map(len, text.splitlines())) <= width
 
 
 def test_the_verdict():
