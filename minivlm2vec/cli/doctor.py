@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import signal
 import sys
 
 PASTE = "May be pasted into an issue as it is: no names of users, hosts or folders are in it."
@@ -11,7 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Examines this machine: every kernel against float64, the bundled model against recorded vectors in every form "
         "(optimised, CUDA graphs, shared prefixes, fp8), the machine's peaks and the kernels' times beside torch's. "
-        "What fails is named, with the argument or variable that goes round it. Exit code 0: all is right; 1: not."
+        "What fails is named, with the argument or variable that goes round it. Exit code 0: all is right; 1: not. "
+        "Ctrl-C or SIGTERM: the report of what is known by then."
     )
     parser.add_argument("--json", action="store_true", help="for machines")
     parser.add_argument("--quick", action="store_true", help="without the kernels' times")
@@ -24,21 +26,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..doctor import examine
-    from ..errors import Option, OptionError
     from .messages import visible
 
-    if not args.seconds > 0:
-        raise OptionError(Option("seconds"), f" is {args.seconds:g}; more than 0 is needed")
     show = Line(sys.stderr) if sys.stderr.isatty() else None
     options = {name: getattr(args, name) for name in ("quick", "device", "interpret", "seconds")}
-    report = examine(**options, progress=show)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        report = examine(**options, progress=show)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if show:
         show.clear()
     if args.json:
         print(report.as_json())
     else:
         width = shutil.get_terminal_size((80, 24)).columns
-        print(visible(f"minivlm2vec doctor. {PASTE}\n\n{report.text(width)}"))
+        text = visible(f"minivlm2vec doctor. {PASTE}\n\n{report.text(width)}")
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "replace").decode(encoding))
     return 0 if report.passed else 1
 
 

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -18,25 +19,27 @@ import minivlm2vec_kernels
 
 from .privacy import anonymous
 from .report import Check, Timing
-from .task import TIMED, Options, failure
-from .worker import DEVICE, Key, Message, row_of
+from .task import TIMED, Options, failure, is_fatal
+from .worker import Key, Message, row_of
 
-COMMAND = [sys.executable, "-m", "minivlm2vec.doctor.worker"]
+# Not the current folder, where any file may have the name of one of Python's modules
+BEGIN = "import sys; sys.path = [p for p in sys.path if p]; from minivlm2vec.doctor.worker import main; main()"
+COMMAND = [sys.executable, "-c", BEGIN]
+PROCESS = ("device", "the process that examines", "", "")
 MOST_STARTS = 12  # of the worker: so many rows may crash or hang
+MOST_CRASHES = 2  # of one name
 START_SECONDS = 300  # until the worker has imported torch and found its device
 
 Progress = Callable[[int, int, str], Any]  # rows done, rows in all, what comes now
 Messages = queue.Queue[Message | None]
-Found = tuple[list[dict[str, str]], list[Check | Timing]]  # facts, rows
 
 
 class Ended(Exception):
     """The worker is no more; says how."""
 
 
-def run(options: Options, *, seconds: float, progress: Progress | None = None) -> Found:
-    """All facts and rows. seconds: how long one task may take."""
-    state = State(progress)
+def run(options: Options, state: "State", *, seconds: float) -> None:
+    """Fills `state`. seconds: how long one task may take."""
     for _ in range(MOST_STARTS):
         with started(options, state.rows) as (messages, how_it_ended):
             try:
@@ -46,18 +49,19 @@ def run(options: Options, *, seconds: float, progress: Progress | None = None) -
                 state.lost(str(e))
         if state.complete:
             break
-    state.give_up()
-    return state.facts, list(state.rows.values())
+    state.give_up(state.plan, f"the process of the examination ended {MOST_STARTS} times before")
 
 
 class State:
     """What is known so far."""
 
-    def __init__(self, progress: Progress | None):
+    def __init__(self, options: Options, progress: Progress | None):
+        self.options = options
         self.facts: list[dict[str, str]] = []
         self.plan: dict[Key, str] = {}  # what goes round each
         self.rows: dict[Key, Check | Timing] = {}
         self.begun: Key | None = None
+        self.crashes: Counter[str] = Counter()  # by name
         self.progress, self.ended = progress, False
 
     @property
@@ -75,7 +79,11 @@ class State:
                 self.progress(len(self.rows), len(self.plan), ", ".join(x for x in (name or section, case, dtype) if x))
         elif "row" in message:
             assert self.begun is not None
-            self.rows[self.begun], self.begun = row_of(message["row"]), None
+            row = row_of(message["row"])
+            self.rows[self.begun] = row
+            if is_fatal(row):
+                self.crashed(row.name)
+            self.begun = None
         elif "end" in message:
             self.ended = True
 
@@ -83,18 +91,24 @@ class State:
         """The worker ended before its time: a row for what it was at."""
         if self.begun is not None:
             self.rows[self.begun] = failure(*self.begun, how, self.plan[self.begun])
+            self.crashed(self.begun[1])
             self.begun = None
         elif not self.plan:
-            self.rows[DEVICE] = failure(*DEVICE, f"the examination could not begin: {how}", 'device="cpu"')
+            self.rows[PROCESS] = failure(*PROCESS, f"the examination could not begin: {how}", self.options.elsewhere)
             self.ended = True
 
-    def give_up(self) -> None:
-        """Rows for what was never begun."""
-        why = f"the process of the examination ended {MOST_STARTS} times before"
-        for section, name, case, dtype in self.plan.keys() - self.rows.keys():
-            key = section, name, case, dtype
-            row = Timing(*key, reason=why) if section in TIMED else Check(*key, "not run", reason=why)
-            self.rows[key] = row
+    def crashed(self, name: str) -> None:
+        """Counts; what crashes again and again is not run again, so that the rest is."""
+        self.crashes[name] += 1
+        if self.crashes[name] == MOST_CRASHES:
+            self.give_up([key for key in self.plan if key[1] == name], "it crashed or hung twice before")
+
+    def give_up(self, keys: Iterable[Key], why: str) -> None:
+        """Rows for those of these that have none."""
+        for key in keys:
+            if key not in self.rows:
+                timed = key[0] in TIMED
+                self.rows[key] = Timing(*key, reason=why) if timed else Check(*key, "not run", reason=why)
         self.rows = {key: self.rows[key] for key in (*self.plan, *self.rows) if key in self.rows}
 
 
@@ -124,7 +138,7 @@ def started(options: Options, done: dict[Key, Any]) -> Iterator[tuple[Messages, 
         assert process.stdin and process.stdout
         with suppress(OSError):  # it is no more: the messages will tell
             process.stdin.write(json.dumps({"options": asdict(options), "done": list(done)}).encode() + b"\n")
-            process.stdin.close()
+            process.stdin.flush()  # and left open: its end is the worker's
         messages: Messages = queue.Queue()
         reader = threading.Thread(target=_read, args=(process.stdout, messages), daemon=True)
         reader.start()
@@ -134,6 +148,8 @@ def started(options: Options, done: dict[Key, Any]) -> Iterator[tuple[Messages, 
             _end(process)
             reader.join()
             process.stdout.close()
+            with suppress(OSError):
+                process.stdin.close()
 
 
 def _read(lines: IO[bytes], messages: Messages) -> None:
@@ -147,7 +163,7 @@ def _end(process: subprocess.Popen) -> None:
     """With what it started: compilers too."""
     if os.name == "posix":
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)  # it is the leader of its group
     else:
         process.kill()
     process.wait()

@@ -23,6 +23,7 @@ from .task import NotRun, Options, Task
 # 0.02, fp8 0.05. A wrong address, mask or rotation is off by 0.1 to 1.
 TOLERANCE = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.08}
 FP8_TOLERANCE = 0.2
+PLAIN = "plain, torch alone"
 SMALL = 60  # tokens a pack, for several packs and for inputs that are mixed otherwise
 
 
@@ -58,8 +59,7 @@ def forms(options: Options) -> Iterator[Form]:
     """From the plainest on, so that the first that fails says what is wrong with the rest."""
     plain = {"optimize": False}
     bare = {"cuda_graphs": False, "share_prefixes": False, "prepack": False}
-    elsewhere = 'device="cpu"' if options.device != "cpu" else ""
-    yield Form("plain, torch alone", elsewhere, plain | {"backend": "torch"})
+    yield Form(PLAIN, options.elsewhere, plain | {"backend": "torch"})
     if options.triton:
         yield Form("plain, Triton kernels", TORCH_INSTEAD, plain)
     yield Form("optimised", "optimize=False", bare)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 Verdict = Literal["passed", "failed", "not run"]
 NARROWEST, WIDEST = 60, 120  # columns
+SMALLER = {"TFLOP/s": ("GFLOP/s", "MFLOP/s"), "GB/s": ("MB/s", "KB/s")}  # units, each a thousandth of the one before
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -92,6 +93,7 @@ class Report:
         kernels, model: the checks; those of torch alone are the first of `kernels`.
         peaks, speed: what was timed.
         seconds: all of it took.
+        stopped: whether it was interrupted; what it had not come to is "not run".
     """
 
     version: str
@@ -103,6 +105,7 @@ class Report:
     peaks: tuple[Timing, ...] = ()
     speed: tuple[Timing, ...] = ()
     seconds: float = 0.0
+    stopped: bool = False
 
     @property
     def checks(self) -> tuple[Check, ...]:
@@ -114,15 +117,18 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether something was compared, and nothing was wrong."""
-        return not self.failed and any(c.verdict == "passed" for c in self.checks)
+        """Whether it came to its end, something was compared, and nothing was wrong."""
+        return not self.stopped and not self.failed and any(c.verdict == "passed" for c in self.checks)
 
     @property
     def verdict(self) -> str:
-        """One line, whose first word is PASSED or FAILED."""
+        """One line, whose first word is PASSED, FAILED or STOPPED."""
         counts = {v: sum(c.verdict == v for c in self.checks) for v in ("passed", "failed", "not run")}
         rest = f", {counts['not run']} not run" if counts["not run"] else ""
         where = f"minivlm2vec {self.version} with {self.backend} kernels on {self.device}, {self.seconds:.0f} s"
+        if self.stopped:
+            wrong = f"{counts['failed']} of {_checks(counts['passed'] + counts['failed'])} wrong"
+            return f"STOPPED before its end: {wrong}{rest}. {where}"
         if self.passed:
             return f"PASSED: {_checks(counts['passed'])} right{rest}. {where}"
         if not self.failed:
@@ -218,7 +224,10 @@ def _speed(peaks: Sequence[Timing], timings: Sequence[Timing], width: int) -> It
     names = width - numbers - 2
     rows = [f"  {'':{names}}{'ms':>9}{'torch ms':>10}{'faster by':>11}{'rate':>12}{'peak':>6}"]
     for t in timings:
-        head = _cut(f"{t.name}, {t.case}", names - 1)
+        head = f"{t.name}, {t.case}"
+        if len(head) >= names:  # a line of its own
+            rows += _wrapped(head, width, "  ", "    ")
+            head = ""
         if t.ms is None:
             rows.append(f"  {head:{names}}{'not timed':>9}")
             continue
@@ -232,7 +241,10 @@ def _speed(peaks: Sequence[Timing], timings: Sequence[Timing], width: int) -> It
 def _rate(t: Timing, short: bool = False) -> str:
     if t.rate is None:
         return "not measured"
-    rate, unit = (t.rate, t.unit) if t.rate >= 1 or t.unit != "TFLOP/s" else (1e3 * t.rate, "GFLOP/s")
+    rate, unit = t.rate, t.unit
+    for smaller in SMALLER.get(unit, ()):
+        if rate < 1:
+            rate, unit = 1e3 * rate, smaller
     number = f"{rate:.3g}" if rate < 100 else f"{rate:,.0f}"
     return f"{number} {unit.replace('FLOP', 'F') if short else unit}"
 

@@ -35,6 +35,11 @@ class Options:
     def backend(self) -> str:
         return "triton" if self.triton else "torch"
 
+    @property
+    def elsewhere(self) -> str:
+        """The way round a device that does not work; "" of the CPU."""
+        return "" if torch.device(self.device).type == "cpu" else 'device="cpu"'
+
 
 @dataclass(frozen=True)
 class Task:

@@ -6,7 +6,9 @@ A line of JSON a message, on what was stdout when it began: {"facts": …}, {"pl
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
@@ -30,12 +32,21 @@ def main() -> None:
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     asked = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def send(message: Message) -> None:
         messages.write(json.dumps(message) + "\n")
         messages.flush()
 
     work(Options(**asked["options"]), {tuple(key) for key in asked["done"]}, send)
+
+
+def _end_with_parent() -> None:
+    """Waits for the end of stdin, which the parent keeps open, and ends this process and the compilers it started."""
+    os.read(0, 1)
+    if os.name == "posix":
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
 
 
 def work(options: Options, done: Collection[Key], send: Callable[[Message], None]) -> None:
@@ -68,21 +79,23 @@ def planned(options: Options) -> list[Task]:
         wrong = machine.computes(device)
     except Exception as e:
         wrong, launches = anonymous(f"{type(e).__name__}: {e}"), False
-    tasks = [*kernels.tasks(options, dtypes, machine.capability(device))]
-    tasks += model.tasks(options, dtypes)
+    forms = list(model.tasks(options, dtypes))
+    tasks = [t for t in forms if t.name == model.PLAIN]  # before anything that may crash
+    tasks += kernels.tasks(options, dtypes, machine.capability(device))
+    tasks += [t for t in forms if t.name != model.PLAIN]
     tasks += speed.tasks(options)
     if wrong:
         why = "torch is wrong on this device" if launches else "torch fails on this device"
         tasks = [unable(t, why, launches) for t in tasks]
-    first = [Task(*DEVICE, partial(_device_check, wrong), 'device="cpu"')]
+    first = [Task(*DEVICE, partial(_device_check, wrong, options.elsewhere), options.elsewhere)]
     for dtype, why in without.items():
         first.append(Task("kernels", "every kernel", "", kernels.spelled(dtype), partial(_not_run, why)))
     return numbered(first + tasks)
 
 
-def _device_check(wrong: str) -> Check:
+def _device_check(wrong: str, elsewhere: str) -> Check:
     if wrong:
-        return Check(*DEVICE, "failed", reason=wrong, way_round='device="cpu"')
+        return Check(*DEVICE, "failed", reason=wrong, way_round=elsewhere)
     return Check(*DEVICE, "passed", 0.0, 0.0)
 
 
@@ -92,7 +105,3 @@ def _not_run(why: str) -> Check:
 
 def row_of(data: Message) -> Check | Timing:
     return Timing(**data) if data["section"] in TIMED else Check(**data)
-
-
-if __name__ == "__main__":
-    main()

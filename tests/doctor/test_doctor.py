@@ -1,11 +1,16 @@
 """`minivlm2vec doctor` on a CPU, with what is wrong on purpose, and on a pretended card of every capability."""
 
 import getpass
+import inspect
+import io
 import json
 import os
 import platform
+import re
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,6 +102,18 @@ def test_a_broken_kernel_is_named(torch_path, monkeypatch, broken, words):
         if not words:
             assert row.error > row.tolerance
     assert all(row.verdict == "passed" for row in few("silu_mul"))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("wrong", ["exact", "same"])
+def test_nothing_is_compared_with_a_reference_that_is_not_finite(number, wrong):
+    """A tolerance that is infinite would let anything pass, and one that is NaN too."""
+    case = next(kernels.row_cases(CPU))
+    tensors = {name: [torch.ones(2, 3)] for name in ("outputs", "exact", "same")} | {
+        wrong: [torch.full((2, 3), number)]
+    }
+    row = kernels.compared(case, "", torch.float32, **tensors, options=CPU)
+    assert (row.verdict, row.reason) == ("not run", "the reference is not finite")
 
 
 def test_a_broken_triton_kernel_is_named_with_the_way_round(monkeypatch):
@@ -211,17 +228,95 @@ def test_a_process_that_cannot_begin_is_a_row_too(monkeypatch):
     monkeypatch.setattr(isolated, "COMMAND", [sys.executable, "-c", "raise SystemExit('no torch here')"])
     report = doctor.examine(device="cpu")
     (row,) = report.failed
+    assert row.name == "the process that examines" and not row.way_round, "a CPU is not the way round a CPU"
     assert "could not begin" in row.reason and "no torch here" in row.reason and not report.passed
+
+
+TELLING = """
+import json, os, signal, sys, time
+asked = json.loads(sys.stdin.readline())
+def send(**message): print(json.dumps(message), flush=True)
+def key(row): return [row[0], row[1], row[2], "float32"]
+rows = ROWS
+send(plan=[[*key(row), ""] for row in rows])
+for row in rows:
+    if key(row) in asked["done"]:
+        continue
+    send(begin=key(row))
+    if row[3] == "stops":
+        time.sleep(0.5)  # until what came before is read
+        os.kill(os.getppid(), getattr(signal, row[2]))
+        time.sleep(600)
+    if row[3] == "crashes":
+        os._exit(3)
+    numbers = {} if row[3] else {"error": 0.0, "tolerance": 1.0}
+    fields = numbers | dict(zip(("section", "name", "case", "dtype"), key(row)), reason=row[3])
+    send(row=fields | {"verdict": "failed" if row[3] else "passed"})
+    if row[3]:
+        sys.exit()
+send(end=True)
+"""
+
+
+def telling(monkeypatch, rows: list[tuple[str, str, str, str]]) -> None:
+    """A worker that imports nothing and tells of these: section, name, case, how it fails."""
+    monkeypatch.setattr(isolated, "COMMAND", [sys.executable, "-c", TELLING.replace("ROWS", repr(rows))])
+
+
+def test_what_crashes_twice_is_not_run_again(monkeypatch):
+    """So that its many rows do not use up the starts of the others."""
+    monkeypatch.setattr(isolated, "MOST_STARTS", 5)
+    cases = [str(n) for n in range(9)]
+    many = [("kernels", "dies", n, "crashes") for n in cases]
+    poison = [("kernels", "poisons", n, "CUDA error: misaligned address") for n in cases]
+    telling(monkeypatch, [*many, *poison, ("kernels", "good", "", ""), ("speed", "dies", "", "crashes")])
+    report = doctor.examine(device="cpu")
+    for name in ("dies", "poisons"):
+        verdicts = [c.verdict for c in report.kernels if c.name == name]
+        assert verdicts == ["failed"] * 2 + ["not run"] * 7, name
+    assert [c.verdict for c in report.kernels if c.name == "good"] == ["passed"]
+    assert {c.reason for c in report.checks if c.verdict == "not run"} == {"it crashed or hung twice before"}
+    assert [t.reason for t in report.speed] == ["it crashed or hung twice before"]
 
 
 def test_a_process_that_always_ends_is_given_up(monkeypatch):
     monkeypatch.setattr(isolated, "MOST_STARTS", 2)
-    monkeypatch.setattr(isolated, "COMMAND", [sys.executable, "-c", STUB.replace("worker.main()", "") + """
-worker.planned = lambda options: [bad(str(n), crash) for n in range(4)]
-worker.main()
-"""])  # fmt: skip
+    telling(monkeypatch, [("kernels", str(n), "", "crashes") for n in range(4)])
     verdicts = [c.verdict for c in doctor.examine(device="cpu").kernels]
     assert verdicts == ["failed", "failed", "not run", "not run"]
+
+
+def test_the_plain_model_is_examined_before_what_may_crash():
+    names = [t.name for t in worker.planned(CPU)]
+    assert names[:5] == [worker.DEVICE[1], *[model.PLAIN] * 3, "rms_norm"]
+
+
+def test_files_in_the_current_folder_do_not_break_the_process(tmp_path):
+    """A file of the name of one of Python's modules is not imported, and Python says nothing of its own."""
+    package = tmp_path / "package" / "minivlm2vec" / "doctor"
+    package.mkdir(parents=True)
+    (package / "worker.py").write_text("import queue\ndef main(): print('begun')")
+    (tmp_path / "queue.py").write_text("raise SystemExit('the wrong queue')")
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "package")}
+    done = subprocess.run(isolated.COMMAND, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("begun\n", "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups")
+def test_the_process_ends_with_its_parent():
+    """Though it computes: the end of its stdin is the end of it and of what it started, which holds its stdout too."""
+    command = f"""
+import os, signal, subprocess, time
+{inspect.getsource(worker._end_with_parent)}
+subprocess.Popen(["sleep", "600"])
+print("begun", flush=True)
+_end_with_parent()
+"""
+    process = subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               start_new_session=True)  # fmt: skip
+    assert process.stdout.readline() == b"begun\n" and process.poll() is None
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
 
 
 # ------------------------------------------------------------------------------------------------ pretended cards
@@ -276,6 +371,19 @@ def test_no_line_of_the_text_is_wider_than_the_terminal(width):
     assert "A=torch" in text and "not timed" in text and text.splitlines()[-1]
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_numbers_of_small_and_long_named_rows_stand_apart(width):
+    slow = Timing(
+        "speed", "linear_quick_gelu", "577 x 4096 x 1024", "float32", 12.5, 12.5, "eager", 0.00153, "GB/s", 0.01
+    )
+    tiny = replace(slow, name="rope", case="1", ms=0.001, rate=1.234e-5, unit="TFLOP/s")
+    text = a_report(speed=(slow, tiny)).text(width)
+    assert "linear_quick_gelu, 577 x 4096 x 1024" in text
+    assert re.search(r"12\.5 +12\.5 +1\.00x +1\.53 MB/s +1%", text)
+    assert re.search(r"rope, 1 +0\.001 +12\.5 +12500\.00x +12\.3 MF/s +1%", text)
+    assert max(map(len, text.splitlines())) <= width
+
+
 def test_the_verdict():
     wrong, right = a_report(), a_report(kernels=a_report().kernels[1:])
     assert wrong.verdict == (
@@ -300,6 +408,33 @@ def test_reports_name_nobody():
         if len(name) > 2 and name not in ("root", "localhost"):
             assert name not in said
     assert len(anonymous("x" * 999)) == 400
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("at https://jane:p/w@d@proxy.example:80/x, retry", "at https://…@proxy.example:80/x, retry"),
+        ("at https://token@example.org/a and me@example.org", "at https://…@example.org/a and me@example.org"),
+        ("https://example.org/a@b http://example.org:80/x", "https://example.org/a@b http://example.org:80/x"),
+        ("in /srv/jane/My Secret Project/app.py:3", "in …/app.py:3"),
+        ("C:\\Users\\Jane Doe\\My Files\\a.dll is missing", "…/a.dll is missing"),
+        ("No such file: '/srv/jane/My, Secret (old)/app.py'", "No such file: '…/app.py'"),
+        ("\"/srv/My, Secret/\" and '/'", "\"…\" and '…'"),
+        ("/srv/a.so needs /srv/b.so", "…/a.so needs …/b.so"),
+        ("1/2 of and/or, 3 / 4", "1/2 of and/or, 3 / 4"),
+    ],
+)
+def test_passwords_and_folders_with_spaces_are_hidden(said, shown):
+    assert anonymous(said) == shown
+
+
+def test_a_user_without_a_home_is_anonymous_too(monkeypatch):
+    def nobody(*_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    monkeypatch.setattr(getpass, "getuser", lambda: {}["no passwd entry"])
+    assert anonymous("in /srv/jane/app.py") == "in …/app.py"
 
 
 def test_facts_of_this_machine():
@@ -343,10 +478,8 @@ def small_plan(options: Options) -> list[Task]:
 
 @pytest.fixture
 def quickly(monkeypatch):
-    def run(options, *, seconds, progress):
-        state = isolated.State(progress)
+    def run(options, state, *, seconds):
         worker.work(options, set(), state.take)
-        return state.facts, list(state.rows.values())
 
     monkeypatch.setattr(worker, "planned", small_plan)
     monkeypatch.setattr(isolated, "run", run)
@@ -364,18 +497,51 @@ def test_the_command(quickly, capsys, monkeypatch):
     assert "until it is mended: MINIVLM2VEC_BACKEND=torch" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_stopped_command_says_what_it_knows(monkeypatch, capsys, name):
+    telling(monkeypatch, [("kernels", "good", "", ""), ("kernels", "long", name, "stops"), ("model", "later", "", "")])
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["doctor", "--device", "cpu"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "STOPPED before its end: 0 of 1 check wrong, 2 not run." in said
+    assert "the examination was stopped: long float32, later float32" in said and "good 0.0e+00" in said
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_report_is_printed_where_only_ascii_can_be(quickly, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(machine, "processor", lambda: "Prozessor für …")
+    assert cli.main(["doctor", "--device", "cpu"]) == 0
+    out.flush()
+    said = out.buffer.getvalue().decode()
+    assert "Prozessor f?r ?" in said and "PASSED" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--device", "toaster"], "--device is 'toaster'"),
         (["--device", "meta"], "--device is meta; cuda, mps and cpu can be examined"),
+        (["--device", "cpu:5"], "--device is cpu:5, and there is one cpu"),
         (["--seconds", "0"], "--seconds is 0; more than 0 is needed"),
+        (["--seconds", "nan"], "--seconds is nan; more than 0 is needed"),
+        (["--seconds", "inf"], "--seconds is inf; the most is 86400, a day"),
+        (["--seconds", "1e12"], "--seconds is 1e+12; the most is 86400, a day"),
         (["--interpret", "--device", "meta"], "--interpret is for a CPU, and --device is meta"),
     ],
 )
 def test_bad_arguments_are_named(arguments, words, capsys):
     assert cli.main(["doctor", *arguments]) == 1
     assert words in capsys.readouterr().err
+
+
+def test_kernels_are_not_interpreted_in_a_process_without_the_interpreter(monkeypatch):
+    """They would be torch's, and be called right."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="interpret with isolate off needs TRITON_INTERPRET=1"):
+        doctor.examine(interpret=True, isolate=False)
 
 
 def test_ops_that_are_examined_are_the_public_ones(torch_path, monkeypatch):
