@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import subprocess
 import sys
 import threading
@@ -229,6 +230,16 @@ def test_every_kernel_file_has_a_bench():
     files = (ROOT / "kernels" / "minivlm2vec_kernels").glob("*_triton.py")
     missing = {f.name.removesuffix("_triton.py") for f in files} - set(run.bench_names())
     assert not missing
+
+
+def test_every_memory_bound_kernel_has_a_case_that_exceeds_l2():
+    """As bench/README.md says of the rows that decide: at least 200 MB, four times the L2 of an H100."""
+    benches = [importlib.import_module(f"bench.bench_{name}") for name in run.bench_names() if name != "model"]
+    cases = [c for b in benches if hasattr(b, "cases") for c in b.cases(torch.device("cuda")) if c.memory_bound]
+    most = {c.kernel: max(x.bytes for x in cases if x.kernel == c.kernel) for c in cases}
+    assert len(most) > 10 and {kernel for kernel, size in most.items() if size < 200e6} == {"pool_last_token"}
+    names = {(c.kernel, c.name) for c in cases}
+    assert {("quantize_rows", "24864 x 3072"), ("rms_norm_quantize", "24864 x 3072")} <= names  # README names them
 
 
 def test_run_without_a_gpu_says_so_and_writes_nothing():

@@ -33,6 +33,11 @@ def test_weights_that_are_read():
     assert bytes_of(model, images=True) - bytes_of(model, images=False) == pytest.approx(0.62e9, rel=0.05)
 
 
+def test_the_hosts_time_counts():
+    """Else what a graph saves would not show."""
+    assert all(case.host_counts and not case.memory_bound for case in bench_model.cases(CPU))
+
+
 def test_common_beginnings_count_once():
     batch = batch_of(CONFIG, COMMON, CPU)
     assert (batch.input_ids.view(64, 30)[:, :12] == torch.arange(1, 13)).all()
