@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -119,7 +120,7 @@ def test_winners_are_put_into_the_source(copy, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_what_cannot_run_is_refused_by_name(copy, capsys):
-    """Compiled in earnest: what spills, what wants too much shared memory, what is no setting; the rest is applied."""
+    """Compiled in earnest: what spills or wants too much shared memory, what is no setting; the rest is applied."""
     silu = {"file": "activation_triton", "row": "SETTINGS['silu_mul_backward']", "gain": 2.0}
     small = {"file": "attention_triton", "row": "SMALL_TILES[128][32, 32]", "gain": None}
     tiles = {"file": "linear_triton", "row": "CANDIDATES['silu_mul', 'tma']", "gain": 1.5}
@@ -136,7 +137,7 @@ def test_what_cannot_run_is_refused_by_name(copy, capsys):
     said = capsys.readouterr().out
     lines = said.splitlines()
     assert "SETTINGS['silu_mul_backward'] = (4096, 1) is refused" in lines[0] and "spill instr" in lines[0], said
-    assert "Tile(16, 256, 4, 1) is refused" in lines[1] and "sm_75: 81920 bytes of 65536" in lines[1], said
+    assert "Tile(16, 256, 4, 1) is refused" in lines[1] and re.search("bytes of 65536|spill", lines[1]), said
     assert "Tile(64) is refused" in lines[2] and "missing 3 required positional arguments" in lines[2], said
     assert "is refused: there is no SETTINGS['gelu']" in lines[3], said
     assert "none of the candidates Tiles(128, 128, 64, 8, 3, 1), " in lines[4], said
