@@ -293,7 +293,7 @@ def attention_backward(
     """
     if cu_seqlens_q is None or max_seqlen_q is None:
         cu_seqlens_q, max_seqlen_q = cu_seqlens, max_seqlen
-    card = cards.card(q.get_device()) if q.is_cuda else None
+    card = cards.card_of(q)
     tiles = [choose_backward_tile(pass_, q.shape[2], q.dtype, card) for pass_ in ("dq", "dkv")]
     return launch_backward(dout, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q,
                            causal, scale, *tiles)  # fmt: skip

@@ -403,7 +403,7 @@ def scheduled(
 
 def tile_for(q: Tensor, k: Tensor, v: Tensor, max_seqlen_q: int, max_seqlen_k: int, causal: bool) -> Tile:
     """The tile of a call, on the card that its tensors are on."""
-    card = cards.card(q.get_device()) if q.is_cuda else None
+    card = cards.card_of(q)
     if card is not None and not card.tensor_cores:
         return NO_TENSOR_CORES_TILE
     if card is not None and card.small:

@@ -82,6 +82,11 @@ def card(device: int) -> Card:
     return of_nvidia(torch.cuda.get_device_capability(device))
 
 
+def card_of(x: torch.Tensor) -> Card | None:
+    """The card that a tensor is on; None on a CPU."""
+    return card(x.get_device()) if x.is_cuda else None
+
+
 @functools.cache
 def _too_old(device: int) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST

@@ -204,7 +204,7 @@ def run_quick_gelu(
     """Writes quick_gelu(x weight^T + bias) to `out`. `tiles` and `tma` are chosen here unless given."""
     (M, K), N = x.shape, weight.shape[0]
     tma = can_use_tma(x, weight, out) if tma is None else tma
-    tiles = tiles or settings("quick_gelu", x.dtype, tma, _card(x))
+    tiles = tiles or settings("quick_gelu", x.dtype, tma, cards.card_of(x))
     if out.numel() == 0:
         return
     with on_device_of(x):
@@ -225,7 +225,7 @@ def run_silu_mul(x: Tensor, weight: Tensor, out: Tensor, tiles: Tiles | None = N
     """Writes silu(x weight[:F]^T) * (x weight[F:]^T) to `out`. `tiles`, `tma`: chosen here unless given."""
     (M, K), F = x.shape, weight.shape[0] // 2
     tma = can_use_tma(x, weight, out) if tma is None else tma
-    tiles = tiles or settings("silu_mul", x.dtype, tma, _card(x))
+    tiles = tiles or settings("silu_mul", x.dtype, tma, cards.card_of(x))
     if out.numel() == 0:
         return
     with on_device_of(x):
@@ -257,10 +257,6 @@ def settings(kernel: str, dtype: torch.dtype, tma: bool, card: cards.Card | None
         return FLOAT32
     tiles = CANDIDATES[kernel, "tma" if tma else "pointer"][0]
     return replace(tiles, stages=min(tiles.stages, 3)) if card is not None and card.small else tiles
-
-
-def _card(x: Tensor) -> cards.Card | None:
-    return cards.card(x.get_device()) if x.is_cuda else None
 
 
 def _grid(x: Tensor, M: int, N: int, tiles: Tiles) -> tuple[int]:

@@ -107,16 +107,19 @@ def attention(
         raise ValueError("cu_seqlens_q and max_seqlen_q go together")
     if cu_seqlens_q is None and q.shape[0] != k.shape[0]:
         raise ValueError(f"{q.shape[0]} queries but {k.shape[0]} keys: cu_seqlens_q is needed")
+    chosen = choose_backend(backend, q, k, v, backward=True)
     if schedule is not None:
-        most_q = max_seqlen if max_seqlen_q is None else max_seqlen_q
-        schedule.check(len(q), len(k), len(cu_seqlens) - 1, most_q, max_seqlen)
-    if choose_backend(backend, q, k, v, backward=True) == "triton":
-        from . import attention_backward_triton, attention_triton
+        if chosen == "triton" and not (needs_grad(q, k, v) or torch.compiler.is_compiling()):
+            from . import attention_triton
 
-        if schedule is not None and not (needs_grad(q, k, v) or torch.compiler.is_compiling()):
             return attention_triton.scheduled(
                 q, k, v, cu_seqlens, max_seqlen, causal, scale, cu_seqlens_q, max_seqlen_q, schedule
             )
+        most_q = max_seqlen if max_seqlen_q is None else max_seqlen_q
+        schedule.check(len(q), len(k), len(cu_seqlens) - 1, most_q, max_seqlen)
+    if chosen == "triton":
+        from . import attention_backward_triton, attention_triton
+
         op = attention_backward_triton.Attention.apply if needs_grad(q, k, v) else attention_triton.attention
         return op(q, k, v, cu_seqlens, max_seqlen, causal, scale, cu_seqlens_q, max_seqlen_q)
     lengths = cu_seqlens if host_cu_seqlens is None else host_cu_seqlens

@@ -28,6 +28,7 @@ class TileSchedule:
         if len(self.lengths_q) != len(self.lengths_k):
             raise ValueError(f"{len(self.lengths_k)} sequences of keys but {len(self.lengths_q)} of queries")
         self.keys, self.queries = sum(self.lengths_k), sum(self.lengths_q)
+        self.most_keys, self.most_queries = max(self.lengths_k, default=0), max(self.lengths_q, default=0)
         self._kept: dict[tuple[int, torch.device], Tensor] = {}
 
     def __len__(self) -> int:
@@ -41,10 +42,9 @@ class TileSchedule:
             raise ValueError(
                 f"schedule is of {self.queries} queries and {self.keys} keys, q has {queries} and k {keys}"
             )
-        most_q, most_k = max((0, *self.lengths_q)), max((0, *self.lengths_k))
-        if most_q > max_seqlen_q or most_k > max_seqlen_k:
+        if self.most_queries > max_seqlen_q or self.most_keys > max_seqlen_k:
             raise ValueError(
-                f"schedule has sequences of {most_q} queries and {most_k} keys, "
+                f"schedule has sequences of {self.most_queries} queries and {self.most_keys} keys, "
                 f"max_seqlen is {max_seqlen_q} and {max_seqlen_k}"
             )
 
