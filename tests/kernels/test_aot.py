@@ -84,7 +84,7 @@ def test_a_tile_that_does_not_fit_is_named():
     """The tile that sm_75 would get from the table of larger cards."""
     code = (
         "from tests.kernels.aot import every_card as e; from minivlm2vec_kernels.attention_triton import Tile\n"
-        "spec = e._in(e.attention._spec(96, True, Tile(128, 64, 8, 2), one_block=False), 'fp16')\n"
+        "spec = e.aot.in_dtype(e.attention._spec(96, True, Tile(128, 64, 8, 2), one_block=False), 'fp16')\n"
         "print(e.problem(spec, e.CARDS['sm_75']))"
     )
     command = [sys.executable, "-c", code]

@@ -73,7 +73,7 @@ def width_of(block: int) -> int:
 
 
 def in_dtype(spec: Spec, dtype: str) -> Spec:
-    """A spec that is written in bfloat16, in another dtype."""
+    """A spec that is written in bfloat16 (or, of attention, in float32 already), in another dtype."""
     if dtype == "bf16":
         return spec
 
@@ -81,7 +81,7 @@ def in_dtype(spec: Spec, dtype: str) -> Spec:
         return x.replace("bf16", dtype) if isinstance(x, str) else x
 
     types = {name: other(x) for name, x in spec.types.items()}
-    config = f"{dtype} {spec.config.removeprefix('bf16 ')}"
+    config = f"{dtype} {spec.config.removeprefix('bf16 ').removeprefix('fp32 ')}"
     return replace(spec, types=types, config=config, quick=False, wgmma=spec.wgmma and dtype == "fp16")
 
 

@@ -38,7 +38,9 @@ def specs(card: Card, quick: bool) -> list[Spec]:
             found[spec.key(0)] = spec
     for spec in aot.all_specs(quick=quick):  # rows and pixels: the same settings on every card
         if spec.kernel.split(".")[0] not in OWN and (card.e4m3 or "quantize" not in spec.kernel):
-            for in_it in [spec] if spec.config.startswith("fp32 ") else [_in(spec, d) for d in dtypes if d != "fp32"]:
+            for in_it in (
+                [spec] if spec.config.startswith("fp32 ") else [aot.in_dtype(spec, d) for d in dtypes if d != "fp32"]
+            ):
                 found[in_it.key(0)] = in_it
     return list(found.values())
 
@@ -55,10 +57,10 @@ def _attention(card: Card, causal: bool, H: int, dtype: str) -> list[Spec]:
             tiles = [attention_triton.choose_tile(queries, keys, causal, tma, DTYPES[dtype]) for tma in tmas]
         for t in tiles:
             spec = attention._spec(H, causal, t, one_block=keys <= t.BN, dtype=_other(dtype))
-            found.append(_in(spec, dtype))
+            found.append(aot.in_dtype(spec, dtype))
     for pass_ in ("dq", "dkv"):
         tile = attention_backward_triton.choose_backward_tile(pass_, H, DTYPES[dtype], card)
-        found.append(_in(attention_backward._spec(pass_, H, causal, dtype=_other(dtype), tile=tile), dtype))
+        found.append(aot.in_dtype(attention_backward._spec(pass_, H, causal, dtype=_other(dtype), tile=tile), dtype))
     return found
 
 
@@ -68,16 +70,12 @@ def _linear(card: Card, dtype: str) -> list[Spec]:
     for kernel in linear.KERNELS:
         for path in paths:
             tiles = linear_triton.settings(kernel, DTYPES[dtype], path == "tma", card)
-            found.append(_in(linear._spec(kernel, path, tiles, True, bias_first=card.name != "sm_100"), dtype))
+            found.append(aot.in_dtype(linear._spec(kernel, path, tiles, True, bias_first=card.name != "sm_100"), dtype))
     return found
 
 
 def _other(dtype: str) -> str:
     return "fp32" if dtype == "fp32" else "bf16"  # what specs are written for
-
-
-def _in(spec: Spec, dtype: str) -> Spec:
-    return aot.in_dtype(spec, dtype) if dtype == "fp16" else spec
 
 
 def problem(spec: Spec, card: Card) -> str:
