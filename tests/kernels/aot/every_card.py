@@ -37,10 +37,9 @@ def specs(card: Card, quick: bool) -> list[Spec]:
         for spec in [s for c, H in head_dims for s in _attention(card, c, H, dtype)] + _linear(card, dtype):
             found[spec.key(0)] = spec
     for spec in aot.all_specs(quick=quick):  # rows and pixels: the same settings on every card
-        if spec.kernel.split(".")[0] not in OWN and (card.e4m3 or "quantize" not in spec.kernel):
-            for in_it in (
-                [spec] if spec.config.startswith("fp32 ") else [aot.in_dtype(spec, d) for d in dtypes if d != "fp32"]
-            ):
+        shared = spec.kernel.split(".")[0] not in OWN and (card.e4m3 or "quantize" not in spec.kernel)
+        if shared and not spec.config.startswith("fp32 "):
+            for in_it in [aot.in_dtype(spec, dtype) for dtype in dtypes]:
                 found[in_it.key(0)] = in_it
     return list(found.values())
 
