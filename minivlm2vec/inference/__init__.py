@@ -85,10 +85,11 @@ def optimize(
 
 def _check_sizes(model: VLM2Vec, keep: Sequence[str]) -> None:
     """Of the matrices that are to be multiplied in 8 bits."""
+    L = model.config.decoder.num_hidden_layers
     for name, layer in model.named_modules():
-        if type(layer) in (VisionLayer, DecoderLayer, Projector):
+        if type(layer) is Projector or (type(layer) in (VisionLayer, DecoderLayer) and is_plain(layer)):
             for inner, module in layer.named_modules(prefix=name):
-                if isinstance(module, nn.Linear) and takes_fp8(inner, model.config.decoder.num_hidden_layers, keep):
+                if isinstance(module, nn.Linear) and is_plain(module) and takes_fp8(inner, L, keep):
                     check_sizes(module, inner)
 
 

@@ -92,6 +92,13 @@ def test_matrices_that_do_not_fit_are_named_before_anything_is_changed():
     optimize(model, precision="fp8", fp8_keep=("*.mlp.*", "vision.*", "projector.*"))
 
 
+def test_sizes_of_layers_that_stay_as_they_are_do_not_matter():
+    config = VLM2VecConfig.from_dict(base_config("tiny") | {"intermediate_size": 100})
+    model = empty_model(config).to_empty(device="cpu").bfloat16()
+    model.decoder.layers[1].register_forward_hook(lambda *_: None)
+    assert not fp8_names(optimize(model, precision="fp8"))
+
+
 @pytest.mark.parametrize("error", [RuntimeError, TypeError, AttributeError])
 def test_a_product_that_cannot_be_tried_is_told(monkeypatch, error):
     def refuse(*_, **__):
