@@ -295,6 +295,8 @@ def test_files_in_the_current_folder_do_not_break_the_process(tmp_path):
     """A file of the name of one of Python's modules is not imported, and Python says nothing of its own."""
     package = tmp_path / "package" / "minivlm2vec" / "doctor"
     package.mkdir(parents=True)
+    for folder in (package, package.parent):  # without it, the installed package would come first
+        (folder / "__init__.py").touch()
     (package / "worker.py").write_text("import queue\ndef main(): print('begun')")
     (tmp_path / "queue.py").write_text("raise SystemExit('the wrong queue')")
     env = os.environ | {"PYTHONPATH": str(tmp_path / "package")}

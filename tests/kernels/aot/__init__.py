@@ -25,6 +25,7 @@ import pkgutil
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -158,11 +159,20 @@ def dump(cubin: bytes, what: str) -> str:
         return subprocess.run([tool, what, file.name], check=True, capture_output=True, text=True).stdout
 
 
-def measure_all(specs: list[Spec]) -> dict[str, Measured]:
-    """Measures specs x archs; the compiler spends its time outside the GIL, so threads help."""
+Said = Callable[[str, Measured, int, int], object]
+
+
+def measure_all(specs: list[Spec], said: Said | None = None) -> dict[str, Measured]:
+    """Measures specs x archs; the compiler spends its time outside the GIL, so threads help. `said` is called with
+    each key and what was measured, how many that makes, and how many there are."""
     jobs = [(s, arch) for s in specs for arch in s.archs]
+    found = {}
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return dict(pool.map(lambda job: (job[0].key(job[1]), measure(*job)), jobs))
+        for (spec, arch), measured in zip(jobs, pool.map(lambda job: measure(*job), jobs), strict=True):
+            found[spec.key(arch)] = measured
+            if said:
+                said(spec.key(arch), measured, len(found), len(jobs))
+    return found
 
 
 def problems(specs: list[Spec], measured: dict[str, Measured], table: dict[str, Measured]) -> list[str]:

@@ -6,6 +6,10 @@ import sys
 from tests.kernels import aot
 
 
+def _print(key: str, values: aot.Measured, done: int, count: int) -> None:
+    print(f"{done:4d}/{count} {key:90s}", " ".join(f"{k} {v:6d}" for k, v in values.items()), flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=aot.__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="write the table instead of comparing with it")
@@ -13,9 +17,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="only the specs of the default tests")
     args = parser.parse_args()
     specs = aot.all_specs(args.only, args.quick)
-    measured = aot.measure_all(specs)
-    for key, values in measured.items():
-        print(f"{key:90s}", " ".join(f"{k} {v:6d}" for k, v in values.items()))
+    measured = aot.measure_all(specs, _print)
     table = {} if args.write else aot.read_table().get(aot.triton_version(), {})
     found = aot.problems(specs, measured, table)
     print(*found, sep="\n")
