@@ -40,7 +40,7 @@ def launchers(rows: int = 30, D: int = 3072) -> dict[str, Callable[[], object]]:
     lengths, scalars = torch.tensor([0, rows], dtype=torch.int32), (rows, True, None, None, None)
     long = torch.randn(777, 96, 96).bfloat16().split(32, dim=1)
     of_long = torch.tensor([0, 777], dtype=torch.int32)
-    described = attention_triton.choose_tile(777, 777, True, True, q.dtype)
+    described = attention_triton.choose_tile(q.shape[2], 777, 777, True, True, q.dtype)
     crops = torch.zeros(4, 336, 336, 3, dtype=torch.uint8)
     statistics, features = torch.ones(3), torch.randn(5, 577, 1024).bfloat16()[:, 1:]
     separator = torch.randn(4096).bfloat16()

@@ -85,8 +85,8 @@ def large_tiles(monkeypatch) -> None:
 
     if DEVICE == "cpu":
         large = attention_triton.Tile(64, 64, 4, 1)
-        monkeypatch.setattr(attention_triton, "FP32_TILE", large)
-        monkeypatch.setattr(attention_backward_triton, "FP32_TILE", large)
+        monkeypatch.setattr(attention_triton, "NO_TENSOR_CORES_TILE", large)
+        monkeypatch.setattr(attention_backward_triton, "NO_TENSOR_CORES_TILE", large)
 
 
 @pytest.fixture

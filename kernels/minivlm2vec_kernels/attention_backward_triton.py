@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from . import cards
 from .attention_triton import (
     LOG2_E,
+    NO_TENSOR_CORES_TILE,
     Tile,
     check_inputs,
     launch,
@@ -229,25 +230,27 @@ def _add_queries(
 # spill nowhere; `python -m bench.run --sweep --only attention_backward` times them beside others.
 TILES = {
     "dq": {
-        256: Tile(64, 32, 8, 2),
+        160: Tile(64, 32, 8, 2),
+        192: Tile(32, 32, 8, 2),
     },
     "dkv": {
-        96: Tile(32, 64, 8, 2),
-        256: Tile(32, 64, 8, 2),
+        128: Tile(32, 64, 8, 2),
+        144: Tile(16, 32, 8, 1),
+        192: Tile(32, 16, 8, 1),
     },
 }
-FP32_TILE = Tile(16, 16, 8, 1)  # dots without tensor cores
-
+MOST_REGISTERS = 255  # a thread; left alone, ptxas stops some programs earlier and spills two to four values
 
 SMALL_TILES = {  # of both, for programs that have 64 KB
     96: Tile(32, 32, 4, 1),
-    192: Tile(16, 32, 4, 1),
+    144: Tile(16, 32, 8, 1),
+    192: Tile(32, 16, 8, 1),
 }
 
 
 def choose_backward_tile(pass_: str, H: int, dtype: torch.dtype, card: Card | None = None) -> Tile:
     if dtype == torch.float32 or (card is not None and not card.tensor_cores):
-        return FP32_TILE
+        return NO_TENSOR_CORES_TILE
     tiles = SMALL_TILES if card is not None and card.small else TILES[pass_]
     return next(tile for widest, tile in tiles.items() if widest >= H)
 
@@ -313,20 +316,21 @@ def launch_backward(
     lengths = (cu_seqlens_q, cu_seqlens_k)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     tiles_q, tiles_k = cdiv(max_seqlen_q, tile_q.BM), cdiv(max_seqlen_k, tile_kv.BN)
+    registers = {} if torch.version.hip is not None else {"maxnreg": MOST_REGISTERS}
     with on_device_of(q):
         if B * N * tiles_q:
             attention_dq_kernel[(B * N * tiles_q,)](
                 q, k, v, out, dout, lse, delta, dq, *lengths,
                 scale, scale * LOG2_E, N, N // Nkv, tiles_q, Tq, *strides,
                 H0=H0, H1=H1, BM=tile_q.BM, BN=tile_q.BN, CAUSAL=causal,
-                num_warps=tile_q.warps, num_stages=tile_q.stages, enable_fp_fusion=True,
+                num_warps=tile_q.warps, num_stages=tile_q.stages, enable_fp_fusion=True, **registers,
             )  # fmt: skip
         if B * Nkv * tiles_k:
             attention_dkv_kernel[(B * Nkv * tiles_k,)](
                 q, k, v, dout, lse, delta, dk, dv, *lengths,
                 scale, scale * LOG2_E, Nkv, N // Nkv, tiles_k, Tq, *strides,
                 H0=H0, H1=H1, BM=tile_kv.BM, BN=tile_kv.BN, CAUSAL=causal,
-                num_warps=tile_kv.warps, num_stages=tile_kv.stages, enable_fp_fusion=True,
+                num_warps=tile_kv.warps, num_stages=tile_kv.stages, enable_fp_fusion=True, **registers,
             )  # fmt: skip
     return dq, dk, dv
 

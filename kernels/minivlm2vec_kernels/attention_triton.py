@@ -274,15 +274,17 @@ TILES = {  # (causal, descriptors)
         (ANY, ANY): Tile(64, 32, 4, 2),
     },
 }
-FP32_TILE = Tile(16, 16, 4, 1)  # dots without tensor cores; larger tiles spill
-NO_TENSOR_CORES_TILE = Tile(16, 16, 8, 1)  # of any dtype, where Triton uses none
+WIDEST = 96  # head dim for which TILES that go through pointers spill nowhere
+NO_TENSOR_CORES_TILE = Tile(16, 16, 8, 1)  # of float32, and of any dtype where Triton uses none; others spill
 
 
-def choose_tile(max_seqlen_q: int, max_seqlen_k: int, causal: bool, tma: bool, dtype: torch.dtype) -> Tile:
-    return _first_that_holds(max_seqlen_q, max_seqlen_k, TILES[causal, tma], dtype)
+def choose_tile(H: int, max_seqlen_q: int, max_seqlen_k: int, causal: bool, tma: bool, dtype: torch.dtype) -> Tile:
+    tile = _first_that_holds(max_seqlen_q, max_seqlen_k, TILES[causal, tma], dtype)
+    return tile if tile.tma or H <= WIDEST else choose_small_tile(H, max_seqlen_q, max_seqlen_k, dtype)
 
 
-# The widest head dim, and as TILES: for programs that have 64 KB, of which sm_75 takes both operands of every product.
+# The widest head dim, and as TILES: for programs that have 64 KB, of which sm_75 takes both operands of every product,
+# and for heads that are wider than WIDEST, whose sums fill the registers.
 SMALL_TILES = {
     128: {
         (32, 32): Tile(32, 32, 2, 1),
@@ -291,8 +293,8 @@ SMALL_TILES = {
     },
     192: {
         (32, 32): Tile(32, 32, 2, 1),
-        (16, ANY): Tile(16, 64, 4, 2),
-        (ANY, ANY): Tile(32, 32, 4, 2),
+        (16, ANY): Tile(16, 32, 4, 2),
+        (ANY, ANY): Tile(32, 32, 8, 2),
     },
 }
 
@@ -306,7 +308,7 @@ def _first_that_holds(
     max_seqlen_q: int, max_seqlen_k: int, rows: dict[tuple[int, int], Tile], dtype: torch.dtype
 ) -> Tile:
     if dtype == torch.float32:
-        return FP32_TILE
+        return NO_TENSOR_CORES_TILE
     for (q, k), tile in rows.items():
         if max_seqlen_q <= q and max_seqlen_k <= k:
             return tile
@@ -320,7 +322,7 @@ def most_registers(tile: Tile, H: int, causal: bool) -> int | None:
     most that there are."""
     if tile.tma:
         return 128 if tile.warps == 8 and H <= 96 and (causal or split_head_dim(H)[1] == 0) else None
-    return 255 if tile.stages > 1 else None
+    return 255 if tile.stages > 1 or tile == NO_TENSOR_CORES_TILE else None
 
 
 def split_head_dim(H: int) -> tuple[int, int]:
@@ -408,7 +410,7 @@ def tile_for(q: Tensor, k: Tensor, v: Tensor, max_seqlen_q: int, max_seqlen_k: i
         return NO_TENSOR_CORES_TILE
     if card is not None and card.small:
         return choose_small_tile(q.shape[2], max_seqlen_q, max_seqlen_k, q.dtype)
-    return choose_tile(max_seqlen_q, max_seqlen_k, causal, supports_tma(q, k, v), q.dtype)
+    return choose_tile(q.shape[2], max_seqlen_q, max_seqlen_k, causal, supports_tma(q, k, v), q.dtype)
 
 
 def describe_keys(k: Tensor, v: Tensor, BN: int, H0: int, H1: int) -> tuple[TensorDescriptor | None, ...]:

@@ -76,11 +76,16 @@ ROW_SETTINGS = {
     16384: (1, 16),
     32768: (1, 16),
 }
+# The widest rows of each, in any dtype, of which a program spills no register; what is wider is torch's.
+WIDEST = {"rms_norm": 16384, "rms_norm_backward": 8192, "layer_norm": 8192, "quantize_rows": 32768}
 
 
-def whole_rows(D: int, settings: dict[int, tuple[int, int]] = ROW_SETTINGS) -> tuple[int, int, int]:
-    """(BD, BM, warps) for rows of D elements. Raises ValueError where they are wider than the table."""
+def whole_rows(D: int, kernel: str, settings: dict[int, tuple[int, int]] = ROW_SETTINGS) -> tuple[int, int, int]:
+    """(BD, BM, warps) for rows of D elements. Raises ValueError where they are wider than the kernel takes."""
+    widest = WIDEST[kernel]
+    if widest < D:
+        raise ValueError(
+            f"{kernel}: rows of {D} elements are wider than the {widest} that fit in one program; take backend='torch'"
+        )
     BD = max(next_power_of_2(D), min(settings))
-    if BD not in settings:
-        raise ValueError(f"rows of {D} elements are wider than the {max(settings)} that fit in one program")
     return BD, *settings[BD]

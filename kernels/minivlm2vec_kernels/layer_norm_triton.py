@@ -110,7 +110,7 @@ def _launch(
     check_shape(bias, (D,), "bias")
     if R == 0:
         return
-    BD, BM, warps = whole_rows(D)
+    BD, BM, warps = whole_rows(D, "layer_norm")
     with on_device_of(x):
         layer_norm_kernel[(cdiv(R, BM),)](
             x, residual, None if shift is None else shift.contiguous(), weight.contiguous(), bias.contiguous(),

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import cards, torch_ops
 from .image_grids import Grid, flatten
+from .launch import WIDEST
 from .tile_schedule import TileSchedule
 
 BACKENDS = ("auto", "triton", "torch")
@@ -30,21 +31,24 @@ BACKEND = os.environ.get("MINIVLM2VEC_BACKEND", "auto")
 
 
 def choose_backend(
-    backend: str | None, *tensors: Tensor, backward: bool = False, dtype: torch.dtype | None = None
-) -> Literal["triton", "torch"]:
+    backend: str | None, *tensors: Tensor, backward: bool = False, dtype: torch.dtype | None = None,
+    widest: int | None = None,
+) -> Literal["triton", "torch"]:  # fmt: skip
     """Returns "triton" or "torch" for an op on `tensors`; `backward`: whether its kernels carry gradients; `dtype`: of
-    what it returns, where the tensors do not tell.
+    what it returns, where the tensors do not tell; `widest`: elements of a row, the last dimension, that a program of
+    its kernel takes at most.
 
     The argument beats the variable MINIVLM2VEC_BACKEND, which beats auto. Auto takes Triton on a CUDA device
     when no gradient is needed and torch otherwise: no backward kernel has been timed against torch's yet. It takes
-    torch, with one warning, on AMD's cards and for bfloat16 where the card has none (`cards.takes_triton`). An
-    explicit "triton" that cannot run raises.
+    torch for wider rows and, with one warning, on AMD's cards and for bfloat16 where the card has none
+    (`cards.takes_triton`). An explicit "triton" that cannot run raises.
     """
     choice = BACKEND if backend is None else backend
     if choice not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {choice!r}")
     x = tensors[0]
-    if choice == "torch" or (choice == "auto" and (not x.is_cuda or needs_grad(*tensors))):
+    wide = widest is not None and x.shape[-1] > widest
+    if choice == "torch" or (choice == "auto" and (not x.is_cuda or wide or needs_grad(*tensors))):
         return "torch"
     dtypes = torch.bfloat16 in (dtype, *(t.dtype for t in tensors)), dtype == torch.float8_e4m3fn
     if choice == "auto":
@@ -128,7 +132,7 @@ def attention(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps), statistic in float32, cast to x's dtype, then times weight. x [..., D]."""
-    if choose_backend(backend, x, weight, backward=True) == "torch":
+    if choose_backend(backend, x, weight, backward=True, widest=WIDEST["rms_norm"]) == "torch":
         return torch_ops.rms_norm(x, weight, eps)
     from . import rms_norm_triton
 
@@ -141,7 +145,7 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """residual + x, and the RMSNorm of it. x, residual [..., D]. Returns (normed, residual + x)."""
-    if choose_backend(backend, x, residual, weight, backward=True) == "torch":
+    if choose_backend(backend, x, residual, weight, backward=True, widest=WIDEST["rms_norm"]) == "torch":
         return torch_ops.add_rms_norm(x, residual, weight, eps)
     from . import rms_norm_triton
 
@@ -152,7 +156,7 @@ def add_rms_norm(
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: str | None = None) -> Tensor:
     """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias, in float32. x [..., D]."""
-    if choose_backend(backend, x, weight, bias) == "torch":
+    if choose_backend(backend, x, weight, bias, widest=WIDEST["layer_norm"]) == "torch":
         return torch_ops.layer_norm(x, weight, bias, eps)
     from . import layer_norm_triton
 
@@ -163,7 +167,7 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """residual + x, and the LayerNorm of it. x, residual [..., D]. Returns (normed, residual + x)."""
-    if choose_backend(backend, x, residual, weight, bias) == "torch":
+    if choose_backend(backend, x, residual, weight, bias, widest=WIDEST["layer_norm"]) == "torch":
         return torch_ops.add_layer_norm(x, residual, weight, bias, eps)
     from . import layer_norm_triton
 
@@ -179,7 +183,7 @@ def layer_norm_shift_(
 
     Returns (normed, x). Raises RuntimeError where a gradient is needed.
     """
-    taken = choose_backend(backend, x, shift, weight, bias)
+    taken = choose_backend(backend, x, shift, weight, bias, widest=WIDEST["layer_norm"])
     refuse_gradient("layer_norm_shift_", x, shift, weight, bias)
     if taken == "torch":
         return torch_ops.layer_norm_shift_(x, shift, weight, bias, eps)
@@ -231,7 +235,7 @@ def linear_quick_gelu(
     True for 1024 rows and more of 16-bit numbers: a product of K = 1024 is short, and the fused kernel need
     only reach 68 % of cuBLAS's speed to win.
     """
-    if choose_backend(backend, x, weight, bias) == "torch":
+    if choose_backend(backend, x, weight, bias, widest=WIDEST["layer_norm"]) == "torch":
         return torch_ops.linear_quick_gelu(x, weight, bias)
     from . import linear_triton
 
@@ -266,7 +270,7 @@ def quantize_rows(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Ten
     scale = max(max |x|, 1e-12) / 448 of each row; 448 is the greatest e4m3 number. x [..., K].
     Returns (q [..., K] float8_e4m3fn, scale [...] float32), contiguous. Triton needs capability 8.9 for it.
     """
-    if choose_backend(backend, x, dtype=torch.float8_e4m3fn) == "torch":
+    if choose_backend(backend, x, dtype=torch.float8_e4m3fn, widest=WIDEST["quantize_rows"]) == "torch":
         return torch_ops.quantize_rows(x)
     from . import quantize_rows_triton
 
@@ -278,7 +282,7 @@ def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, *, backend: str | N
 
     x [..., D], weight [D]. Returns (q [..., D] float8_e4m3fn, scale [...] float32), contiguous.
     """
-    if choose_backend(backend, x, weight, dtype=torch.float8_e4m3fn) == "torch":
+    if choose_backend(backend, x, weight, dtype=torch.float8_e4m3fn, widest=WIDEST["rms_norm"]) == "torch":
         return torch_ops.rms_norm_quantize(x, weight, eps)
     from . import rms_norm_triton
 

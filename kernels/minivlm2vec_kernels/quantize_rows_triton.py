@@ -49,7 +49,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     out, scale = _fake_quantize_rows(x)
     x = as_rows(x, "x")
     R, K = x.shape
-    BK, BM, warps = whole_rows(K)
+    BK, BM, warps = whole_rows(K, "quantize_rows")
     if R == 0:
         return out, scale
     with on_device_of(x):

@@ -25,8 +25,6 @@ BACKWARD_SETTINGS = {
     2048: (1, 4),
     4096: (1, 8),
     8192: (1, 16),
-    16384: (1, 16),
-    32768: (1, 16),
 }
 BACKWARD_PROGRAMS = 256  # P: about two a multiprocessor; the same on every card, so that sums are too
 
@@ -93,7 +91,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, tot
     check_shape(weight, (D,), "weight")
     if R == 0:
         return
-    BD, BM, warps = whole_rows(D)
+    BD, BM, warps = whole_rows(D, "rms_norm")
     with on_device_of(x):
         rms_norm_kernel[(cdiv(R, BM),)](
             x, residual, weight.contiguous(), out, total,
@@ -134,7 +132,7 @@ def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Te
     x = as_rows(x, "x")
     R, D = x.shape
     check_shape(weight, (D,), "weight")
-    BD, BM, warps = whole_rows(D)
+    BD, BM, warps = whole_rows(D, "rms_norm")
     if R == 0:
         return out, scale
     with on_device_of(x):
@@ -200,7 +198,7 @@ def rms_norm_backward(
     ds = empty_like(s)
     rows, dout, D = as_rows(s, "s"), dense_rows(dout), s.shape[-1]
     dtotal = None if dtotal is None else dense_rows(dtotal)
-    BD, BM, warps = whole_rows(D, BACKWARD_SETTINGS)
+    BD, BM, warps = whole_rows(D, "rms_norm_backward", BACKWARD_SETTINGS)
     programs = min(cdiv(len(rows), BM), BACKWARD_PROGRAMS)
     parts = torch.empty(programs if with_weight else 0, D, dtype=torch.float32, device=s.device)
     if programs:
@@ -218,6 +216,7 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        whole_rows(x.shape[-1], "rms_norm_backward", BACKWARD_SETTINGS)  # refused before anything is computed
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         return rms_norm(x, weight, eps)
@@ -235,6 +234,7 @@ class AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        whole_rows(x.shape[-1], "rms_norm_backward", BACKWARD_SETTINGS)
         out, total = add_rms_norm(x, residual, weight, eps)
         ctx.save_for_backward(total, weight)
         ctx.eps = eps

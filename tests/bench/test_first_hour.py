@@ -200,6 +200,7 @@ def test_every_folder_with_tests_for_a_card_is_run():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+@pytest.mark.slow
 def test_a_short_one_on_a_pretended_card(tmp_path, monkeypatch):
     """A sweep, its winners, a bench, the report; then the sweep as if it had been stopped after a case."""
     for name, value in compiling_environment().items():

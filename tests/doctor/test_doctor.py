@@ -324,7 +324,10 @@ _end_with_parent()
 # ------------------------------------------------------------------------------------------------ pretended cards
 
 
-@pytest.fixture(scope="module", params=["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"])
+CARDS = ["7.5", "9.0", "12.0", *(pytest.param(c, marks=pytest.mark.slow) for c in ("8.0", "8.6", "8.9", "10.0"))]
+
+
+@pytest.fixture(scope="module", params=CARDS)
 def on_card(request) -> tuple[str, str]:
     """Kernels that compile quickly; quantize_rows where it is refused, and once where it is not."""
     names = "rms_norm" if request.param in ("8.9", "10.0", "12.0") else "rms_norm,quantize_rows"

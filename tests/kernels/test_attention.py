@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from minivlm2vec_kernels import attention, attention_triton, reference
-from minivlm2vec_kernels.attention_triton import FP32_TILE, TILES, Tile
+from minivlm2vec_kernels.attention_triton import NO_TENSOR_CORES_TILE, SMALL_TILES, TILES, Tile
 from tests.kernels.kernel_cases import cumulated
 
 HEAD_DIMS = (32, 48, 64, 80, 96, 128)
 LOOPS = Tile(64, 64, 4, 2)  # one that walks over several blocks of keys
-EVERY_TILE = list(dict.fromkeys([*(t for table in TILES.values() for t in table.values()), FP32_TILE]))
+TABLES = (*TILES.values(), *SMALL_TILES.values())
+EVERY_TILE = list(dict.fromkeys([*(t for table in TABLES for t in table.values()), NO_TENSOR_CORES_TILE]))
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
@@ -212,9 +213,11 @@ def test_every_length_has_a_tile():
     for causal, tma in TILES:
         for q in (1, 16, 17, 32, 33, 64, 65, 1024, 1025, 131072):
             for k in (q, 131072):
-                tile = attention_triton.choose_tile(q, k, causal, tma, torch.bfloat16)
+                tile = attention_triton.choose_tile(96, q, k, causal, tma, torch.bfloat16)
                 assert tma or not tile.tma
-    assert attention_triton.choose_tile(777, 777, True, True, torch.float32) == FP32_TILE
+                wide = attention_triton.choose_tile(192, q, k, causal, tma, torch.bfloat16)
+                assert wide == tile if tile.tma else wide in SMALL_TILES[192].values()
+    assert attention_triton.choose_tile(96, 777, 777, True, True, torch.float32) == NO_TENSOR_CORES_TILE
 
 
 def test_user_errors_name_the_input(generator):

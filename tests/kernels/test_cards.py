@@ -120,6 +120,14 @@ def test_8_bit_floats_where_there_are_some(on, kind, there):
             ops.choose_backend("triton", x, dtype=torch.float8_e4m3fn)
 
 
+def test_rows_that_are_too_wide_for_a_program_are_torchs(on):
+    """Where nothing is asked for; `backend="triton"` is refused by the kernel."""
+    on((9, 0))
+    x = OnCard(torch.float16, 8192)
+    assert [ops.choose_backend("auto", x, widest=n) for n in (8191, 8192, None)] == ["torch", "triton", "triton"]
+    assert ops.choose_backend("triton", x, widest=8191) == "triton"
+
+
 def test_a_card_that_is_too_old(on):
     on((7, 0))
     x = OnCard(torch.float16)

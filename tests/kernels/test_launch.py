@@ -18,7 +18,7 @@ from minivlm2vec_kernels import (
     rms_norm_triton,
     rope_triton,
 )
-from minivlm2vec_kernels.launch import as_rows
+from minivlm2vec_kernels.launch import WIDEST, as_rows
 
 
 def ops_and_arguments(device):
@@ -130,3 +130,39 @@ def test_grids_survive_flattening():
     grids = [(1, 2), (3, 4)]
     assert image_grids.unflatten(image_grids.flatten(grids)) == grids
     assert [len(part) for part in image_grids.launches([(1, 1)] * 70)] == [32, 32, 6]
+
+
+ON_ROWS = {  # op -> its rows' limit, and a call with rows x [R, D] and weights w [D]
+    "rms_norm": ("rms_norm", lambda x, w, **o: ops.rms_norm(x, w, 1e-5, **o)),
+    "add_rms_norm": ("rms_norm", lambda x, w, **o: ops.add_rms_norm(x, x, w, 1e-5, **o)),
+    "rms_norm_quantize": ("rms_norm", lambda x, w, **o: ops.rms_norm_quantize(x, w, 1e-5, **o)),
+    "layer_norm": ("layer_norm", lambda x, w, **o: ops.layer_norm(x, w, w, 1e-5, **o)),
+    "add_layer_norm": ("layer_norm", lambda x, w, **o: ops.add_layer_norm(x, x, w, w, 1e-5, **o)),
+    "layer_norm_shift_": ("layer_norm", lambda x, w, **o: ops.layer_norm_shift_(x, w, w, w, 1e-5, **o)),
+    "quantize_rows": ("quantize_rows", lambda x, w, **o: ops.quantize_rows(x, **o)),
+}
+
+
+@pytest.mark.parametrize("name", ON_ROWS)
+def test_the_widest_rows_run_and_wider_ones_are_refused_by_number(name, device, monkeypatch):
+    kernel, call = ON_ROWS[name]
+    widest, asked = WIDEST[kernel], []
+    plain = ops.choose_backend
+    monkeypatch.setattr(ops, "choose_backend", lambda *a, **o: asked.append(o["widest"]) or plain(*a, **o))
+    x, w = torch.randn(1, widest, device=device), torch.randn(widest, device=device)
+    ours, exact = (call(x.clone(), w, backend=b) for b in ("triton", "torch"))
+    for a, b in zip(*(o if isinstance(o, tuple) else (o,) for o in (ours, exact)), strict=True):
+        e4m3 = b.dtype == torch.float8_e4m3fn  # the interpreter loses a carry: 128 becomes 64 (test_quantize_rows.py)
+        step = b.float().abs() / 2 + 2**-6 if e4m3 else 1e-5 * b.abs().max()
+        assert bool(((a.float() - b.float()).abs() <= step).all())
+    x, w = torch.randn(1, widest + 1, device=device), torch.randn(widest + 1, device=device)
+    with pytest.raises(ValueError, match=f"{kernel}: rows of {widest + 1} elements are wider than the {widest} that"):
+        call(x, w, backend="triton")
+    assert set(asked) == {widest}
+
+
+def test_a_gradient_of_rows_that_are_too_wide_is_refused_before_the_forward_pass(device):
+    x, w = torch.randn(1, 8193, device=device, requires_grad=True), torch.randn(8193, device=device)
+    for name in ("rms_norm", "add_rms_norm"):
+        with pytest.raises(ValueError, match="rms_norm_backward: rows of 8193 elements are wider than the 8192"):
+            ON_ROWS[name][1](x, w, backend="triton")

@@ -53,7 +53,7 @@ def _attention(card: Card, causal: bool, H: int, dtype: str) -> list[Spec]:
             tiles = [attention_triton.choose_small_tile(H, queries, keys, DTYPES[dtype])]
         else:
             tmas = (False, True) if card.name == "sm_90" else (False,)
-            tiles = [attention_triton.choose_tile(queries, keys, causal, tma, DTYPES[dtype]) for tma in tmas]
+            tiles = [attention_triton.choose_tile(H, queries, keys, causal, tma, DTYPES[dtype]) for tma in tmas]
         for t in tiles:
             spec = attention._spec(H, causal, t, one_block=keys <= t.BN, dtype=_other(dtype))
             found.append(aot.in_dtype(spec, dtype))

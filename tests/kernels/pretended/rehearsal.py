@@ -68,7 +68,7 @@ def test_forward(card, name):
     assert card.operators["aten.add_.Tensor"] == 0  # biases ride along
     chunks = -(-sum(1 + h * w for h, w in b.grids) // 64)  # of crops
     assert card.kernels() == sum(chunks * [CHUNK], TEXT + IMAGES if chunks else TEXT)
-    tile = attention_triton.choose_tile(b.max_seqlen, b.max_seqlen, True, True, torch.bfloat16)
+    tile = attention_triton.choose_tile(96, b.max_seqlen, b.max_seqlen, True, True, torch.bfloat16)
     tiles = sum(-(-n // tile.BM) for n in b.lengths) * CONFIG.decoder.num_attention_heads
     grids = [launch.grid[0] for launch in card.launches if launch.kernel == "attention_kernel"]
     assert grids.count(tiles) >= LAYERS - 1, "no program is idle but in the last layer"
@@ -375,7 +375,7 @@ def test_attention_asks_for_no_memory_for_its_descriptors(card):
     triton.set_allocator(triton.runtime._allocation.NullAllocator())
     q = torch.zeros(777, 32, 96, device="cuda", dtype=torch.bfloat16)
     cu = torch.tensor([0, 777], device="cuda", dtype=torch.int32)
-    assert attention_triton.choose_tile(777, 777, True, True, q.dtype).tma
+    assert attention_triton.choose_tile(96, 777, 777, True, True, q.dtype).tma
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(triton, "set_allocator")
         attention_triton.attention(q, q, q, cu, 777, True, None, None, None)

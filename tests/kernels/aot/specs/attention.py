@@ -4,7 +4,7 @@ lse for a gradient; the published model's are part of the default tests."""
 import torch
 
 from minivlm2vec_kernels import attention_triton as attention
-from minivlm2vec_kernels.attention_triton import FP32_TILE, TILES, Tile
+from minivlm2vec_kernels.attention_triton import NO_TENSOR_CORES_TILE, SMALL_TILES, TILES, WIDEST, Tile
 from tests.kernels.aot import ARCHS, Spec
 
 HEAD_DIMS = (16, 32, 48, 64, 80, 96, 128, 144, 160, 192)  # all that `split_head_dim` takes
@@ -17,6 +17,12 @@ def specs() -> list[Spec]:
     for (causal, _), table in TILES.items():
         for (_, keys), tile in table.items():
             for H in HEAD_DIMS:
+                for one in _sizes(tile, keys) if H <= WIDEST or tile.tma else ():
+                    found[causal, tile, H, one] = [_spec(H, causal, tile, one_block=one)]
+    for H in HEAD_DIMS:
+        rows = next(rows for widest, rows in SMALL_TILES.items() if widest >= H)
+        for causal in (True, False):
+            for (_, keys), tile in rows.items() if H > WIDEST else ():
                 for one in _sizes(tile, keys):
                     found[causal, tile, H, one] = [_spec(H, causal, tile, one_block=one)]
     for causal, H in PUBLISHED:  # what changes no more than an argument
@@ -29,8 +35,8 @@ def specs() -> list[Spec]:
             ]
     for H in HEAD_DIMS:
         for causal in (True, False):
-            found[causal, FP32_TILE, H] = [
-                _spec(H, causal, FP32_TILE, dtype="fp32", one_block=o) for o in (False, True)
+            found[causal, NO_TENSOR_CORES_TILE, H] = [
+                _spec(H, causal, NO_TENSOR_CORES_TILE, dtype="fp32", one_block=o) for o in (False, True)
             ]
     return [spec for specs in found.values() for spec in specs]
 

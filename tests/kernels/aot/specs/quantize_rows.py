@@ -12,7 +12,7 @@ def specs() -> list[Spec]:
 
 
 def _spec(K: int) -> Spec:
-    BK, BM, warps = whole_rows(K)
+    BK, BM, warps = whole_rows(K, "quantize_rows")
     return Spec(
         "quantize_rows_triton.quantize_rows_kernel", f"K{K}", TYPES, {"BM": BM, "BK": BK}, warps,
         unaligned=frozenset({"R"}), archs=(90, 100), quick=K == 3072,
