@@ -239,7 +239,7 @@ TILES = {
         192: Tile(32, 16, 8, 1),
     },
 }
-MOST_REGISTERS = 255  # a thread; left alone, ptxas stops some programs earlier and spills two to four values
+MOST_REGISTERS = 255  # a thread of dkv; left alone, ptxas stops some programs earlier and spills two to four values
 
 SMALL_TILES = {  # of both, for programs that have 64 KB
     96: Tile(32, 32, 4, 1),
@@ -323,7 +323,7 @@ def launch_backward(
                 q, k, v, out, dout, lse, delta, dq, *lengths,
                 scale, scale * LOG2_E, N, N // Nkv, tiles_q, Tq, *strides,
                 H0=H0, H1=H1, BM=tile_q.BM, BN=tile_q.BN, CAUSAL=causal,
-                num_warps=tile_q.warps, num_stages=tile_q.stages, enable_fp_fusion=True, **registers,
+                num_warps=tile_q.warps, num_stages=tile_q.stages, enable_fp_fusion=True,
             )  # fmt: skip
         if B * Nkv * tiles_k:
             attention_dkv_kernel[(B * Nkv * tiles_k,)](
