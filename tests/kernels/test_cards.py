@@ -162,6 +162,16 @@ def test_tiles_without_tensor_cores(on, H):
     assert linear_triton.settings("quick_gelu", x.dtype, False, card).BM == 64
 
 
+@pytest.mark.parametrize("kind", ["gfx942", (12, 1), (9, 0)])
+@pytest.mark.parametrize("H", [8, 100, 256])
+def test_head_dims_without_a_tile_are_refused_everywhere(on, kind, H, monkeypatch):
+    on(kind)
+    x = torch.zeros(5, 2, H, dtype=torch.float16)
+    monkeypatch.setattr(cards, "card_of", lambda x: cards.card(0))
+    with pytest.raises(ValueError, match=f"head dim {H}: must be 16, 32"):
+        attention_triton.attention(x, x, x, torch.tensor([0, 5]).int(), 5, True, None, None, None)
+
+
 @pytest.mark.parametrize("kind", ["gfx942", (13, 7)])
 @pytest.mark.parametrize("H", HEAD_DIMS)
 def test_small_cards_get_small_tiles(on, kind, H):
