@@ -114,7 +114,7 @@ class SiluMul(torch.autograd.Function):
 
 
 def _fake_quick_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
-    return empty_like(x)
+    return empty_like(x, None if bias is None else torch.promote_types(x.dtype, bias.dtype))
 
 
 @compiled_as_op(_fake_quick_gelu)

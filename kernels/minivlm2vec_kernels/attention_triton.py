@@ -300,6 +300,7 @@ SMALL_TILES = {
 
 
 def choose_small_tile(H: int, max_seqlen_q: int, max_seqlen_k: int, dtype: torch.dtype) -> Tile:
+    split_head_dim(H)  # raises for those that have no tile
     rows = next(rows for widest, rows in SMALL_TILES.items() if widest >= H)
     return _first_that_holds(max_seqlen_q, max_seqlen_k, rows, dtype)
 
@@ -376,6 +377,10 @@ def launch(
         programs = order.shape[0] * N
     if T == 0 or programs == 0:
         return out
+    if k.shape[0] == 0:  # of which no descriptor can be made
+        if lse is not None:
+            lse.fill_(float("inf"))
+        return out.zero_()
     one_block = max_seqlen_k <= tile.BN
     described = describe_keys(k, v, tile.BN, H0, H1) if tile.tma and not one_block else (None,) * 4
     registers = None if torch.version.hip is not None else most_registers(tile, H, causal)

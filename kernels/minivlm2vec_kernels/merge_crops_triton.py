@@ -9,6 +9,7 @@ Shapes: C crops of P x P patches, D width, m = P / 2. An image of h x w crops gi
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -57,7 +58,7 @@ def merge_crops_kernel(
     merged = tl.load(features + place, mask=inside & ~(is_end | is_glb)[:, None], other=0.0)
     separator = tl.where(is_glb[:, None], glb_GN + c[None, :], sub_GN + c[None, :])
     end = tl.load(separator, mask=inside & (is_end | is_glb)[:, None], other=0.0)
-    value = tl.where((is_end | is_glb)[:, None], end.to(merged.dtype), merged)
+    value = tl.where((is_end | is_glb)[:, None], end, merged.to(end.dtype))
     tl.store(out + (first_row + row).to(tl.int64)[:, None] * (4 * D) + c[None, :], value, mask=inside)
 
 
@@ -69,7 +70,8 @@ def rows_of(grid: Grid, m: int) -> int:
 def _fake_merge_crops(features: Tensor, flat_grids: Sequence[int], sub_GN: Tensor, glb_GN: Tensor) -> Tensor:
     m = round(features.shape[1] ** 0.5) // 2
     rows = sum(rows_of(grid, m) for grid in unflatten(flat_grids))
-    return features.new_empty(rows, 4 * features.shape[2])
+    dtype = torch.promote_types(features.dtype, torch.promote_types(sub_GN.dtype, glb_GN.dtype))
+    return features.new_empty((rows, 4 * features.shape[2]), dtype=dtype)
 
 
 @compiled_as_op(_fake_merge_crops)
@@ -82,9 +84,10 @@ def merge_crops(features: Tensor, flat_grids: Sequence[int], sub_GN: Tensor, glb
     check_shape(sub_GN.reshape(-1), (4 * D,), "sub_GN, flat,")
     check_shape(glb_GN.reshape(-1), (4 * D,), "glb_GN, flat,")
     out = _fake_merge_crops(features, flat_grids, sub_GN, glb_GN)
+    sub_GN, glb_GN = sub_GN.to(out.dtype).contiguous(), glb_GN.to(out.dtype).contiguous()
     crop = row = 0
     for images in launches(grids):
-        _launch(features[crop:], images, sub_GN.contiguous(), glb_GN.contiguous(), out[row:], P, D)
+        _launch(features[crop:], images, sub_GN, glb_GN, out[row:], P, D)
         crop += sum(h * w + 1 for h, w in images)
         row += sum(rows_of(grid, P // 2) for grid in images)
     return out

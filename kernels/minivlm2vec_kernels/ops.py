@@ -42,6 +42,9 @@ def choose_backend(
     when no gradient is needed and torch otherwise: no backward kernel has been timed against torch's yet. It takes
     torch for wider rows and, with one warning, on AMD's cards and for bfloat16 where the card has none
     (`cards.takes_triton`). An explicit "triton" that cannot run raises.
+
+    Raises ValueError where kernels would be taken for tensors on several devices: they would read another card's
+    memory, or fail somewhere else and later.
     """
     choice = BACKEND if backend is None else backend
     if choice not in BACKENDS:
@@ -51,15 +54,19 @@ def choose_backend(
     if choice == "torch" or (choice == "auto" and (not x.is_cuda or wide or needs_grad(*tensors))):
         return "torch"
     dtypes = torch.bfloat16 in (dtype, *(t.dtype for t in tensors)), dtype == torch.float8_e4m3fn
+    number = x.get_device()
+    for t in tensors:  # half the time of any()
+        if t.get_device() != number:
+            raise ValueError(f"all tensors must be on one device, got {', '.join(str(t.device) for t in tensors)}")
     if choice == "auto":
-        return "triton" if cards.takes_triton(x.get_device(), *dtypes) else "torch"
+        return "triton" if cards.takes_triton(number, *dtypes) else "torch"
     if not backward and needs_grad(*tensors):
         raise RuntimeError(
             "backend='triton': this op's kernels have no backward pass; use torch.no_grad(), or backend='torch'"
         )
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(f"backend='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got one on {x.device}")
-    if x.is_cuda and (why := cards.refusal(x.get_device(), *dtypes)):
+    if x.is_cuda and (why := cards.refusal(number, *dtypes)):
         raise RuntimeError(f"backend='triton': {why}; or take backend='torch'")
     return "triton"
 
@@ -338,7 +345,7 @@ def image_patches(
     Returns [C, P * P, 3 * p * p] in `dtype`, C = sum (1 + h * w): the global view, then the crops, image after
     image; pixels of a patch in the order channel, row, column (that of the convolution's weight).
     """
-    if choose_backend(backend, crops, dtype=dtype) == "torch":
+    if choose_backend(backend, crops, mean, std, dtype=dtype) == "torch":
         return torch_ops.image_patches(crops, grids, mean, std, patch_size, dtype)
     from . import image_patches_triton
 
@@ -380,7 +387,7 @@ def pool_last_token(
 
     x [T, D]; cu_seqlens [B + 1]. Returns [B, D] float32.
     """
-    if choose_backend(backend, x, norm_weight) == "torch":
+    if choose_backend(backend, x, norm_weight, cu_seqlens) == "torch":
         return torch_ops.pool_last_token(x, cu_seqlens, norm_weight, eps, normalize=normalize)
     from . import pooling_triton
 

@@ -50,6 +50,8 @@ def pool_last_token(x: Tensor, cu_seqlens: Tensor, norm_weight: Tensor, eps: flo
     out = _fake_pool_last_token(x, cu_seqlens, norm_weight, eps, normalize)
     if out.numel() == 0:
         return out
+    if T == 0:
+        raise ValueError(f"x has no rows, cu_seqlens is of {out.shape[0]} sequences")
     BD, warps = settings(D)
     norm_dtype = torch.promote_types(x.dtype, norm_weight.dtype)
     with on_device_of(x):

@@ -24,7 +24,7 @@ SETTINGS = {1024: 1, 2048: 2, 4096: 4, 16384: 8}
 
 @triton.jit
 def _load_halves(x, heads, dims, stride, N, HALF: tl.constexpr):
-    at = x + heads[:, None] * stride + dims[None, :]  # [BN, BH]
+    at = x + (heads.to(tl.int64) * stride)[:, None] + dims[None, :]  # [BN, BH]; heads may lie far apart
     inside = (heads < N)[:, None] & (dims < HALF)[None, :]
     a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
@@ -33,7 +33,7 @@ def _load_halves(x, heads, dims, stride, N, HALF: tl.constexpr):
 
 @triton.jit
 def _store_rotated(x, heads, dims, stride, inside, a, b, cos, sin, HALF: tl.constexpr):
-    at = x + heads[:, None] * stride + dims[None, :]  # [BN, BH]
+    at = x + (heads.to(tl.int64) * stride)[:, None] + dims[None, :]  # [BN, BH]
     dtype = at.dtype.element_ty
     tl.store(at, (a * cos - b * sin).to(dtype), mask=inside)
     tl.store(at + HALF, (b * cos + a * sin).to(dtype), mask=inside)

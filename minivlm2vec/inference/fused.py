@@ -239,7 +239,7 @@ class FusedVisionTower(InferenceOnly, VisionTower):
         return _joined([self._through_layers(self.pre_layrnorm(place(F.linear(part, weight)))) for part in chunks])
 
     def _through_layers(self, x: Tensor) -> Tensor:
-        return self.layers_(x) if self.graphs is None else self.graphs(x)
+        return self.layers_(x) if self.graphs is None or is_captured(x) else self.graphs(x)
 
     def layers_(self, x: Tensor) -> Tensor:
         """x [C, L, D], which is written over -> [C, P * P, D], without graphs."""
@@ -340,7 +340,7 @@ class FusedVLM2Vec(InferenceOnly, VLM2Vec):
     def forward(self, batch: PackedBatch, *, normalize: bool = True) -> Tensor:
         if torch.compiler.is_compiling():  # as a part of something else
             self.compile()
-        if self.graphs is not None:
+        if self.graphs is not None and not is_captured(batch.input_ids):
             return self.graphs(batch, normalize=normalize)
         return self.run(batch, normalize=normalize)
 
@@ -360,11 +360,14 @@ class FusedVLM2Vec(InferenceOnly, VLM2Vec):
         return ops.pool_last_token(x, one_each, norm.weight, norm.eps, normalize=normalize, backend=self.backend)
 
     def packing(self, batch: PackedBatch, dtype: torch.dtype) -> Packing:
+        packing: Packing
         if isinstance(batch, SharedBatch):
-            return SharedPacking.of(batch, self.config.decoder, dtype)
-        packing = super().packing(batch, dtype)
-        several = len(set(batch.lengths)) > 1  # of equally long ones no program would be idle
-        return replace(packing, schedule=TileSchedule(batch.lengths)) if several else packing
+            packing = SharedPacking.of(batch, self.config.decoder, dtype)
+        else:
+            packing = super().packing(batch, dtype)
+            if len(set(batch.lengths)) > 1:  # of equally long ones no program would be idle
+                packing = replace(packing, schedule=TileSchedule(batch.lengths))
+        return replace(packing, schedule=None) if is_captured(batch.input_ids) else packing
 
     def hidden_states(self, batch: PackedBatch, layers: Any) -> dict[int, Tensor]:
         kept = super().hidden_states(batch, layers)
@@ -416,6 +419,12 @@ def is_unchanged(module: nn.Module) -> bool:
         and "forward" not in vars(module)
         and all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
     )
+
+
+def is_captured(x: Tensor) -> bool:
+    """Whether the caller is capturing a CUDA graph of its own: nothing may then be replayed, and what would be copied
+    from the host's memory would be read there again at every replay, by then freed."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def is_plain_inside(embeddings: VisionEmbeddings) -> bool:

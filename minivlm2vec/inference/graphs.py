@@ -329,9 +329,10 @@ class Captured(Programs[Key, Given]):
         super()._fill(key, given)  # type: ignore[safe-super]
 
     def _run(self, program: Callable[[], Tensor], key: Key, given: Given) -> Tensor:
-        out = super()._run(program, key, given)
-        self._read.record()
-        return out
+        try:
+            return super()._run(program, key, given)
+        finally:  # what follows the replay may fail, for want of memory
+            self._read.record()
 
     def _make(self, run: Callable[[], Tensor]) -> Callable[[], Tensor] | None:
         """Runs it once on the stream of the capture, so that kernels are compiled and cuBLAS has its workspace, then

@@ -544,3 +544,24 @@ def test_a_second_stream_waits_for_what_a_replay_still_reads(e, monkeypatch, kin
     graphed(given)
     assert work.queues["first"][-2:] == ["fill", "replay"]
     assert work.queues["second"] == [*work.queues["first"], "fill", "replay"], "its fill comes after the first's replay"
+
+
+def test_a_second_stream_waits_for_a_replay_whose_result_could_not_be_kept(e, monkeypatch):
+    """The replay is queued by then, and writes over the buffers."""
+    work = Work(monkeypatch, e.model)
+
+    class Queued(GraphedModel):
+        def _make(self, run):
+            return run
+
+    graphed = Queued(e.model, make_at=1)
+    graphed(batch_of([5]))
+    (key,) = graphed.programs
+    program = graphed.programs[key]
+    graphed.programs[key] = lambda: work.queues[work.current].append("replay") or program()
+    with monkeypatch.context() as m, pytest.raises(RuntimeError, match="out of memory"):
+        m.setattr(graphed, "_cut", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        graphed(batch_of([5]))
+    work.current = "second"
+    graphed(batch_of([5]))
+    assert work.queues["second"] == ["replay", "replay"]

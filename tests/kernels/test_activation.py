@@ -41,6 +41,16 @@ def test_quick_gelu(rows, width, with_bias, dtype, device, generator, assert_err
     assert_error_at_most(out, reference.quick_gelu(x, bias), exact, atol=ATOL[dtype])
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.float16)])
+def test_quick_gelu_of_two_dtypes(dtypes, device, generator):
+    x, bias = (
+        torch.randn(*n, device=device, generator=generator).to(t) for n, t in zip([(5, 96), (96,)], dtypes, strict=True)
+    )
+    out, expected = ops.quick_gelu(x, bias, backend="triton"), reference.quick_gelu(x, bias)
+    assert out.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(out, expected)
+
+
 @pytest.mark.parametrize("value", [-1e4, -100.0, 0.0, 100.0, 1e4])
 def test_large_values_stay_finite(value, device):
     x = torch.full((2, 128), value, device=device)

@@ -172,6 +172,17 @@ def test_queries_before_the_first_key_get_zeros(generator):
     assert (out[:2] == 0).all() and (out[5:] == 0).all() and (out[2:5] != 0).any(dim=(1, 2)).all()
 
 
+@pytest.mark.parametrize("tma", [False, True])
+def test_no_keys_at_all(tma, generator, monkeypatch):
+    """No descriptor can be made of none: the driver refuses a dimension of 0."""
+    described = []
+    monkeypatch.setattr(attention_triton, "TensorDescriptor", lambda x, shape, *a: described.append(shape))
+    q, k, v, cu_q, cu_k = packed([0, 0], 1, 1, 32, torch.float32, generator, q_lengths=[5, 2])
+    lse = torch.zeros(1, 7, device=q.device)
+    out = attention_triton.launch(q, k, v, cu_k, 100, cu_q, 5, True, None, Tile(16, 16, 4, 1, tma), lse)
+    assert (out == 0).all() and out.shape == q.shape and (lse == float("inf")).all() and not described
+
+
 def test_no_tokens(generator):
     q, k, v, cu_q, cu_k = packed([0, 0], 2, 2, 64, torch.float32, generator)
     assert kernel(q, k, v, cu_q, cu_k, True).shape == (0, 2, 64)

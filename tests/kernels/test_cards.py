@@ -170,6 +170,47 @@ def test_tiles_without_tensor_cores(on, H):
     assert linear_triton.settings("quick_gelu", x.dtype, False, card).BM == 64
 
 
+class Matrix(OnCard):
+    """One whose first row begins at an address, and its rows so many numbers apart."""
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16, address: int = 1024, apart: int = 64):
+        super().__init__(dtype)
+        self.data_ptr, self.stride = lambda: address, lambda dim: apart
+
+
+@pytest.mark.parametrize(
+    "kind, taken", [((9, 0), True), ((10, 0), True), ((8, 0), False), ((12, 0), False), ("gfx942", False)]
+)
+def test_products_take_descriptors_where_the_card_has_them(on, kind, taken):
+    on(kind)
+    x = Matrix()
+    assert linear_triton.can_use_tma(x, x, x) == taken
+    assert linear_triton._bias_first(x) == (kind != (10, 0))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [Matrix(address=1032), Matrix(apart=60), Matrix(apart=0), Matrix(apart=-64)],
+    ids=["address", "60", "0", "-64"],
+)
+def test_descriptors_of_products_want_rows_on_multiples_of_16_bytes(on, other):
+    """The driver refuses others; a product then takes pointers."""
+    on((9, 0))
+    x = Matrix()
+    assert not any(linear_triton.can_use_tma(*matrices) for matrices in ((other, x, x), (x, other, x), (x, x, other)))
+    assert not linear_triton.can_use_tma(*[Matrix(torch.float32)] * 3)
+
+
+@pytest.mark.parametrize("kind", ["gfx942", (12, 1), (9, 0)])
+@pytest.mark.parametrize("H", [8, 100, 256])
+def test_head_dims_without_a_tile_are_refused_everywhere(on, kind, H, monkeypatch):
+    on(kind)
+    x = torch.zeros(5, 2, H, dtype=torch.float16)
+    monkeypatch.setattr(cards, "card_of", lambda x: cards.card(0))
+    with pytest.raises(ValueError, match=f"head dim {H}: must be 16, 32"):
+        attention_triton.attention(x, x, x, torch.tensor([0, 5]).int(), 5, True, None, None, None)
+
+
 @pytest.mark.parametrize("kind", ["gfx942", (13, 7)])
 @pytest.mark.parametrize("H", HEAD_DIMS)
 def test_small_cards_get_small_tiles(on, kind, H):

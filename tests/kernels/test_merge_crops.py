@@ -28,6 +28,16 @@ def test_more_images_than_one_launch_takes(device, generator, monkeypatch):
     assert torch.equal(merge(tensors, grids), reference.merge_crops(tensors[0], grids, *tensors[1:]))
 
 
+@pytest.mark.parametrize("mixed", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)])
+def test_of_several_dtypes(mixed, device, generator):
+    """The widest, as where torch puts them together."""
+    grids = [(1, 2)]
+    tensors = inputs(grids, 4, 24, torch.float16, device, generator)
+    tensors = [t.float() * 1.001 if wide else t for t, wide in zip(tensors, mixed, strict=True)]
+    out = merge(tensors, grids)
+    assert out.dtype == torch.float32 and torch.equal(out, reference.merge_crops(tensors[0], grids, *tensors[1:]))
+
+
 def test_class_token_is_skipped_by_a_view(device, generator):
     """The tower's output less its first token: crops lie further apart than their patches."""
     grids = [(1, 2), (2, 1)]

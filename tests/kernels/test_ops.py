@@ -67,6 +67,18 @@ def test_wrong_requests_say_why(monkeypatch):
         ops.choose_backend("cuda", tensor())
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("other, named", [(1, "cuda:0, cuda:0, cuda:1"), (-1, "cuda:0, cuda:0, cpu")])
+def test_kernels_take_no_tensors_on_several_devices(backend, other, named, an_h100):
+    """Triton launches on the first one's, and its kernels would read the other's memory."""
+    first, elsewhere = tensor(), tensor(cuda=other >= 0)
+    first.device, elsewhere.device = "cuda:0", f"cuda:{other}" if other >= 0 else "cpu"
+    elsewhere.get_device = lambda: other
+    with pytest.raises(ValueError, match=f"must be on one device, got {named}"):
+        ops.choose_backend(backend, first, first, elsewhere)
+    assert ops.choose_backend("torch", first, elsewhere) == "torch"  # which says so itself
+
+
 def test_the_environment_asks_for_backward_kernels(device, monkeypatch):
     """MINIVLM2VEC_BACKEND=triton: the graph holds our functions, not autograd's of plain torch."""
     monkeypatch.setattr(ops, "BACKEND", "triton")
@@ -139,6 +151,19 @@ def tensors_of(args):
 def test_every_op_is_among_these():
     assert {"choose_backend", *NAMES} == set(minivlm2vec_kernels.__all__)
     assert [name for name in NAMES if name.endswith("_")] == list(IN_PLACE)
+
+
+@by_name
+def test_the_choice_is_shown_every_tensor(name, monkeypatch):
+    """So that none on another device gets past it. Attention looks at lengths itself."""
+    shown, choose = [], ops.choose_backend
+    monkeypatch.setattr(
+        ops, "choose_backend", lambda backend, *given, **k: shown.extend(given) or choose(backend, *given, **k)
+    )
+    args, kwargs = calls()[name]
+    call(name, args, kwargs, "torch")
+    hidden = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor) and not any(x is s for s in shown)]
+    assert hidden == ([3] if name == "attention" else [])
 
 
 @by_name

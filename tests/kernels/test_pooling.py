@@ -51,6 +51,8 @@ def test_errors(device, generator):
     x, cu_seqlens, weight = inputs([2, 1], 64, torch.float32, device, generator)
     with pytest.raises(ValueError, match=r"norm_weight must have shape \(64,\), got \(32,\)"):
         ops.pool_last_token(x, cu_seqlens, weight[:32], EPS, backend="triton")
+    with pytest.raises(ValueError, match="x has no rows, cu_seqlens is of 2 sequences"):
+        ops.pool_last_token(x[:0], cu_seqlens, weight, EPS, backend="triton")
     with pytest.raises(ValueError, match="stride 1"):
         ops.pool_last_token(x.repeat(1, 1).t(), cu_seqlens, weight[:3], EPS, backend="triton")
 

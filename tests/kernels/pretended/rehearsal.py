@@ -128,6 +128,20 @@ def test_graphs(card):
     assert card.replays == 1 and card.kernels() == CHUNK + IMAGES
 
 
+@pytest.mark.parametrize("name", ["a1", "b1", "d"])
+@torch.inference_mode()
+def test_a_graph_of_ones_own(card, name):
+    """Who captures the model gets its launches, and nothing of the host's memory: no replay and no order of tiles."""
+    m, b = model(), batch(name)
+    m.graphs, m.vision.graphs = GraphedModel(m, make_at=1), GraphedTower(m, make_at=1)
+    m(b)
+    card.forget()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        m(b)
+    assert not card.replays and not card.uploads and all(launch.captured for launch in card.launches)
+    assert card.kernels()["pool_last_token_kernel"] == 1
+
+
 @torch.inference_mode()
 def test_graphs_of_the_tower(card):
     """One image: its patches, a norm and a replay, then its merged crops; nothing of the graph waits or is fetched."""
