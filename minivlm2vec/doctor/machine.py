@@ -20,6 +20,7 @@ FEATURES = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 bf16",
             "asimd": "NEON", "sve": "SVE", "bf16": "bf16"}  # fmt: skip
 VARIABLES = ("MINIVLM2VEC_", "TRITON_", "CUDA_", "PYTORCH_", "NVIDIA_TF32", "HIP_", "ROCR_", "HSA_", "OMP_", "MKL_",
              "TORCH", "CUBLAS")  # fmt: skip
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH")  # of a variable's name: its value is not shown
 QUERY = {"driver_version": "driver {}", "clocks.sm": "{} MHz", "clocks.max.sm": "of at most {} MHz",
          "clocks.mem": "memory {} MHz", "power.limit": "power limit {} W", "temperature.gpu": "{} C"}  # fmt: skip
 NOT_READ = "not read"
@@ -44,7 +45,8 @@ def facts(device: torch.device) -> Iterator[Fact]:
         yield Fact("device", "Apple GPU" if device.type == "mps" else "the processor; torch finds no GPU")
     for name in sorted(os.environ):
         if name.startswith(VARIABLES):
-            yield Fact(name, anonymous(os.environ[name], 60) or '""')
+            secret = SECRET.search(name.upper()) and os.environ[name]
+            yield Fact(name, "set, not shown" if secret else anonymous(os.environ[name], 60) or '""')
 
 
 def _build() -> str:

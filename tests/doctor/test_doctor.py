@@ -445,6 +445,19 @@ def test_facts_of_this_machine():
     assert not any(str(Path.home()) + "/" in value for value in facts.values())
 
 
+@pytest.mark.parametrize(
+    "name", ["MINIVLM2VEC_API_KEY", "TORCH_HUB_TOKEN", "cuda_password", "OMP_SECRET", "HIP_CREDENTIALS", "TORCH_AUTH"]
+)
+def test_secrets_in_variables_are_not_shown(monkeypatch, name):
+    """The server's keys stand in a variable of ours."""
+    monkeypatch.setattr(machine, "VARIABLES", (*machine.VARIABLES, "cuda_"))
+    monkeypatch.setenv(name, "sk-1234")
+    monkeypatch.setenv("MINIVLM2VEC_BACKEND", "torch")
+    facts = {f.name: f.value for f in machine.facts(torch.device("cpu"))}
+    assert facts[name] == "set, not shown" and facts["MINIVLM2VEC_BACKEND"] == "torch"
+    assert not any("sk-1234" in value for value in facts.values())
+
+
 def test_clocks_are_not_read_where_nothing_reads_them(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no NVML")
