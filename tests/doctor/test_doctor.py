@@ -458,6 +458,34 @@ def test_secrets_in_variables_are_not_shown(monkeypatch, name):
     assert not any("sk-1234" in value for value in facts.values())
 
 
+def test_a_fact_that_cannot_be_read_costs_itself_alone(monkeypatch):
+    """As cuDNN's version, which raises where the library that is found is not the one torch was built with."""
+
+    def broken(*_, **__):
+        raise RuntimeError("built with (9, 1, 0), found (8, 9, 7) in /srv/jane/lib")
+
+    plain = {f.name: f.value for f in machine.facts(torch.device("cpu"))}
+    monkeypatch.setattr(machine, "features", broken)
+    monkeypatch.setattr(machine.metadata, "version", lambda package: None)
+    facts = {f.name: f.value for f in machine.facts(torch.device("cpu"))}
+    assert facts["its features"] == "not read: RuntimeError: built with (9, 1, 0), found (8, 9, 7) in …/lib"
+    assert facts["numpy"] == "not read" and facts.keys() == plain.keys()
+
+
+def test_a_card_that_nothing_is_read_of_is_a_card(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("driver mismatch")
+
+    names = ("get_device_name", "get_device_properties", "mem_get_info", "clock_rate")
+    for name in names:
+        monkeypatch.setattr(torch.cuda, name, broken)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", broken)
+    facts = {f.name: f.value for f in machine.facts(torch.device("cuda"))}
+    for name in ("device", "architecture", "cuDNN"):
+        assert facts[name] == "not read: RuntimeError: driver mismatch"
+
+
 def test_clocks_are_not_read_where_nothing_reads_them(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no NVML")
