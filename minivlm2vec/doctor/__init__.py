@@ -75,7 +75,7 @@ def examine(
     return Report(
         version=__version__,
         device=options.device,
-        backend=options.backend,
+        backend=state.backend,
         environment=tuple(Fact(**f) for f in state.facts),
         kernels=tuple(c for c in checks if c.section != "model"),
         model=tuple(c for c in checks if c.section == "model"),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minivlm2vec_kernels import ops, reference
 
+from . import machine
 from .report import Check
 from .task import NotRun, Options, Task
 
@@ -240,7 +241,9 @@ def _backend(x: Tensor) -> str:
     """Of the op under examination: on a CPU Triton where its interpreter is on, which no import may change later."""
     import os
 
-    return "triton" if x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1" else "torch"
+    if x.is_cuda:
+        return "torch" if machine.refusal(x.device) else "triton"
+    return "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "torch"
 
 
 # ------------------------------------------------------------------------------------------------------------ rows

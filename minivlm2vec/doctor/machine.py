@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from minivlm2vec_kernels import cards
+
 from .privacy import anonymous
 from .report import Fact
 
@@ -163,6 +165,13 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     return torch.cuda.get_device_capability(device)
+
+
+def refusal(device: torch.device) -> str:
+    """Why no kernel can run on a CUDA device that is older than the oldest Triton knows; "" where they can."""
+    if (own := capability(device)) is None or own >= cards.OLDEST:
+        return ""
+    return f"{cards.of_nvidia(own).name} is older than what Triton compiles for; torch's operators are examined instead"
 
 
 def dtypes(device: torch.device) -> tuple[list[torch.dtype], dict[torch.dtype, str]]:

@@ -66,10 +66,10 @@ def forms(options: Options) -> Iterator[Form]:
     if torch.device(options.device).type == "cpu" and not options.triton:
         yield Form("optimised, weights packed", "prepack=False", bare | {"prepack": True}, refuse=_refuse_prepack)
     yield Form("shared prefixes", "share_prefixes=False", bare, with_shared_prefixes)
-    if torch.device(options.device).type == "cuda":
-        yield Form("CUDA graphs", "cuda_graphs=False", bare | {"cuda_graphs": True}, replayed)
-    else:
+    if torch.device(options.device).type != "cuda":
         yield Form("padded as for CUDA graphs", "", bare, padded)
+    elif options.triton:
+        yield Form("CUDA graphs", "cuda_graphs=False", bare | {"cuda_graphs": True}, replayed)
     yield Form("as it comes", "optimize=False", {"backend": None})
     yield Form("fp8", "precision=None", bare | {"precision": "fp8", "prepack": None}, refuse=_refuse_fp8,
                tolerance=FP8_TOLERANCE, dtype=torch.bfloat16)  # fmt: skip

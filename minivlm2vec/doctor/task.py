@@ -20,16 +20,18 @@ class Options:
         device: as torch spells it.
         quick: no timing of kernels.
         interpret: kernels in Triton's interpreter, on a CPU.
+        refused: why the kernels cannot run on this device, where torch's operators are examined instead.
     """
 
     device: str
     quick: bool = False
     interpret: bool = False
+    refused: str = ""
 
     @property
     def triton(self) -> bool:
         """Whether the kernels that are examined are Triton's."""
-        return self.interpret or torch.device(self.device).type == "cuda"
+        return self.interpret or (torch.device(self.device).type == "cuda" and not self.refused)
 
     @property
     def backend(self) -> str:

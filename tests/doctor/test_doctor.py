@@ -347,6 +347,33 @@ def test_on_a_pretended_card_it_says_what_it_could_not_run(on_card):
     assert (no_fp8 in text) == (capability in ("7.5", "8.0", "8.6"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_on_a_card_that_triton_does_not_know_torchs_operators_are_examined():
+    """A V100: they are what is taken there, so that no kernel fails for being refused."""
+    command = [sys.executable, "-m", "tests.doctor.on_pretended_card", "7.0", "pool_last_token,quantize_rows"]
+    done = subprocess.run(command, cwd=ROOT, env=compiling_environment(), capture_output=True, text=True)
+    text = " ".join(done.stdout.split())
+    assert "FAILED: 1 of 1 check wrong" in text and "with torch kernels on cuda" in text, done.stderr[-3000:]
+    assert "sm_70 is older than what Triton compiles for; torch's operators are examined instead: every Triton" in text
+    launched = text.split("compiled and launched: ")[1]
+    assert "quantize_rows float32, quantize_rows float16, pool_last_token float32, pool_last_token float16" in launched
+
+
+def test_on_a_card_that_triton_does_not_know_nothing_of_tritons_is_planned(monkeypatch):
+    options = Options("cuda", quick=True, refused="too old")
+    assert options.backend == "torch" and Options("cuda").backend == "triton"
+    names = [form.name for form in model.forms(options)]
+    assert {"plain, torch alone", "optimised", "as it comes"} <= set(names)
+    assert not any("Triton" in name or "graphs" in name for name in names)
+    assert not any(t.way_round for t in kernels.tasks(options, DTYPES, (7, 0)))
+    for capability, refused in ({(7, 0): True, (7, 5): False, (9, 0): False, (13, 0): False}).items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, own=capability: own)
+        assert bool(machine.refusal(torch.device("cuda"))) == refused
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (6, 0))
+    assert not machine.refusal(torch.device("cuda"))
+
+
 # ------------------------------------------------------------------------------------------------------- the report
 
 
