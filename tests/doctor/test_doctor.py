@@ -104,6 +104,36 @@ def test_a_broken_kernel_is_named(torch_path, monkeypatch, broken, words):
     assert all(row.verdict == "passed" for row in few("silu_mul"))
 
 
+@pytest.mark.parametrize(
+    ("name", "broken", "words"),
+    [
+        ("rms_norm", lambda op, x, *a: op(x, *a).double(), "the output is float64, it should be"),
+        ("rms_norm", lambda op, x, *a: _after(op(x, *a), x.zero_()), "it writes into its input 1, where it should not"),
+        ("rms_norm", lambda op, x, w, eps: _after(op(x, w, eps), w.mul_(2)), "it writes into its input 2, where it sh"),
+        ("rope_", lambda op, q, k, *a: op(q.clone(), k.clone(), *a), "it writes nothing in place"),
+        ("rope_", lambda op, q, k, *a: _after(op(q, k, *a), q.as_strided((9,), (1,), 2 * q[0].numel()).zero_()),
+         "it writes into its input 1, where it should not"),
+        ("silu_mul", lambda op, x: op(x) * (x[..., : x.shape[-1] // 2].abs() < 20).to(x.dtype), ""),
+        ("rms_norm", lambda op, x, w, eps: op(x, w, eps) / x.float().abs().amax(-1, True).bool(), "numbers are NaN"),
+    ],
+    ids=["dtype", "input", "weight", "elsewhere", "beyond", "large", "zeros"],
+)  # fmt: skip
+def test_what_a_kernel_does_beside_its_values_is_seen(torch_path, monkeypatch, name, broken, words):
+    """The dtype, what is written, and numbers that random ones do not reach."""
+    plain = getattr(torch_ops, name)
+    cases = [t for t in kernels.tasks(CPU, DTYPES, None) if t.name == name and ("3 x " in t.case or name == "rope_")]
+    assert all(row.verdict == "passed" for row in rows(cases))
+    monkeypatch.setattr(torch_ops, name, lambda *a: broken(plain, *a))
+    found = rows(cases)
+    for dtype in ("float32", "float16", "bfloat16"):
+        wrong = [r for r in found if r.dtype == dtype and r.verdict == "failed" and r.name == name]
+        assert wrong and all(words in r.reason for r in wrong), found
+
+
+def _after(result, _):
+    return result
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 @pytest.mark.parametrize("wrong", ["exact", "same"])
 def test_nothing_is_compared_with_a_reference_that_is_not_finite(number, wrong):
