@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -70,9 +70,19 @@ def forms(options: Options) -> Iterator[Form]:
         yield Form("padded as for CUDA graphs", "", bare, padded)
     elif options.triton:
         yield Form("CUDA graphs", "cuda_graphs=False", bare | {"cuda_graphs": True}, replayed)
-    yield Form("as it comes", "optimize=False", {"backend": None})
+    yield Form("as it comes", TORCH_INSTEAD, {"backend": None})  # what is left is which backend is taken
     yield Form("fp8", "precision=None", bare | {"precision": "fp8", "prepack": None}, refuse=_refuse_fp8,
                tolerance=FP8_TOLERANCE, dtype=torch.bfloat16)  # fmt: skip
+
+
+def ways_round(checks: Sequence[Check]) -> tuple[Check, ...]:
+    """The checks, from the plainest form on. Where one fails, what a later one adds goes round nothing: those of its
+    dtype that fail too get its way round."""
+    first: dict[str, str] = {}
+    for c in checks:
+        if c.verdict == "failed":
+            first.setdefault(c.dtype, c.way_round)
+    return tuple(replace(c, way_round=first[c.dtype]) if c.verdict == "failed" else c for c in checks)
 
 
 def examined(form: Form, dtype: torch.dtype, options: Options) -> Check:

@@ -213,6 +213,28 @@ def test_a_model_that_is_wrong_is_named_with_the_way_round(monkeypatch):
     assert row.verdict == "failed" and row.way_round == "optimize=False" and row.error > row.tolerance
 
 
+def test_the_way_round_is_that_of_the_plainest_form_that_fails(monkeypatch):
+    """optimize=False goes round no kernel that is wrong in the plain model too."""
+
+    def row(name: str, dtype: str, verdict: str, way: str) -> Check:
+        return Check("model", name, "", dtype, verdict, way_round=way if verdict == "failed" else "")
+
+    found = [
+        row(name, dtype, "passed" if name == passes else "failed", way)
+        for dtype, passes in (("float32", "none"), ("float16", "plain"))
+        for name, way in (("plain", "A=torch"), ("optimised", "optimize=False"), ("graphs", "graphs=False"))
+    ]
+    monkeypatch.setattr(isolated, "run", lambda options, state, *, seconds: state.rows.update(enumerate(found)))
+    report = doctor.examine(device="cpu")
+    assert [c.way_round for c in report.model] == ["A=torch"] * 3 + ["", "optimize=False", "optimize=False"]
+
+
+def test_a_variable_that_names_no_backend_is_gone_round_by_one_that_does(monkeypatch):
+    monkeypatch.setattr(ops, "BACKEND", "garbage")
+    (row,) = forms("as it comes")
+    assert row.verdict == "failed" and "got 'garbage'" in row.reason and row.way_round == "MINIVLM2VEC_BACKEND=torch"
+
+
 def test_texts_that_share_nothing_are_noticed(monkeypatch):
     monkeypatch.setattr(model, "share_prefixes", lambda batch, *_, **__: batch)
     (row,) = forms("shared prefixes")
