@@ -92,7 +92,8 @@ def _message(e: Exception) -> str:
 def is_fatal(row: Check | Timing) -> bool:
     """Whether the process that made it can compute no more: an error of CUDA's stays until it ends."""
     words = ("CUDA error", "HIP error", "illegal memory access", "device-side assert", "unspecified launch failure",
-             "misaligned address", "AcceleratorError")  # fmt: skip
+             "misaligned address", "AcceleratorError", "illegal instruction", "launch timed out", "stack error",
+             "invalid program counter", "global/shared address space", "ECC error")  # fmt: skip
     return any(word in row.reason for word in words)
 
 

@@ -276,6 +276,26 @@ def test_what_crashes_or_hangs_is_one_row(monkeypatch):
     assert not report.passed and report.verdict.startswith("FAILED: 3 of 6 checks wrong") and len(seen) == 6
 
 
+@pytest.mark.parametrize(
+    ("said", "fatal"),
+    [
+        ("an illegal memory access was encountered", True),
+        ("an illegal instruction was encountered", True),
+        ("the launch timed out and was terminated", True),
+        ("hardware stack error", True),
+        ("invalid program counter", True),
+        ("operation not supported on global/shared address space", True),
+        ("uncorrectable ECC error encountered", True),
+        ("out of memory", False),
+        ("invalid argument", False),
+    ],
+)
+def test_what_leaves_a_card_unusable_ends_the_process(said, fatal):
+    """As Triton tells of it, without torch's "CUDA error": else the next kernel would get the blame."""
+    row = Check("kernels", "rms_norm", "", "", "failed", reason=f"RuntimeError: Triton Error [CUDA]: {said}")
+    assert task.is_fatal(row) == fatal
+
+
 def test_a_process_that_cannot_begin_is_a_row_too(monkeypatch):
     monkeypatch.setattr(isolated, "COMMAND", [sys.executable, "-c", "raise SystemExit('no torch here')"])
     report = doctor.examine(device="cpu")
