@@ -470,6 +470,7 @@ def test_no_line_of_the_text_is_wider_than_the_terminal(width):
     text = a_report().text(width)
     assert max(map(len, text.splitlines())) <= max(60, min(width, 120))
     assert "A=torch" in text and "not timed" in text and text.splitlines()[-1]
+    assert "\n  crashed: time of rope\n" in text, "why it was not timed"
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
