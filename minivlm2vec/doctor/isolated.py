@@ -119,7 +119,8 @@ def in_time(messages: Messages, state: State, seconds: float, how_it_ended: Call
         try:
             message = messages.get(timeout=limit)
         except queue.Empty:
-            raise Ended(f"no answer within {limit:g} s: a compiler or the device hangs") from None
+            slow = ", or is slow: `seconds` gives it longer" if state.begun else ""
+            raise Ended(f"no answer within {limit:g} s: a compiler or the device hangs{slow}") from None
         if message is None:
             if not state.ended:
                 raise Ended(how_it_ended())

@@ -25,6 +25,9 @@ TOLERANCE = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.08}
 FP8_TOLERANCE = 0.2
 PLAIN = "plain, torch alone"
 SMALL = 60  # tokens a pack, for several packs and for inputs that are mixed otherwise
+# Of the recorded inputs those for Triton's interpreter, which takes minutes for all of them in every form: a
+# text, one with an image, and two that begin alike.
+FEW = (0, 7, 9, 12)
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ def examined(form: Form, dtype: torch.dtype, options: Options) -> Check:
     given = {"backend": options.backend} | form.options
     given = {k: v for k, v in given.items() if v is not None}
     expected, inputs = recorded.vectors().numpy(), recorded.inputs()
+    if options.interpret:
+        expected, inputs = expected[list(FEW)], [inputs[i] for i in FEW]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         e = Embedder.from_pretrained("mini", device=device, dtype=dtype, show_progress=False, **given)

@@ -235,6 +235,23 @@ def test_a_variable_that_names_no_backend_is_gone_round_by_one_that_does(monkeyp
     assert row.verdict == "failed" and "got 'garbage'" in row.reason and row.way_round == "MINIVLM2VEC_BACKEND=torch"
 
 
+def test_in_the_interpreter_few_inputs_are_taken():
+    """All of them take longer there than a row may."""
+    taken = []
+
+    def vectors(e, inputs):
+        taken.extend(inputs)
+        return [recorded.vectors()[list(model.FEW)].numpy()]
+
+    form = model.Form("plain", "", {"optimize": False}, vectors)
+    row = model.examined(form, torch.float32, Options("cpu", interpret=True))
+    assert row.verdict == "passed" and row.error == 0
+    few = [recorded.inputs()[i] for i in model.FEW]
+    assert [str(x) for x in taken] == [str(x) for x in few] and any("image" in x for x in taken)
+    assert sum(isinstance(x, str) and x.startswith(recorded.COMMON) for x in few) == 2, "for shared prefixes"
+    assert sum(len(x) for x in few if isinstance(x, str)) < 300
+
+
 def test_texts_that_share_nothing_are_noticed(monkeypatch):
     monkeypatch.setattr(model, "share_prefixes", lambda batch, *_, **__: batch)
     (row,) = forms("shared prefixes")
@@ -270,7 +287,8 @@ def test_what_crashes_or_hangs_is_one_row(monkeypatch):
     assert [c.name for c in report.kernels] == ["one", "crashes", "two", "hangs", "poisons", "three"]
     assert all(by_name[name].verdict == "passed" for name in ("one", "two", "three"))
     assert by_name["crashes"].reason == "the process crashed (SIGSEGV); its last line: ptxas died"
-    assert by_name["hangs"].reason == "no answer within 8 s: a compiler or the device hangs"
+    slow = "no answer within 8 s: a compiler or the device hangs, or is slow: `seconds` gives it longer"
+    assert by_name["hangs"].reason == slow
     assert "illegal memory access" in by_name["poisons"].reason
     assert all(c.verdict == "failed" and c.way_round == f"way of {c.name}" for c in report.failed)
     assert not report.passed and report.verdict.startswith("FAILED: 3 of 6 checks wrong") and len(seen) == 6
