@@ -87,13 +87,17 @@ def main(argv: list[str] | None = None) -> int:
     todo = steps(results)
     if unknown := set(args.again) - {s.name for s in todo}:
         parser.error(f"no step is called {', '.join(sorted(unknown))}; --list names them")
-    results.mkdir(parents=True, exist_ok=True)
-    with (results / "first_hour.lock").open("w") as lock:
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        opened = (results / "first_hour.lock").open("w")
+    except OSError as error:
+        parser.error(f"--results: {error}")
+    with opened as lock:
         if (args.again or not args.list) and not alone(lock):
             parser.error(f"another first hour is at work in {results}")
         try:
             state = State(results / "first_hour.json")
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             parser.error(str(error))
         for name in args.again:
             state.forget(name)
@@ -133,13 +137,13 @@ def alone(lock: IO[str], seconds: float = SPARE) -> bool:
 class State:
     """Of each step when it began, its exit code and seconds, in a file that is always whole.
 
-    Raises ValueError where something else has damaged the file.
+    Raises ValueError where something else has damaged the file, OSError where it or its folder cannot be read or made.
     """
 
     def __init__(self, path: Path):
         self.path, self.logs = path, path.with_suffix("")
         self.logs.mkdir(parents=True, exist_ok=True)
-        self.steps: dict[str, dict[str, Any]] = self._read() if path.is_file() else {}
+        self.steps: dict[str, dict[str, Any]] = self._read() if path.exists() else {}
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:

@@ -304,6 +304,8 @@ def applied(source: str, row: str, value: str) -> str:
     """A file's text with the value in that row; of a list of candidates it becomes the first."""
     node = entry(source, row)
     if not isinstance(node, ast.List):
+        if _kind(ast.parse(value, mode="eval").body) != _kind(node):
+            raise ValueError("it is of another kind than what is there now, or not of whole numbers above 0")
         return _replaced(source, node, value)
     values = [ast.unparse(e) for e in node.elts]
     if value not in values:
@@ -312,6 +314,17 @@ def applied(source: str, row: str, value: str) -> str:
     for element, text in reversed(list(zip(node.elts, [value, *values], strict=True))):
         source = _replaced(source, element, text)
     return source
+
+
+def _kind(node: ast.expr) -> object:
+    """One for all whole numbers above 0, one for all pairs of such, one for every call of Tile, and so on."""
+    if isinstance(node, ast.Tuple):
+        return tuple(map(_kind, node.elts))
+    if isinstance(node, ast.Call):
+        return ast.unparse(node.func)
+    if isinstance(node, ast.Constant) and type(node.value) is int and node.value > 0:
+        return int
+    return ast.unparse(node)
 
 
 def _replaced(source: str, node: ast.expr, text: str) -> str:

@@ -19,6 +19,7 @@ from ..embedder import default_device
 from ..errors import Option, OptionError
 from . import isolated, worker
 from .isolated import Progress
+from .model import ways_round
 from .report import Check, Fact, Report, Timing
 from .task import TIMED, Options
 
@@ -75,10 +76,10 @@ def examine(
     return Report(
         version=__version__,
         device=options.device,
-        backend=options.backend,
+        backend=state.backend,
         environment=tuple(Fact(**f) for f in state.facts),
         kernels=tuple(c for c in checks if c.section != "model"),
-        model=tuple(c for c in checks if c.section == "model"),
+        model=ways_round([c for c in checks if c.section == "model"]),
         peaks=tuple(t for t in timings if t.section == TIMED[0]),
         speed=tuple(t for t in timings if t.section == TIMED[1]),
         seconds=round(time.monotonic() - start, 1),

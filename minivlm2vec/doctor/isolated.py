@@ -56,7 +56,7 @@ class State:
     """What is known so far."""
 
     def __init__(self, options: Options, progress: Progress | None):
-        self.options = options
+        self.options, self.backend = options, options.backend
         self.facts: list[dict[str, str]] = []
         self.plan: dict[Key, str] = {}  # what goes round each
         self.rows: dict[Key, Check | Timing] = {}
@@ -70,7 +70,7 @@ class State:
 
     def take(self, message: Message) -> None:
         if "facts" in message:
-            self.facts = message["facts"]
+            self.facts, self.backend = message["facts"], message["backend"]
         elif "plan" in message:
             self.plan = {tuple(key): way for *key, way in message["plan"]}  # type: ignore[misc]
         elif "begin" in message:
@@ -119,7 +119,8 @@ def in_time(messages: Messages, state: State, seconds: float, how_it_ended: Call
         try:
             message = messages.get(timeout=limit)
         except queue.Empty:
-            raise Ended(f"no answer within {limit:g} s: a compiler or the device hangs") from None
+            slow = ", or is slow: `seconds` gives it longer" if state.begun else ""
+            raise Ended(f"no answer within {limit:g} s: a compiler or the device hangs{slow}") from None
         if message is None:
             if not state.ended:
                 raise Ended(how_it_ended())

@@ -9,7 +9,7 @@ T packed tokens, N query heads, Nkv key-value heads, H head dim, D width, F feat
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minivlm2vec_kernels import ops, reference
 
+from . import machine
 from .report import Check
 from .task import NotRun, Options, Task
 
@@ -89,11 +90,34 @@ def examined(case: Case, about: str, dtype: torch.dtype, options: Options) -> Ch
     _refuse(case, dtype, options)
     inputs = case.make(Maker(dtype))
     own = [x.clone().to(options.device) if isinstance(x, Tensor) else x for x in inputs]
-    outputs = [y.detach().cpu() for y in _tuple(case.call(case.ours, *own))]
+    raw = _tuple(case.call(case.ours, *own))
+    outputs = [y.detach().cpu() for y in raw]
     truth = partial(case.truth or case.call, *(() if case.truth else (case.spec,)))
     exact = [y.detach() for y in _tuple(truth(*map(_wide, inputs)))]
     same = [y.detach() for y in _tuple(case.call(case.spec, *inputs))]
-    return compared(case, about, dtype, outputs, exact, same, options)
+    check = compared(case, about, dtype, outputs, exact, same, options)
+    if check.verdict == "passed" and (why := _written(case, inputs, own, raw)):
+        return replace(check, verdict="failed", reason=why, way_round=way_round(case, options))
+    return check
+
+
+def _written(case: Case, inputs: Sequence[Any], own: Sequence[Any], outputs: Sequence[Tensor]) -> str:
+    """What is wrong with inputs afterwards: an op whose name ends in _ writes its outputs into them, or some, and
+    nothing else; another op writes nothing."""
+    tensors = [(before, after) for before, after in zip(inputs, own, strict=True) if isinstance(after, Tensor)]
+    inside = [(y, *pair) for y in outputs for pair in tensors if case.name.endswith("_") and _one_storage(y, pair[1])]
+    if case.name.endswith("_") and not inside:
+        return "it writes nothing in place"
+    for y, before, _ in inside:  # as it was before
+        y.copy_(before.as_strided(y.size(), y.stride(), y.storage_offset()))
+    for number, (before, after) in enumerate(tensors, 1):
+        if not torch.equal(before, after.cpu()):
+            return f"it writes into its input {number}, where it should not"
+    return ""
+
+
+def _one_storage(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
 def way_round(case: Case, options: Options) -> str:
@@ -113,6 +137,9 @@ def compared(
     for y, right, plain in zip(outputs, exact, same, strict=True):
         if y.shape != right.shape:
             why = f"the output is {list(y.shape)}, it should be {list(right.shape)}"
+            return Check(*head, "failed", reason=why, way_round=way)
+        if y.dtype != plain.dtype:
+            why = f"the output is {spelled(y.dtype)}, it should be {spelled(plain.dtype)}"
             return Check(*head, "failed", reason=why, way_round=way)
         if not (right.isfinite().all() and plain.isfinite().all()):
             return Check(*head, "not run", reason="the reference is not finite")
@@ -240,7 +267,9 @@ def _backend(x: Tensor) -> str:
     """Of the op under examination: on a CPU Triton where its interpreter is on, which no import may change later."""
     import os
 
-    return "triton" if x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1" else "torch"
+    if x.is_cuda:
+        return "torch" if machine.refusal(x.device) else "triton"
+    return "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "torch"
 
 
 # ------------------------------------------------------------------------------------------------------------ rows
@@ -263,6 +292,15 @@ def row_cases(options: Options) -> Iterator[Case]:
     yield _rows("rms_norm", R, D, "xw", gradient=True)
     yield _rows("add_rms_norm", R, D, "xrw", gradient=True)
     yield _rows("silu_mul", R, 2 * F, "x", eps=False, gradient=True)
+    for name, inputs in (
+        ("rms_norm", "xw"),
+        ("add_rms_norm", "xrw"),
+        ("layer_norm", "xwb"),
+        ("add_layer_norm", "xrwb"),
+    ):
+        yield _rows(name, 3, 100, inputs, scale=100)
+    yield _rows("silu_mul", 3, 100, "x", eps=False, scale=30)
+    yield _rows("quick_gelu", 3, 100, "xb", eps=False, scale=30)
     for rows, width in ((R, D), (3, 112)):
         yield _quantize_rows(rows, width)
         yield _rms_norm_quantize(rows, width)
@@ -277,15 +315,21 @@ def row_cases(options: Options) -> Iterator[Case]:
 
 def _rows(
     name: str, rows: int, width: int, inputs: str, spec: Callable | None = None, *, eps: bool = True,
-    dense: bool = False, gradient: bool = False,
+    dense: bool = False, gradient: bool = False, scale: float = 1.0,
 ) -> Case:  # fmt: skip
-    """inputs: x and r rows [R, D], w and b vectors [D]. Small ones are views whose rows lie further apart."""
+    """inputs: x and r rows [R, D], w and b vectors [D]. Small ones are views whose rows lie further apart. scale: of
+    the rows, so that they hold large numbers, as the model's do; the first is then zeros."""
     gap = 8 if width < 1024 and not dense else 0
     spec = spec or getattr(reference, name)
     last = (EPS,) if eps else ()
 
     def make(make: Maker) -> tuple[Tensor, ...]:
-        return tuple(make(rows, width + gap) if c in "xr" else make(width) for c in inputs)
+        tensors = [make(rows, width + gap, scale=scale) if c in "xr" else make(width) for c in inputs]
+        if scale != 1:
+            for x in tensors:
+                if x.dim() == 2:
+                    x[0] = 0
+        return tuple(tensors)
 
     def call(op: Callable, *tensors: Tensor) -> Outputs:
         views = [t[:, gap:] if t.dim() == 2 else t for t in tensors]
@@ -293,7 +337,8 @@ def _rows(
 
     ours = lambda x, *rest: getattr(ops, name)(x, *rest, backend=_backend(x))  # noqa: E731
     title = f"{name} backward" if gradient else name
-    return Case(title, f"{rows} x {width}", make, call, ours, spec, gradient=gradient)
+    words = f"{rows} x {width}" if scale == 1 else f"{rows} x {width}, large numbers and zeros"
+    return Case(title, words, make, call, ours, spec, gradient=gradient)
 
 
 def _quantize_rows(rows: int, width: int) -> Case:

@@ -6,11 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from minivlm2vec_kernels import cards
 
 from .privacy import anonymous
 from .report import Fact
@@ -20,6 +23,7 @@ FEATURES = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 bf16",
             "asimd": "NEON", "sve": "SVE", "bf16": "bf16"}  # fmt: skip
 VARIABLES = ("MINIVLM2VEC_", "TRITON_", "CUDA_", "PYTORCH_", "NVIDIA_TF32", "HIP_", "ROCR_", "HSA_", "OMP_", "MKL_",
              "TORCH", "CUBLAS")  # fmt: skip
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH")  # of a variable's name: its value is not shown
 QUERY = {"driver_version": "driver {}", "clocks.sm": "{} MHz", "clocks.max.sm": "of at most {} MHz",
          "clocks.mem": "memory {} MHz", "power.limit": "power limit {} W", "temperature.gpu": "{} C"}  # fmt: skip
 NOT_READ = "not read"
@@ -27,24 +31,35 @@ BF16_FROM, FP8_FROM = (8, 0), (8, 9)  # NVIDIA's compute capabilities
 
 
 def facts(device: torch.device) -> Iterator[Fact]:
-    """Versions, processor, device, driver and clocks, and variables that change how kernels are chosen or compiled."""
-    yield Fact("Python", f"{platform.python_version()} {platform.python_implementation()}, {platform.system()} "
-                         f"{platform.machine()}")  # fmt: skip
-    yield Fact("torch", f"{torch.__version__} ({_build()})")
+    """Versions, processor, device, driver and clocks, and variables that change how kernels are chosen or compiled.
+    What cannot be read raises nothing: an examination goes on without it."""
+    yield read("Python", lambda: f"{platform.python_version()} {platform.python_implementation()}, {platform.system()} "
+                                 f"{platform.machine()}")  # fmt: skip
+    yield read("torch", lambda: f"{torch.__version__} ({_build()})")
     for package in PACKAGES:
-        yield Fact(package, version_of(package))
-    yield Fact("processor", f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
-    yield Fact("its features", features())
-    yield Fact("its memory", main_memory())
+        yield read(package, partial(version_of, package))
+    yield read("processor", lambda: f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    yield read("its features", features)
+    yield read("its memory", main_memory)
     if device.type == "cuda":
-        yield from _card(device)
+        for name, value in CARD.items():
+            yield read(name, partial(value, device))
     elif torch.cuda.is_available():
         yield Fact("device", f"{device}, by request")
     else:
         yield Fact("device", "Apple GPU" if device.type == "mps" else "the processor; torch finds no GPU")
     for name in sorted(os.environ):
         if name.startswith(VARIABLES):
-            yield Fact(name, anonymous(os.environ[name], 60) or '""')
+            secret = SECRET.search(name.upper()) and os.environ[name]
+            yield Fact(name, "set, not shown" if secret else anonymous(os.environ[name], 60) or '""')
+
+
+def read(name: str, value: Callable[[], str]) -> Fact:
+    """Drivers and libraries that do not match raise errors of their own, cuDNN's version for one."""
+    try:
+        return Fact(name, value())
+    except Exception as e:
+        return Fact(name, anonymous(f"{NOT_READ}: {type(e).__name__}: {e}", 200))
 
 
 def _build() -> str:
@@ -55,7 +70,7 @@ def _build() -> str:
 
 def version_of(package: str) -> str:
     try:
-        return metadata.version(package)
+        return metadata.version(package) or NOT_READ  # None of one whose metadata is damaged
     except metadata.PackageNotFoundError:
         return "not installed"
 
@@ -90,18 +105,26 @@ def main_memory() -> str:
         return NOT_READ
 
 
-def _card(device: torch.device) -> Iterator[Fact]:
+def _device(device: torch.device) -> str:
+    return f"{torch.cuda.get_device_name(device)}, one of {torch.cuda.device_count()}"
+
+
+def _architecture(device: torch.device) -> str:
     p = torch.cuda.get_device_properties(device)
-    yield Fact("device", f"{torch.cuda.get_device_name(device)}, one of {torch.cuda.device_count()}")
     kind = getattr(p, "gcnArchName", "AMD") if torch.version.hip else f"compute capability {p.major}.{p.minor}"
     shared = getattr(p, "shared_memory_per_block_optin", None)
-    yield Fact("architecture", f"{kind}, {p.multi_processor_count} multiprocessors"
-               + (f", {shared / 1024:.0f} KB of shared memory for a program" if shared else ""))  # fmt: skip
+    words = f"{kind}, {p.multi_processor_count} multiprocessors"
+    return words + (f", {shared / 1024:.0f} KB of shared memory for a program" if shared else "")
+
+
+def _memory(device: torch.device) -> str:
     free, total = torch.cuda.mem_get_info(device)
-    yield Fact("its memory", f"{total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free")
-    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
-    yield Fact("cuDNN", str(cudnn) if cudnn else NOT_READ)
-    yield Fact("driver, clocks", clocks(device))
+    return f"{total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free"
+
+
+def _cudnn(device: torch.device) -> str:
+    version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    return str(version) if version else NOT_READ
 
 
 def clocks(device: torch.device) -> str:
@@ -122,6 +145,15 @@ def clocks(device: torch.device) -> str:
         return NOT_READ
 
 
+CARD = {
+    "device": _device,
+    "architecture": _architecture,
+    "its memory": _memory,
+    "cuDNN": _cudnn,
+    "driver, clocks": clocks,
+}
+
+
 def _which_card(device: torch.device) -> list[str]:
     """nvidia-smi counts cards that CUDA_VISIBLE_DEVICES hides."""
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
@@ -133,6 +165,13 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     return torch.cuda.get_device_capability(device)
+
+
+def refusal(device: torch.device) -> str:
+    """Why no kernel can run on a CUDA device that is older than the oldest Triton knows; "" where they can."""
+    if (own := capability(device)) is None or own >= cards.OLDEST:
+        return ""
+    return f"{cards.of_nvidia(own).name} is older than what Triton compiles for; torch's operators are examined instead"
 
 
 def dtypes(device: torch.device) -> tuple[list[torch.dtype], dict[torch.dtype, str]]:

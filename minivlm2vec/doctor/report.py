@@ -144,7 +144,8 @@ class Report:
         """For a terminal of so many columns, and to be pasted into an issue. The verdict is the last line."""
         width = max(NARROWEST, min(width, WIDEST))
         parts = [_environment(self.environment, width), *_kernels(self.kernels, width), *_model(self.model, width)]
-        parts += [*_speed(self.peaks, self.speed, width), *_not_run(self.checks, width)]
+        parts += [*_speed(self.peaks, self.speed, width)]
+        parts += [*_not_run([*self.checks, *self.peaks, *self.speed], width)]
         parts += [*_failures(self.failed, width), "\n".join(_wrapped(self.verdict, width))]
         return "\n\n".join(parts)
 
@@ -249,12 +250,14 @@ def _rate(t: Timing, short: bool = False) -> str:
     return f"{number} {unit.replace('FLOP', 'F') if short else unit}"
 
 
-def _not_run(checks: Sequence[Check], width: int) -> Iterator[str]:
-    """By reason, with the names of what was not run for it."""
+def _not_run(rows: Sequence[Check | Timing], width: int) -> Iterator[str]:
+    """By reason, with the names of what was not run for it, and of what was not timed."""
     reasons: dict[str, list[str]] = {}
-    for c in checks:
-        if c.verdict == "not run":
-            reasons.setdefault(c.reason, []).append(f"{c.name} {c.dtype}".strip())
+    for row in rows:
+        if isinstance(row, Timing) and row.ms is None:
+            reasons.setdefault(row.reason, []).append(f"time of {row.name}")
+        elif isinstance(row, Check) and row.verdict == "not run":
+            reasons.setdefault(row.reason, []).append(f"{row.name} {row.dtype}".strip())
     if not reasons:
         return
     lines = []

@@ -20,16 +20,18 @@ class Options:
         device: as torch spells it.
         quick: no timing of kernels.
         interpret: kernels in Triton's interpreter, on a CPU.
+        refused: why the kernels cannot run on this device, where torch's operators are examined instead.
     """
 
     device: str
     quick: bool = False
     interpret: bool = False
+    refused: str = ""
 
     @property
     def triton(self) -> bool:
         """Whether the kernels that are examined are Triton's."""
-        return self.interpret or torch.device(self.device).type == "cuda"
+        return self.interpret or (torch.device(self.device).type == "cuda" and not self.refused)
 
     @property
     def backend(self) -> str:
@@ -90,7 +92,8 @@ def _message(e: Exception) -> str:
 def is_fatal(row: Check | Timing) -> bool:
     """Whether the process that made it can compute no more: an error of CUDA's stays until it ends."""
     words = ("CUDA error", "HIP error", "illegal memory access", "device-side assert", "unspecified launch failure",
-             "misaligned address", "AcceleratorError")  # fmt: skip
+             "misaligned address", "AcceleratorError", "illegal instruction", "launch timed out", "stack error",
+             "invalid program counter", "global/shared address space", "ECC error")  # fmt: skip
     return any(word in row.reason for word in words)
 
 

@@ -52,8 +52,9 @@ def _end_with_parent() -> None:
 def work(options: Options, done: Collection[Key], send: Callable[[Message], None]) -> None:
     """Sends facts, the plan and the rows; ends early after an error that leaves the device unusable."""
     device = torch.device(options.device)
+    options = replace(options, refused=machine.refusal(device))
     if not done:
-        send({"facts": [asdict(f) for f in machine.facts(device)]})
+        send({"facts": [asdict(f) for f in machine.facts(device)], "backend": options.backend})
     tasks = planned(options)
     send({"plan": [[*t.key, t.way_round] for t in tasks]})
     for task in tasks:
@@ -90,6 +91,8 @@ def planned(options: Options) -> list[Task]:
     first = [Task(*DEVICE, partial(_device_check, wrong, options.elsewhere), options.elsewhere)]
     for dtype, why in without.items():
         first.append(Task("kernels", "every kernel", "", kernels.spelled(dtype), partial(_not_run, why)))
+    if options.refused:
+        first.append(Task("kernels", "every Triton kernel", "", "", partial(_not_run, options.refused)))
     return numbered(first + tasks)
 
 

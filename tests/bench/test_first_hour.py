@@ -167,6 +167,23 @@ def test_a_damaged_state_is_named(tmp_path, capsys, text):
     assert path.read_text(encoding="latin-1") == text
 
 
+@pytest.mark.parametrize("name", ["", "below", "first_hour", "first_hour.json", "first_hour.lock"])
+def test_what_is_in_the_way_is_named(tmp_path, capsys, name):
+    """A file where a folder should be, and the other way round."""
+    results = wrong = tmp_path / "results"
+    if name in ("", "below"):
+        results.write_text("")
+        results = wrong = results / name
+    else:
+        wrong = results / name
+        results.mkdir()
+        wrong.mkdir() if "." in name else wrong.write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        first_hour.main(["--results", str(results), "--through", "tests.bench.on_pretended_card"])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and str(wrong) in said and "Traceback" not in said
+
+
 def test_a_list_of_which_little_is_read(tmp_path):
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     reader, writer = os.pipe()

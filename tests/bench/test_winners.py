@@ -213,6 +213,25 @@ def test_winners_that_cannot_be_read_are_named(tmp_path, capsys, text, words):
     assert f"bench.winners: {words.replace('{}', str(path))}" in line
 
 
+def test_a_row_keeps_its_kind(copy, monkeypatch, capsys):
+    """Another would be read when a kernel is launched, or, instead of a whole table, when the package is imported."""
+    monkeypatch.setattr(changed, "compile_all_but", lambda known, kernels: pytest.fail("it was to be compiled"))
+    before = {file: file.read_text() for file in copy.glob("*.py")}
+    rows = [("launch", "ROW_SETTINGS[4096]", v) for v in ("Tile(1, 2)", "4", "(0, 4)", "(1.5, 4)", "(1, 4, 4)")]
+    rows += [
+        ("launch", "ROW_SETTINGS", "(2, 4)"),
+        ("launch", "ROW_SETTINGS", "0"),
+        ("rope_triton", "SETTINGS[1024]", "0"),
+    ]
+    rows += [("attention_backward_triton", "SMALL_TILES[96]", "(32, 32, 4, 1)")]
+    wrong = [dict(zip(("file", "row", "value"), row, strict=True)) for row in rows]
+    (copy.parent / "winners.json").write_text(json.dumps(wrong))
+    assert command(copy) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(wrong) and all("is refused: it is of another kind" in line for line in lines), lines
+    assert {file: file.read_text() for file in before} == before
+
+
 def test_nothing_but_settings_reaches_the_source_and_no_other_file_is_changed(copy, monkeypatch, capsys):
     monkeypatch.setattr(changed, "compile_all_but", lambda known, kernels: pytest.fail("it was to be compiled"))
     (copy.parent / "setup.py").write_text("ROW_SETTINGS = {4096: (1, 4)}\n")

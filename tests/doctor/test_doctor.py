@@ -104,6 +104,36 @@ def test_a_broken_kernel_is_named(torch_path, monkeypatch, broken, words):
     assert all(row.verdict == "passed" for row in few("silu_mul"))
 
 
+@pytest.mark.parametrize(
+    ("name", "broken", "words"),
+    [
+        ("rms_norm", lambda op, x, *a: op(x, *a).double(), "the output is float64, it should be"),
+        ("rms_norm", lambda op, x, *a: _after(op(x, *a), x.zero_()), "it writes into its input 1, where it should not"),
+        ("rms_norm", lambda op, x, w, eps: _after(op(x, w, eps), w.mul_(2)), "it writes into its input 2, where it sh"),
+        ("rope_", lambda op, q, k, *a: op(q.clone(), k.clone(), *a), "it writes nothing in place"),
+        ("rope_", lambda op, q, k, *a: _after(op(q, k, *a), q.as_strided((9,), (1,), 2 * q[0].numel()).zero_()),
+         "it writes into its input 1, where it should not"),
+        ("silu_mul", lambda op, x: op(x) * (x[..., : x.shape[-1] // 2].abs() < 20).to(x.dtype), ""),
+        ("rms_norm", lambda op, x, w, eps: op(x, w, eps) / x.float().abs().amax(-1, True).bool(), "numbers are NaN"),
+    ],
+    ids=["dtype", "input", "weight", "elsewhere", "beyond", "large", "zeros"],
+)  # fmt: skip
+def test_what_a_kernel_does_beside_its_values_is_seen(torch_path, monkeypatch, name, broken, words):
+    """The dtype, what is written, and numbers that random ones do not reach."""
+    plain = getattr(torch_ops, name)
+    cases = [t for t in kernels.tasks(CPU, DTYPES, None) if t.name == name and ("3 x " in t.case or name == "rope_")]
+    assert all(row.verdict == "passed" for row in rows(cases))
+    monkeypatch.setattr(torch_ops, name, lambda *a: broken(plain, *a))
+    found = rows(cases)
+    for dtype in ("float32", "float16", "bfloat16"):
+        wrong = [r for r in found if r.dtype == dtype and r.verdict == "failed" and r.name == name]
+        assert wrong and all(words in r.reason for r in wrong), found
+
+
+def _after(result, _):
+    return result
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 @pytest.mark.parametrize("wrong", ["exact", "same"])
 def test_nothing_is_compared_with_a_reference_that_is_not_finite(number, wrong):
@@ -183,6 +213,45 @@ def test_a_model_that_is_wrong_is_named_with_the_way_round(monkeypatch):
     assert row.verdict == "failed" and row.way_round == "optimize=False" and row.error > row.tolerance
 
 
+def test_the_way_round_is_that_of_the_plainest_form_that_fails(monkeypatch):
+    """optimize=False goes round no kernel that is wrong in the plain model too."""
+
+    def row(name: str, dtype: str, verdict: str, way: str) -> Check:
+        return Check("model", name, "", dtype, verdict, way_round=way if verdict == "failed" else "")
+
+    found = [
+        row(name, dtype, "passed" if name == passes else "failed", way)
+        for dtype, passes in (("float32", "none"), ("float16", "plain"))
+        for name, way in (("plain", "A=torch"), ("optimised", "optimize=False"), ("graphs", "graphs=False"))
+    ]
+    monkeypatch.setattr(isolated, "run", lambda options, state, *, seconds: state.rows.update(enumerate(found)))
+    report = doctor.examine(device="cpu")
+    assert [c.way_round for c in report.model] == ["A=torch"] * 3 + ["", "optimize=False", "optimize=False"]
+
+
+def test_a_variable_that_names_no_backend_is_gone_round_by_one_that_does(monkeypatch):
+    monkeypatch.setattr(ops, "BACKEND", "garbage")
+    (row,) = forms("as it comes")
+    assert row.verdict == "failed" and "got 'garbage'" in row.reason and row.way_round == "MINIVLM2VEC_BACKEND=torch"
+
+
+def test_in_the_interpreter_few_inputs_are_taken():
+    """All of them take longer there than a row may."""
+    taken = []
+
+    def vectors(e, inputs):
+        taken.extend(inputs)
+        return [recorded.vectors()[list(model.FEW)].numpy()]
+
+    form = model.Form("plain", "", {"optimize": False}, vectors)
+    row = model.examined(form, torch.float32, Options("cpu", interpret=True))
+    assert row.verdict == "passed" and row.error == 0
+    few = [recorded.inputs()[i] for i in model.FEW]
+    assert [str(x) for x in taken] == [str(x) for x in few] and any("image" in x for x in taken)
+    assert sum(isinstance(x, str) and x.startswith(recorded.COMMON) for x in few) == 2, "for shared prefixes"
+    assert sum(len(x) for x in few if isinstance(x, str)) < 300
+
+
 def test_texts_that_share_nothing_are_noticed(monkeypatch):
     monkeypatch.setattr(model, "share_prefixes", lambda batch, *_, **__: batch)
     (row,) = forms("shared prefixes")
@@ -218,10 +287,31 @@ def test_what_crashes_or_hangs_is_one_row(monkeypatch):
     assert [c.name for c in report.kernels] == ["one", "crashes", "two", "hangs", "poisons", "three"]
     assert all(by_name[name].verdict == "passed" for name in ("one", "two", "three"))
     assert by_name["crashes"].reason == "the process crashed (SIGSEGV); its last line: ptxas died"
-    assert by_name["hangs"].reason == "no answer within 8 s: a compiler or the device hangs"
+    slow = "no answer within 8 s: a compiler or the device hangs, or is slow: `seconds` gives it longer"
+    assert by_name["hangs"].reason == slow
     assert "illegal memory access" in by_name["poisons"].reason
     assert all(c.verdict == "failed" and c.way_round == f"way of {c.name}" for c in report.failed)
     assert not report.passed and report.verdict.startswith("FAILED: 3 of 6 checks wrong") and len(seen) == 6
+
+
+@pytest.mark.parametrize(
+    ("said", "fatal"),
+    [
+        ("an illegal memory access was encountered", True),
+        ("an illegal instruction was encountered", True),
+        ("the launch timed out and was terminated", True),
+        ("hardware stack error", True),
+        ("invalid program counter", True),
+        ("operation not supported on global/shared address space", True),
+        ("uncorrectable ECC error encountered", True),
+        ("out of memory", False),
+        ("invalid argument", False),
+    ],
+)
+def test_what_leaves_a_card_unusable_ends_the_process(said, fatal):
+    """As Triton tells of it, without torch's "CUDA error": else the next kernel would get the blame."""
+    row = Check("kernels", "rms_norm", "", "", "failed", reason=f"RuntimeError: Triton Error [CUDA]: {said}")
+    assert task.is_fatal(row) == fatal
 
 
 def test_a_process_that_cannot_begin_is_a_row_too(monkeypatch):
@@ -350,6 +440,33 @@ def test_on_a_pretended_card_it_says_what_it_could_not_run(on_card):
     assert (no_fp8 in text) == (capability in ("7.5", "8.0", "8.6"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_on_a_card_that_triton_does_not_know_torchs_operators_are_examined():
+    """A V100: they are what is taken there, so that no kernel fails for being refused."""
+    command = [sys.executable, "-m", "tests.doctor.on_pretended_card", "7.0", "pool_last_token,quantize_rows"]
+    done = subprocess.run(command, cwd=ROOT, env=compiling_environment(), capture_output=True, text=True)
+    text = " ".join(done.stdout.split())
+    assert "FAILED: 1 of 1 check wrong" in text and "with torch kernels on cuda" in text, done.stderr[-3000:]
+    assert "sm_70 is older than what Triton compiles for; torch's operators are examined instead: every Triton" in text
+    launched = text.split("compiled and launched: ")[1]
+    assert "quantize_rows float32, quantize_rows float16, pool_last_token float32, pool_last_token float16" in launched
+
+
+def test_on_a_card_that_triton_does_not_know_nothing_of_tritons_is_planned(monkeypatch):
+    options = Options("cuda", quick=True, refused="too old")
+    assert options.backend == "torch" and Options("cuda").backend == "triton"
+    names = [form.name for form in model.forms(options)]
+    assert {"plain, torch alone", "optimised", "as it comes"} <= set(names)
+    assert not any("Triton" in name or "graphs" in name for name in names)
+    assert not any(t.way_round for t in kernels.tasks(options, DTYPES, (7, 0)))
+    for capability, refused in ({(7, 0): True, (7, 5): False, (9, 0): False, (13, 0): False}).items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, own=capability: own)
+        assert bool(machine.refusal(torch.device("cuda"))) == refused
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (6, 0))
+    assert not machine.refusal(torch.device("cuda"))
+
+
 # ------------------------------------------------------------------------------------------------------- the report
 
 
@@ -374,6 +491,7 @@ def test_no_line_of_the_text_is_wider_than_the_terminal(width):
     text = a_report().text(width)
     assert max(map(len, text.splitlines())) <= max(60, min(width, 120))
     assert "A=torch" in text and "not timed" in text and text.splitlines()[-1]
+    assert "\n  crashed: time of rope\n" in text, "why it was not timed"
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
@@ -446,6 +564,47 @@ def test_facts_of_this_machine():
     facts = {f.name: f.value for f in machine.facts(torch.device("cpu"))}
     assert torch.__version__ in facts["torch"] and {"triton", "numpy", "processor", "its features"} <= facts.keys()
     assert not any(str(Path.home()) + "/" in value for value in facts.values())
+
+
+@pytest.mark.parametrize(
+    "name", ["MINIVLM2VEC_API_KEY", "TORCH_HUB_TOKEN", "cuda_password", "OMP_SECRET", "HIP_CREDENTIALS", "TORCH_AUTH"]
+)
+def test_secrets_in_variables_are_not_shown(monkeypatch, name):
+    """The server's keys stand in a variable of ours."""
+    monkeypatch.setattr(machine, "VARIABLES", (*machine.VARIABLES, "cuda_"))
+    monkeypatch.setenv(name, "sk-1234")
+    monkeypatch.setenv("MINIVLM2VEC_BACKEND", "torch")
+    facts = {f.name: f.value for f in machine.facts(torch.device("cpu"))}
+    assert facts[name] == "set, not shown" and facts["MINIVLM2VEC_BACKEND"] == "torch"
+    assert not any("sk-1234" in value for value in facts.values())
+
+
+def test_a_fact_that_cannot_be_read_costs_itself_alone(monkeypatch):
+    """As cuDNN's version, which raises where the library that is found is not the one torch was built with."""
+
+    def broken(*_, **__):
+        raise RuntimeError("built with (9, 1, 0), found (8, 9, 7) in /srv/jane/lib")
+
+    plain = {f.name: f.value for f in machine.facts(torch.device("cpu"))}
+    monkeypatch.setattr(machine, "features", broken)
+    monkeypatch.setattr(machine.metadata, "version", lambda package: None)
+    facts = {f.name: f.value for f in machine.facts(torch.device("cpu"))}
+    assert facts["its features"] == "not read: RuntimeError: built with (9, 1, 0), found (8, 9, 7) in …/lib"
+    assert facts["numpy"] == "not read" and facts.keys() == plain.keys()
+
+
+def test_a_card_that_nothing_is_read_of_is_a_card(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("driver mismatch")
+
+    names = ("get_device_name", "get_device_properties", "mem_get_info", "clock_rate")
+    for name in names:
+        monkeypatch.setattr(torch.cuda, name, broken)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", broken)
+    facts = {f.name: f.value for f in machine.facts(torch.device("cuda"))}
+    for name in ("device", "architecture", "cuDNN"):
+        assert facts[name] == "not read: RuntimeError: driver mismatch"
 
 
 def test_clocks_are_not_read_where_nothing_reads_them(monkeypatch):
