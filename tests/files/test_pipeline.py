@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from minivlm2vec.files.pipeline import Pipeline
+from minivlm2vec.files.pipeline import Pipeline, Stopwatch
 from minivlm2vec.files.rows import Columns, Row
 from minivlm2vec.processor import Loaded, Planned
 from tests.support.two_cards import OnCard, two_cards
@@ -35,3 +35,13 @@ def test_vectors_are_waited_for_on_the_models_device(device):
         (result,) = pipeline.run([(0, rows)])
     assert not result.errors
     assert (result.vectors == np.arange(12, dtype=np.float32)[:, None]).all()
+
+
+@pytest.mark.parametrize("device", [0, 1])
+def test_the_watch_looks_at_the_models_device(device):
+    """Events of another card's stream are over at once, and the time between packs would be all that there is."""
+    with two_cards():
+        watch = Stopwatch(torch.device("cuda", device))
+        with watch.computing():
+            pass
+    assert [event.device for event in watch.events[0]] == [device, device]

@@ -565,3 +565,51 @@ def test_a_second_stream_waits_for_a_replay_whose_result_could_not_be_kept(e, mo
     work.current = "second"
     graphed(batch_of([5]))
     assert work.queues["second"] == ["replay", "replay"]
+
+
+def test_a_capture_runs_between_what_fills_the_buffers_and_what_comes_next(e, monkeypatch):
+    """It warms up on a stream of its own, on the same buffers; and a result is none of the graph's memory."""
+    queues, current = {"caller": [], "capture": []}, ["caller"]
+
+    class Stream:
+        def __init__(self, name="capture"):
+            self.name = name
+
+        def wait_stream(self, other):
+            queues[self.name] += queues[other.name]
+
+        def wait_event(self, event): ...
+
+    @contextlib.contextmanager
+    def on(stream):
+        before, current[0] = current[0], stream.name
+        yield
+        current[0] = before
+
+    @contextlib.contextmanager
+    def capture(graph, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"  # others pin memory meanwhile
+        before = {name: list(queue) for name, queue in queues.items()}
+        yield
+        queues.update(before)  # nothing ran
+
+    class Graph:
+        def replay(self):
+            queues[current[0]].append("replay")
+
+    Work(monkeypatch, e.model)
+    for name, value in {"Stream": Stream, "stream": on, "graph": capture, "CUDAGraph": Graph}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream(current[0]))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: type("Event", (), {"record": lambda self: None})())
+    fill, body, outs = PaddedModel._fill, PaddedModel._body, []
+    monkeypatch.setattr(PaddedModel, "_fill", lambda *a: fill(*a) or queues[current[0]].append("fill"))
+    monkeypatch.setattr(
+        PaddedModel, "_body", lambda *a: queues[current[0]].append("run") or outs.append(body(*a)) or outs[-1]
+    )
+    graphed = GraphedModel(e.model, make_at=1)
+    graphed(batch_of([5]))
+    assert queues["capture"] == ["fill", "run"]
+    assert queues["caller"] == ["fill", "fill", "run", "fill", "replay"]
+    vectors = graphed(batch_of([5]))
+    assert vectors.untyped_storage().data_ptr() != outs[-1].untyped_storage().data_ptr()

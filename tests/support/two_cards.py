@@ -55,9 +55,11 @@ class Stream:
 class Event:
     def __init__(self, **_):
         self.before: list[Callable[[], object]] = []
+        self.device: int | None = None  # of the stream that it was recorded on
 
     def record(self, stream: Stream | None = None) -> None:
-        self.before = list(QUEUES[(stream or current_stream()).device])
+        self.device = (stream or current_stream()).device
+        self.before = list(QUEUES[self.device])
 
     def synchronize(self) -> None:
         for copy in self.before:
