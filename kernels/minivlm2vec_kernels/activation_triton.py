@@ -76,7 +76,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     x, F = as_rows(gate_up, "gate_up"), out.shape[-1]
     BF, warps = settings("silu_mul", F)
     with on_device_of(x):
-        silu_mul_kernel[(x.shape[0] * cdiv(F, BF),)](x, out, F, x.stride(0), BF=BF, num_warps=warps)
+        silu_mul_kernel[(x.shape[0] * cdiv(F, BF),)](
+            x, out, F, x.stride(0), BF=BF, num_warps=warps, enable_fp_fusion=True
+        )
     return out
 
 
@@ -94,7 +96,7 @@ def silu_mul_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
     BF, warps = settings("silu_mul_backward", F)
     with on_device_of(x):
         silu_mul_backward_kernel[(x.shape[0] * cdiv(F, BF),)](
-            dout, x, dgate_up, F, dout.stride(0), x.stride(0), BF=BF, num_warps=warps
+            dout, x, dgate_up, F, dout.stride(0), x.stride(0), BF=BF, num_warps=warps, enable_fp_fusion=True
         )
     return dgate_up
 
@@ -131,7 +133,7 @@ def quick_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
     BF, warps = settings("quick_gelu", F)
     with on_device_of(x):
         quick_gelu_kernel[(x.shape[0] * cdiv(F, BF),)](
-            x, bias, out, F, x.stride(0), BIAS=bias is not None, BF=BF, num_warps=warps
+            x, bias, out, F, x.stride(0), BIAS=bias is not None, BF=BF, num_warps=warps, enable_fp_fusion=True
         )
     return out
 

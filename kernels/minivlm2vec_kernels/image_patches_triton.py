@@ -124,5 +124,5 @@ def _launch(crops: Tensor, grids: Sequence[Grid], mean: Tensor, std: Tensor, out
     most_views = max(1 + h * w for h, w in grids)
     with on_device_of(crops):
         image_patches_kernel[(blocks * (S // p) * most_views, len(grids))](
-            crops, mean, std, out, pack(grids), S=S, p=p, BO=BO, num_warps=warps
+            crops, mean, std, out, pack(grids), S=S, p=p, BO=BO, num_warps=warps, enable_fp_fusion=True
         )

@@ -116,5 +116,5 @@ def _launch(
             x, residual, None if shift is None else shift.contiguous(), weight.contiguous(), bias.contiguous(),
             out, total,
             R, D, x.stride(0), 0 if residual is None else residual.stride(0), eps,
-            ADD=residual is not None, SHIFT=shift is not None, BM=BM, BD=BD, num_warps=warps,
+            ADD=residual is not None, SHIFT=shift is not None, BM=BM, BD=BD, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip

@@ -277,5 +277,5 @@ def _matrix(x: Tensor, rows: int, cols: int, tma: bool) -> Tensor | TensorDescri
 def _constants(tiles: Tiles, tma: bool) -> dict:
     return {
         "BM": tiles.BM, "BN": tiles.BN, "BK": tiles.BK, "GROUP": tiles.GROUP, "TMA": tma,
-        "num_warps": tiles.warps, "num_stages": tiles.stages,
+        "num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True,
     }  # fmt: skip

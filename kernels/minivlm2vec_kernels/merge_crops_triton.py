@@ -102,7 +102,7 @@ def _launch(
         merge_crops_kernel[(cdiv(most_rows, BR), len(grids))](
             features, sub_GN, glb_GN, out,
             features.stride(0), features.stride(1), pack(grids),
-            P=P, D=D, BR=BR, BD=BD, num_warps=warps,
+            P=P, D=D, BR=BR, BD=BD, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def pool_last_token(x: Tensor, cu_seqlens: Tensor, norm_weight: Tensor, eps: flo
         pool_last_token_kernel[(out.shape[0],)](
             x, cu_seqlens.contiguous(), norm_weight.contiguous(), out,
             T, D, x.stride(0), eps,
-            NORMALIZE=normalize, NORM_DTYPE=TRITON_DTYPES[norm_dtype], BD=BD, num_warps=warps,
+            NORMALIZE=normalize, NORM_DTYPE=TRITON_DTYPES[norm_dtype], BD=BD, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 

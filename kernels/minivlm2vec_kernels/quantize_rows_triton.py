@@ -54,6 +54,6 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         return out, scale
     with on_device_of(x):
         quantize_rows_kernel[(cdiv(R, BM),)](
-            x, out, scale, R, K, x.stride(0), BM=BM, BK=BK, num_warps=warps
+            x, out, scale, R, K, x.stride(0), BM=BM, BK=BK, num_warps=warps, enable_fp_fusion=True
         )  # fmt: skip
     return out, scale

@@ -96,7 +96,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, tot
         rms_norm_kernel[(cdiv(R, BM),)](
             x, residual, weight.contiguous(), out, total,
             R, D, x.stride(0), 0 if residual is None else residual.stride(0), eps,
-            ADD=residual is not None, BM=BM, BD=BD, num_warps=warps,
+            ADD=residual is not None, BM=BM, BD=BD, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -137,7 +137,8 @@ def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Te
         return out, scale
     with on_device_of(x):
         rms_norm_quantize_kernel[(cdiv(R, BM),)](
-            x, weight.contiguous(), out, scale, R, D, x.stride(0), eps, BM=BM, BD=BD, num_warps=warps
+            x, weight.contiguous(), out, scale, R, D, x.stride(0), eps,
+            BM=BM, BD=BD, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out, scale
 
@@ -206,7 +207,7 @@ def rms_norm_backward(
             rms_norm_backward_kernel[(programs,)](
                 dout, dtotal, rows, weight.contiguous(), ds, parts,
                 len(rows), D, dout.stride(0), 0 if dtotal is None else dtotal.stride(0), rows.stride(0), eps,
-                ADD=dtotal is not None, DWEIGHT=with_weight, BM=BM, BD=BD, num_warps=warps,
+                ADD=dtotal is not None, DWEIGHT=with_weight, BM=BM, BD=BD, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     return ds, parts.sum(0).to(weight.dtype) if with_weight else weight.new_empty(0)
 

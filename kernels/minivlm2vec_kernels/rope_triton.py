@@ -127,7 +127,7 @@ def _launch(q: Tensor, k: Tensor, out_q: Tensor, out_k: Tensor, cos: Tensor, sin
             q, k, out_q, out_k, cos, sin,
             N, Nkv, *q.stride()[:2], *k.stride()[:2], *out_q.stride()[:2], *out_k.stride()[:2],
             cos.stride(0), sin.stride(0),
-            HALF=H // 2, BACKWARD=backward, BN=BN, BNKV=BNKV, BH=BH, num_warps=warps,
+            HALF=H // 2, BACKWARD=backward, BN=BN, BNKV=BNKV, BH=BH, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -135,7 +135,7 @@ def compile_kernel(spec: Spec, arch: int | str):
         constexprs=dict(spec.constants),
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": True, **spec.options}
     return triton.compile(source, target=target, options=options)
 
 

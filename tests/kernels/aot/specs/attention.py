@@ -91,5 +91,5 @@ def _spec(
         and not lse
         and dtype == "bf16"
         and (tma or (tile.stages == 1 and not scheduled)),
-        options={"enable_fp_fusion": True} | ({} if registers is None else {"maxnreg": registers}),
+        options={} if registers is None else {"maxnreg": registers},
     )

@@ -49,5 +49,5 @@ def _spec(
         archs=archs,
         wgmma=max(tile.BM, tile.BN) >= 64 and dtype == "bf16",
         quick=quick,
-        options={"enable_fp_fusion": True} | ({"maxnreg": backward.MOST_REGISTERS} if pass_ == "dkv" else {}),
+        options={"maxnreg": backward.MOST_REGISTERS} if pass_ == "dkv" else {},
     )
