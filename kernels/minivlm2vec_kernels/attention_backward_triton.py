@@ -29,6 +29,7 @@ from .attention_triton import (
     check_inputs,
     launch,
     load_rows,
+    register_limit,
     sequence_at,
     split_head_dim,
     store_rows,
@@ -316,7 +317,6 @@ def launch_backward(
     lengths = (cu_seqlens_q, cu_seqlens_k)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     tiles_q, tiles_k = cdiv(max_seqlen_q, tile_q.BM), cdiv(max_seqlen_k, tile_kv.BN)
-    registers = {} if torch.version.hip is not None else {"maxnreg": MOST_REGISTERS}
     with on_device_of(q):
         if B * N * tiles_q:
             attention_dq_kernel[(B * N * tiles_q,)](
@@ -330,7 +330,8 @@ def launch_backward(
                 q, k, v, dout, lse, delta, dk, dv, *lengths,
                 scale, scale * LOG2_E, Nkv, N // Nkv, tiles_k, Tq, *strides,
                 H0=H0, H1=H1, BM=tile_kv.BM, BN=tile_kv.BN, CAUSAL=causal,
-                num_warps=tile_kv.warps, num_stages=tile_kv.stages, enable_fp_fusion=True, **registers,
+                num_warps=tile_kv.warps, num_stages=tile_kv.stages, enable_fp_fusion=True,
+                **register_limit(MOST_REGISTERS),
             )  # fmt: skip
     return dq, dk, dv
 

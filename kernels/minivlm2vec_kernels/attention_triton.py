@@ -326,6 +326,11 @@ def most_registers(tile: Tile, H: int, causal: bool) -> int | None:
     return 255 if tile.stages > 1 or tile == NO_TENSOR_CORES_TILE else None
 
 
+def register_limit(registers: int | None) -> dict[str, int]:
+    """The option of a launch, which AMD's compiler has not."""
+    return {} if registers is None or torch.version.hip is not None else {"maxnreg": registers}
+
+
 def split_head_dim(H: int) -> tuple[int, int]:
     """H as one power of two of at least 16, or as the sum of two: 64 -> (64, 0), 96 -> (64, 32)."""
     H0 = 1 << (H.bit_length() - 1)
@@ -383,7 +388,6 @@ def launch(
         return out.zero_()
     one_block = max_seqlen_k <= tile.BN
     described = describe_keys(k, v, tile.BN, H0, H1) if tile.tma and not one_block else (None,) * 4
-    registers = None if torch.version.hip is not None else most_registers(tile, H, causal)
     with on_device_of(q):
         attention_kernel[(programs,)](
             q, k, v, *described, out, lse, cu_seqlens_q, cu_seqlens_k, order,
@@ -392,7 +396,7 @@ def launch(
             H0=H0, H1=H1, BM=tile.BM, BN=tile.BN, TAIL=TAIL,
             CAUSAL=causal, ONE_BLOCK=one_block, TMA=described[0] is not None,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
-            **({} if registers is None else {"maxnreg": registers}),
+            **register_limit(most_registers(tile, H, causal)),
         )  # fmt: skip
     return out
 
